@@ -1,0 +1,188 @@
+"""What a backend is, which ones there are, and which one is used.
+
+Adding a backend: write `backends/<name>.py` with one module-level `BACKEND = Backend(...)`, and put the
+module's name in `_MODULES` below, in the order in which the automatic choice should try it. Nothing else
+in the package knows backends by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockSize, ShardGrid
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_VARIABLE = "QWEN3_FP8_ASCEND_BACKEND"
+
+_MODULES = ("cpu", "reference")
+
+COMPUTES = {"dynamic": "w8a8", "none": "w8a16"}
+"""What `block_linear` computes for each value of its argument `activation`."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """The one resident copy of a weight, in the layout of the backend that packed it.
+
+    `tensors` belongs to that backend alone. `grid` is the checkpoint's view: shards, k and block size.
+    """
+
+    backend: str
+    grid: ShardGrid
+    tensors: tuple[torch.Tensor, ...]
+
+    @property
+    def n(self) -> int:
+        return self.grid.n
+
+    @property
+    def k(self) -> int:
+        return self.grid.k
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes: codes, scales and padding."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the block-FP8 operations.
+
+    Shapes and semantics of `pack`, `linear`, `quantize_activation` and `dequantize_weight` are those of
+    `qwen3_fp8_ascend.ops`, which validates before it calls them: codes (n, k) float8_e4m3fn without NaN,
+    scale `grid.scale_shape` fp32 contiguous, x (m, k) two-dimensional and contiguous in its last dimension.
+
+    unusable: the reason why this backend cannot run on this machine, or None.
+    unsupported: the reason why it cannot serve this block size, or None.
+    """
+
+    name: str
+    summary: str
+    computes: frozenset[str]
+    device_types: frozenset[str]
+    unusable: Callable[[], str | None]
+    pack: Callable[[torch.Tensor, torch.Tensor, ShardGrid], tuple[torch.Tensor, ...]]
+    linear: Callable[[torch.Tensor, PackedWeight, torch.Tensor | None, str], torch.Tensor]
+    quantize_activation: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+    dequantize_weight: Callable[[torch.Tensor, torch.Tensor, ShardGrid, torch.dtype], torch.Tensor]
+    unsupported: Callable[[BlockSize], str | None] = lambda block: None
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """A line of `available_backends()`: `reason` is None if the backend is usable here."""
+
+    name: str
+    usable: bool
+    reason: str | None
+    computes: tuple[str, ...]
+    device_types: tuple[str, ...]
+    summary: str
+
+
+LOADED: dict[str, Backend] = {}
+"""Backends imported so far. A plain dictionary, so that torch.compile sees through the lookup of a packed weight's."""
+
+
+def load_backend(name: str) -> Backend:
+    """The backend of that name, usable or not.
+
+    Raises:
+        BlockFp8Error: there is no such backend.
+    """
+    if name in LOADED:
+        return LOADED[name]
+    if name not in _MODULES:
+        raise BlockFp8Error(
+            f"unknown backend {name!r}",
+            expected=f"one of {', '.join(_MODULES)}",
+            got=name,
+            fix=f"correct {ENVIRONMENT_VARIABLE}, --additional-config or the `backend` argument",
+        )
+    backend = importlib.import_module(f"qwen3_fp8_ascend.backends.{name}").BACKEND
+    assert isinstance(backend, Backend) and backend.name == name
+    LOADED[name] = backend
+    return backend
+
+
+def available_backends() -> tuple[BackendStatus, ...]:
+    """Every backend in the order of preference: name, usable or the reason why not, what it computes."""
+    out = []
+    for name in _MODULES:
+        backend = load_backend(name)
+        reason = backend.unusable()
+        out.append(
+            BackendStatus(
+                name,
+                reason is None,
+                reason,
+                tuple(sorted(backend.computes)),
+                tuple(sorted(backend.device_types)),
+                backend.summary,
+            )
+        )
+    return tuple(out)
+
+
+def _objection(backend: Backend, device_type: str, computes: str | None, block: BlockSize) -> str | None:
+    if device_type not in backend.device_types:
+        return f"runs on {'/'.join(sorted(backend.device_types))}, not on {device_type}"
+    if computes is not None and computes not in backend.computes:
+        return f"computes {'/'.join(sorted(backend.computes))}, not {computes}"
+    return backend.unusable() or backend.unsupported(block)
+
+
+@functools.cache
+def select_backend(
+    name: str | None, device_type: str, computes: str | None = None, block: BlockSize = DEFAULT_BLOCK
+) -> Backend:
+    """The backend to use: `name`, else $QWEN3_FP8_ASCEND_BACKEND, else the first that fits.
+
+    An explicit choice that cannot run raises with the reason. The automatic choice is logged once, with what
+    was rejected and why; it never ends at `reference`, which is far too slow to be anybody's accident.
+
+    Raises:
+        BlockFp8Error: unknown name, the named backend cannot run here, or none can.
+    """
+    explicit = name or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if explicit is not None and explicit != "auto":
+        backend = load_backend(explicit)
+        if reason := _objection(backend, device_type, computes, block):
+            raise BlockFp8Error(
+                f"the backend {explicit!r} cannot be used here",
+                got=reason,
+                fix="choose another one; `qwen3-fp8-ascend doctor` lists them with reasons",
+            )
+        return backend
+    rejected = []
+    for candidate in _MODULES:
+        if candidate == "reference":
+            rejected.append("reference: only when asked for by name")
+            continue
+        backend = load_backend(candidate)
+        reason = _objection(backend, device_type, computes, block)
+        if reason is None:
+            logger.info(
+                "block FP8 on %s: backend %s; rejected: %s", device_type, candidate, "; ".join(rejected) or "none"
+            )
+            return backend
+        rejected.append(f"{candidate}: {reason}")
+    raise BlockFp8Error(
+        f"no backend can run block FP8 on {device_type}",
+        got="; ".join(rejected),
+        fix="see `qwen3-fp8-ascend doctor`; `reference` runs anywhere but slowly and must be asked for by name",
+    )

@@ -1,0 +1,174 @@
+"""The block-FP8 checkpoint format: what config.json says, how tensors are named, where blocks lie.
+
+Source: https://huggingface.co/Qwen/Qwen3-8B-FP8 (config.json) and DeepSeek-V3's ``weights/README_WEIGHTS.md``.
+Nothing here imports torch: the format is arithmetic on shapes and names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+
+E4M3_MAX = 448.0
+"""Largest finite e4m3fn value."""
+
+AMAX_FLOOR = 1e-10
+"""Lower bound of a group's amax before it becomes a scale, so that a zero group has a finite scale."""
+
+WEIGHT_SUFFIX = ".weight"
+SCALE_SUFFIX = ".weight_scale_inv"
+"""In spite of its name the checkpoint's ``weight_scale_inv`` MULTIPLIES the codes."""
+
+SCALE_DTYPES = ("F32", "BF16")
+"""safetensors dtypes seen for ``weight_scale_inv``; bf16 is upcast to fp32 at load."""
+
+
+class BlockSize(NamedTuple):
+    """Rows (n) and columns (k) of the weight that share one scale."""
+
+    n: int = 128
+    k: int = 128
+
+    def __str__(self) -> str:
+        return f"{self.n}x{self.k}"
+
+
+DEFAULT_BLOCK = BlockSize()
+
+
+def ceil_div(a: int, b: int) -> int:
+    """Smallest integer that is at least a / b."""
+    return -(-a // b)
+
+
+def scale_shape(n: int, k: int, block: BlockSize = DEFAULT_BLOCK) -> tuple[int, int]:
+    """Shape of the scale tensor that belongs to an (n, k) weight; ragged edges have a block of their own."""
+    return ceil_div(n, block.n), ceil_div(k, block.k)
+
+
+class RowSpan(NamedTuple):
+    """Consecutive weight rows that share one row of scales."""
+
+    start: int
+    rows: int
+    scale_row: int
+
+
+@dataclass(frozen=True)
+class ShardGrid:
+    """Block grid of a weight made of merged shards, each of which starts a block of its own.
+
+    A q/k/v projection of 576, 192 and 192 rows has 5 + 2 + 2 scale rows: shards are quantized one by one
+    in the checkpoint, so blocks never straddle two of them.
+    """
+
+    widths: tuple[int, ...]
+    k: int
+    block: BlockSize = DEFAULT_BLOCK
+
+    def __post_init__(self) -> None:
+        if not self.widths or any(w < 0 for w in self.widths) or self.k < 0 or min(self.block) < 1:
+            raise BlockFp8Error(
+                "a block grid needs at least one shard, sizes of zero or more, and blocks of at least 1x1",
+                got=f"widths {self.widths}, k {self.k}, block {self.block}",
+            )
+
+    @property
+    def n(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def scale_rows(self) -> tuple[int, ...]:
+        """Number of scale rows of each shard."""
+        return tuple(ceil_div(w, self.block.n) for w in self.widths)
+
+    @property
+    def scale_shape(self) -> tuple[int, int]:
+        return sum(self.scale_rows), ceil_div(self.k, self.block.k)
+
+    def spans(self) -> Iterator[RowSpan]:
+        """The row blocks from top to bottom, ragged ones included."""
+        row = scale_row = 0
+        for width in self.widths:
+            end = row + width
+            while row < end:
+                rows = min(self.block.n, end - row)
+                yield RowSpan(row, rows, scale_row)
+                row += rows
+                scale_row += 1
+
+
+@dataclass(frozen=True)
+class BlockFp8Config:
+    """What a checkpoint's ``quantization_config`` says, checked.
+
+    ``ignored`` names modules that stay unquantized (``ignored_layers`` or ``modules_to_not_convert``).
+    """
+
+    block: BlockSize = DEFAULT_BLOCK
+    ignored: tuple[str, ...] = ()
+
+    @classmethod
+    def matches(cls, config: Mapping[str, Any] | None) -> bool:
+        """Whether a ``quantization_config`` claims to be block FP8 (it may still be refused by `from_dict`)."""
+        return bool(config) and config.get("quant_method") == "fp8" and bool(config.get("weight_block_size"))  # type: ignore[union-attr]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], where: str = "config.json: quantization_config") -> BlockFp8Config:
+        """Parse and check a ``quantization_config``.
+
+        Raises:
+            BlockFp8Error: not FP8, no block size, static or per-tensor activations, another FP8 format,
+                or ue8m0 scales. The message names the key.
+        """
+        if not isinstance(config, Mapping):
+            raise BlockFp8Error("quantization_config is not an object", where=where, got=type(config).__name__)
+
+        def refuse(key: str, expected: object, fix: str) -> BlockFp8Error:
+            return BlockFp8Error(
+                f"this is not a block-FP8 checkpoint that can be served: {key!r} does not fit",
+                where=f"{where}.{key}",
+                expected=expected,
+                got=repr(config.get(key, "nothing")),
+                fix=fix,
+            )
+
+        quantize_hint = "quantize the bf16 model with `qwen3-fp8-ascend quantize`, or serve it without this plugin"
+        if config.get("quant_method") != "fp8":
+            raise refuse("quant_method", "'fp8'", quantize_hint)
+        if config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+            raise refuse("fmt", "'e4m3'", quantize_hint)
+        if config.get("activation_scheme", "dynamic") != "dynamic":
+            raise refuse("activation_scheme", "'dynamic' (one scale per token and 128 channels)", quantize_hint)
+        if str(config.get("scale_fmt", "float")).lower() not in ("float", "fp32", "float32", "none"):
+            raise refuse("scale_fmt", "fp32 scales ('ue8m0' is not supported)", quantize_hint)
+        sizes = config.get("weight_block_size")
+        if (
+            not isinstance(sizes, Sequence)
+            or isinstance(sizes, str)
+            or len(sizes) != 2
+            or not all(isinstance(s, int) and not isinstance(s, bool) and 1 <= s <= 1 << 20 for s in sizes)
+        ):
+            raise refuse("weight_block_size", "two positive integers, such as [128, 128]", quantize_hint)
+        ignored: list[str] = []
+        for key in ("ignored_layers", "modules_to_not_convert"):
+            names = config.get(key) or []
+            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+                raise refuse(key, "a list of module names", "correct the list in config.json")
+            ignored += [name for name in names if name not in ignored]
+        return cls(BlockSize(*sizes), tuple(ignored))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ``quantization_config`` to write into config.json."""
+        out: dict[str, Any] = {
+            "quant_method": "fp8",
+            "fmt": "e4m3",
+            "activation_scheme": "dynamic",
+            "weight_block_size": list(self.block),
+        }
+        if self.ignored:
+            out["modules_to_not_convert"] = list(self.ignored)
+        return out

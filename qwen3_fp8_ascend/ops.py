@@ -1,0 +1,187 @@
+"""The public operations: validate, choose a backend, call it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from qwen3_fp8_ascend.backends.registry import COMPUTES, LOADED, PackedWeight, select_backend
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockSize, ShardGrid
+
+ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+__all__ = ["PackedWeight", "block_linear", "dequantize_weight", "pack_weight", "quantize_activation"]
+
+
+def quantize_activation(
+    x: torch.Tensor, *, block_k: int = DEFAULT_BLOCK.k, backend: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each group of `block_k` consecutive channels of a token to e4m3 with an fp32 scale.
+
+    Shapes: x (..., k) bf16/fp16/fp32 -> codes (..., k) float8_e4m3fn, scale (..., ceil(k / block_k)) fp32.
+    Raises:
+        BlockFp8Error: x is a scalar or of another dtype, or the backend cannot run here.
+    Semantics and source: `qwen3_fp8_ascend.reference.quantize_activation`, bit for bit.
+    """
+    _check_activation(x)
+    if block_k < 1:
+        raise BlockFp8Error("block_k must be positive", got=block_k)
+    chosen = select_backend(backend, x.device.type)
+    codes, scale = chosen.quantize_activation(x.reshape(-1, x.shape[-1]), block_k)
+    return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], scale.shape[-1])
+
+
+def dequantize_weight(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    widths: Sequence[int] | None = None,
+    block: Sequence[int] = DEFAULT_BLOCK,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Multiply e4m3 codes by their block's scale.
+
+    Shapes: weight (n, k) float8_e4m3fn, scale (ceil(n / block_n), ceil(k / block_k)) fp32 or bf16 -> (n, k) `dtype`;
+        with `widths`, the row counts of merged shards, each shard has its own block grid (`ShardGrid`).
+    Raises:
+        BlockFp8Error: wrong dtype or shape, or the backend cannot run here.
+    Semantics and source: `qwen3_fp8_ascend.reference.dequantize_weight`, bit for bit.
+    """
+    grid = _check_weight(weight, scale, widths, block)
+    if dtype not in ACTIVATION_DTYPES:
+        raise BlockFp8Error(
+            "weights dequantize to a floating-point dtype", expected=_names(ACTIVATION_DTYPES), got=dtype
+        )
+    chosen = select_backend(backend, weight.device.type, block=grid.block)
+    return chosen.dequantize_weight(weight.contiguous(), scale.float().contiguous(), grid, dtype)
+
+
+def pack_weight(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    backend: str | None = None,
+    widths: Sequence[int] | None = None,
+    *,
+    block: Sequence[int] = DEFAULT_BLOCK,
+    activation: str = "dynamic",
+) -> PackedWeight:
+    """Lay a weight out for a backend, once; the result is the only copy that has to stay resident.
+
+    Shapes: weight (n, k) float8_e4m3fn, scale (sum over shards of ceil(width / block_n), ceil(k / block_k)) fp32 or bf16.
+    `widths` are the row counts of merged shards (default: one shard). `activation` is what the weight will be
+    used with ("dynamic" or "none"), so that a backend that cannot compute it is refused here, not at the first token.
+    Raises:
+        BlockFp8Error: wrong dtype or shape, NaN codes, non-finite or negative scales, or the backend cannot run here.
+    """
+    grid = _check_weight(weight, scale, widths, block)
+    nan_codes = count_nan_codes(weight)
+    if nan_codes:
+        raise BlockFp8Error(
+            "the weight holds NaN codes (0x7F or 0xFF)",
+            expected="finite e4m3 codes only",
+            got=f"{nan_codes} NaN of {weight.numel()}",
+            fix="the checkpoint is damaged or was written by a converter that overflowed; download or quantize it again",
+        )
+    check_scale_values(scale)
+    chosen = select_backend(backend, weight.device.type, _computes(activation), grid.block)
+    tensors = chosen.pack(weight.contiguous(), scale.float().contiguous(), grid)
+    return PackedWeight(chosen.name, grid, tensors)
+
+
+def block_linear(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None, activation: str = "dynamic"
+) -> torch.Tensor:
+    """y = x @ W.T + bias with the block scales of `packed`.
+
+    Shapes: x (..., k) bf16/fp16/fp32, bias (n,) -> (..., n) in x.dtype.
+    `activation`: "dynamic" quantizes x to e4m3 in groups (w8a8), "none" leaves it as it is (w8a16).
+    Raises:
+        BlockFp8Error: shapes, dtypes or devices that do not fit.
+    Semantics and source: `qwen3_fp8_ascend.reference.block_linear`, up to the order of fp32 additions.
+    """
+    _check_activation(x)
+    _computes(activation)
+    if x.shape[-1] != packed.k:
+        raise BlockFp8Error(
+            "the activation does not fit the weight", expected=f"(..., {packed.k})", got=tuple(x.shape)
+        )
+    if x.device != packed.device:
+        raise BlockFp8Error("activation and weight are on different devices", expected=packed.device, got=x.device)
+    if bias is not None and (bias.shape != (packed.n,) or bias.device != x.device):
+        raise BlockFp8Error(
+            "the bias does not fit the weight",
+            expected=f"({packed.n},) on {x.device}",
+            got=f"{tuple(bias.shape)} on {bias.device}",
+        )
+    rows = x.reshape(-1, packed.k)
+    out = LOADED[packed.backend].linear(rows, packed, bias, activation)
+    return out.reshape(*x.shape[:-1], packed.n)
+
+
+def count_nan_codes(weight: torch.Tensor) -> int:
+    """Number of e4m3 NaN codes (0x7F, 0xFF) in a tensor, on bytes, since devices without FP8 cannot say isnan."""
+    return int(((weight.view(torch.uint8) & 0x7F) == 0x7F).sum())
+
+
+def check_scale_values(scale: torch.Tensor, where: object = None) -> None:
+    """Refuse scales that are not finite or are negative.
+
+    Raises:
+        BlockFp8Error: with the count and the first position.
+    """
+    bad = ~(torch.isfinite(scale) & (scale >= 0))
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        raise BlockFp8Error(
+            "the weight's block scales are not all finite and non-negative",
+            where=where,
+            expected="finite numbers of zero or more",
+            got=f"{int(bad.sum())} of {bad.numel()} bad, the first at {first}: {float(scale[first])}",
+            fix="the checkpoint is damaged; download or quantize it again",
+        )
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def _computes(activation: str) -> str:
+    if activation not in COMPUTES:
+        raise BlockFp8Error("unknown activation mode", expected="'dynamic' or 'none'", got=repr(activation))
+    return COMPUTES[activation]
+
+
+def _check_activation(x: torch.Tensor) -> None:
+    if x.dim() < 1:
+        raise BlockFp8Error("an activation has at least one dimension", got="a scalar")
+    if x.dtype not in ACTIVATION_DTYPES:
+        raise BlockFp8Error("unsupported activation dtype", expected=_names(ACTIVATION_DTYPES), got=x.dtype)
+
+
+def _check_weight(
+    weight: torch.Tensor, scale: torch.Tensor, widths: Sequence[int] | None, block: Sequence[int]
+) -> ShardGrid:
+    if weight.dtype != torch.float8_e4m3fn:
+        raise BlockFp8Error("the weight is not block FP8", expected="float8_e4m3fn", got=weight.dtype)
+    if weight.dim() != 2:
+        raise BlockFp8Error("a weight has two dimensions", expected="(n, k)", got=tuple(weight.shape))
+    grid = ShardGrid(tuple(widths) if widths is not None else (weight.shape[0],), weight.shape[1], BlockSize(*block))
+    if grid.n != weight.shape[0]:
+        raise BlockFp8Error(
+            "the shard widths do not add up to the weight's rows", expected=weight.shape[0], got=f"sum{grid.widths}"
+        )
+    if scale.dtype not in (torch.float32, torch.bfloat16):
+        raise BlockFp8Error("unsupported scale dtype", expected="float32 or bfloat16", got=scale.dtype)
+    if tuple(scale.shape) != grid.scale_shape:
+        raise BlockFp8Error(
+            f"the scale does not fit a weight of shape {tuple(weight.shape)} with shards {grid.widths} "
+            f"and blocks of {grid.block}",
+            expected=grid.scale_shape,
+            got=tuple(scale.shape),
+        )
+    if scale.device != weight.device:
+        raise BlockFp8Error("weight and scale are on different devices", expected=weight.device, got=scale.device)
+    return grid

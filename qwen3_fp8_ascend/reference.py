@@ -1,0 +1,102 @@
+"""THE SPECIFICATION: what every backend must compute, in plain torch, readable in one sitting.
+
+Slow on purpose. A backend is right when it agrees with these functions: bit for bit in quantization and
+dequantization, and in `block_linear` up to the order of fp32 additions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, BlockSize, ShardGrid, ceil_div
+
+NAN_CODE = 0x7F
+"""The one NaN code that quantization produces, whatever the sign of the NaN."""
+
+
+def quantize_activation(x: torch.Tensor, block_k: int = DEFAULT_BLOCK.k) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each group of `block_k` consecutive channels of a token to e4m3 with an fp32 scale.
+
+    Shapes: x (..., k) bf16/fp16/fp32 -> codes (..., k) float8_e4m3fn, scale (..., ceil(k / block_k)) fp32.
+    Semantics: scale = max(amax(|group|), 1e-10) / 448 by true division; code = round-to-nearest-even of
+        x / scale (true division), clamped to +-448. A ragged last group uses the channels it has. A NaN
+        makes its whole group NaN; an infinity makes the scale infinite, itself NaN and the rest zero.
+    Source: vLLM ``native_per_token_group_quant_fp8`` (byte-identical for finite input).
+    """
+    k = x.shape[-1]
+    groups = ceil_div(k, block_k)
+    padded = torch.nn.functional.pad(x.float(), (0, groups * block_k - k))
+    grouped = padded.unflatten(-1, (groups, block_k))
+    scale = grouped.abs().amax(-1).clamp_min(AMAX_FLOOR) / E4M3_MAX
+    scaled = (grouped / scale.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
+    codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8).masked_fill(scaled.isnan(), NAN_CODE)
+    return codes.flatten(-2)[..., :k].contiguous().view(torch.float8_e4m3fn), scale
+
+
+def row_scales(scale: torch.Tensor, grid: ShardGrid) -> torch.Tensor:
+    """Repeat each row of block scales for the weight rows it belongs to.
+
+    Shapes: scale `grid.scale_shape` -> (n, ceil(k / block.k)) fp32.
+    """
+    index = [span.scale_row for span in grid.spans() for _ in range(span.rows)]
+    return scale.float()[torch.tensor(index, dtype=torch.long, device=scale.device)]
+
+
+def dequantize_weight(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    widths: tuple[int, ...] | None = None,
+    block: BlockSize = DEFAULT_BLOCK,
+) -> torch.Tensor:
+    """Multiply e4m3 codes by their block's scale.
+
+    Shapes: weight (n, k) float8_e4m3fn, scale (ceil(n / block.n), ceil(k / block.k)) -> (n, k) `dtype`.
+    Semantics: code * scale in fp32, rounded once to `dtype` (nearest even).
+    Source: transformers' fine-grained FP8 and compressed-tensors' ``FP8BlockDequantizer``.
+    """
+    grid = ShardGrid(widths or (weight.shape[0],), weight.shape[1], block)
+    scales = row_scales(scale, grid).repeat_interleave(block.k, dim=1)[:, : grid.k]
+    return (weight.float() * scales).to(dtype)
+
+
+def block_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: str = "dynamic",
+    widths: tuple[int, ...] | None = None,
+    block: BlockSize = DEFAULT_BLOCK,
+    compute_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """y = x @ W.T with block scales; "dynamic" quantizes x first (w8a8), "none" does not (w8a16).
+
+    Shapes: x (..., k), weight (n, k) float8_e4m3fn, scale as `ShardGrid.scale_shape` -> (..., n) in x.dtype.
+    Semantics: per K block, the products of codes are exact and summed in fp32; the partial is multiplied by
+        x_scale(m, kb) and w_scale(nb, kb) and added up in fp32; one cast to x.dtype; then the bias is added
+        in x.dtype. `compute_dtype=torch.float64` gives the oracle that implementations are judged by
+        (it returns float64, not x.dtype).
+    Source: vLLM ``native_w8a8_block_matmul``.
+    """
+    n, k = weight.shape
+    grid = ShardGrid(widths or (n,), k, block)
+    w_scale = row_scales(scale, grid)
+    rows = x.reshape(-1, k)
+    if activation == "dynamic":
+        codes, x_scale = quantize_activation(rows, block.k)
+        rows = codes
+    else:
+        x_scale = torch.ones(rows.shape[0], w_scale.shape[1], device=x.device)
+    out = torch.zeros(rows.shape[0], n, dtype=compute_dtype, device=x.device)
+    for kb in range(w_scale.shape[1]):
+        ks = slice(kb * block.k, (kb + 1) * block.k)
+        partial = rows[:, ks].to(compute_dtype) @ weight[:, ks].to(compute_dtype).T
+        out += partial * x_scale[:, kb, None].to(compute_dtype) * w_scale[:, kb].to(compute_dtype)
+    if compute_dtype != torch.float64:
+        out = out.to(x.dtype)
+    if bias is not None:
+        out = out + bias.to(out.dtype)
+    return out.reshape(*x.shape[:-1], n)
