@@ -70,8 +70,8 @@ def pack_weight(
 ) -> PackedWeight:
     """Lay a weight out for a backend, once; the result is the only copy that has to stay resident.
 
-    Shapes: weight (n, k) float8_e4m3fn, scale (sum over shards of ceil(width / block_n), ceil(k / block_k)) fp32 or bf16.
-    `widths` are the row counts of merged shards (default: one shard). `activation` is what the weight will be
+    Shapes: weight (n, k) float8_e4m3fn, scale (sum over shards of ceil(width / block_n), ceil(k / block_k)) fp32 or
+    bf16. `widths` are the row counts of merged shards (default: one shard). `activation` is what the weight will be
     used with ("dynamic" or "none"), so that a backend that cannot compute it is refused here, not at the first token.
     Raises:
         BlockFp8Error: wrong dtype or shape, NaN codes, non-finite or negative scales, or the backend cannot run here.
@@ -83,7 +83,7 @@ def pack_weight(
             "the weight holds NaN codes (0x7F or 0xFF)",
             expected="finite e4m3 codes only",
             got=f"{nan_codes} NaN of {weight.numel()}",
-            fix="the checkpoint is damaged or was written by a converter that overflowed; download or quantize it again",
+            fix="the checkpoint is damaged or its converter overflowed; download or quantize it again",
         )
     check_scale_values(scale)
     chosen = select_backend(backend, weight.device.type, _computes(activation), grid.block)
@@ -105,9 +105,7 @@ def block_linear(
     _check_activation(x)
     _computes(activation)
     if x.shape[-1] != packed.k:
-        raise BlockFp8Error(
-            "the activation does not fit the weight", expected=f"(..., {packed.k})", got=tuple(x.shape)
-        )
+        raise BlockFp8Error("the activation does not fit the weight", expected=f"(..., {packed.k})", got=tuple(x.shape))
     if x.device != packed.device:
         raise BlockFp8Error("activation and weight are on different devices", expected=packed.device, got=x.device)
     if bias is not None and (bias.shape != (packed.n,) or bias.device != x.device):

@@ -14,10 +14,9 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[t
 
 
 def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    weight, scale = packed.tensors
     grid = packed.grid
-    return reference.block_linear(
-        x, *packed.tensors, bias, activation=activation, widths=grid.widths, block=grid.block
-    )
+    return reference.block_linear(x, weight, scale, bias, activation=activation, widths=grid.widths, block=grid.block)
 
 
 def _dequantize(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:

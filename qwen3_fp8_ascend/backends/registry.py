@@ -68,6 +68,7 @@ class Backend:
 
     unusable: the reason why this backend cannot run on this machine, or None.
     unsupported: the reason why it cannot serve this block size, or None.
+    detail: what of it is in use on this machine (an instruction set, a chip), once it is usable.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Backend:
     quantize_activation: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
     dequantize_weight: Callable[[torch.Tensor, torch.Tensor, ShardGrid, torch.dtype], torch.Tensor]
     unsupported: Callable[[BlockSize], str | None] = lambda block: None
+    detail: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class BackendStatus:
     computes: tuple[str, ...]
     device_types: tuple[str, ...]
     summary: str
+    detail: str | None
 
 
 LOADED: dict[str, Backend] = {}
@@ -133,9 +136,14 @@ def available_backends() -> tuple[BackendStatus, ...]:
                 tuple(sorted(backend.computes)),
                 tuple(sorted(backend.device_types)),
                 backend.summary,
+                backend.detail() if backend.detail and reason is None else None,
             )
         )
     return tuple(out)
+
+
+def _described(backend: Backend) -> str:
+    return f"{backend.name} ({backend.detail()})" if backend.detail else backend.name
 
 
 def _objection(backend: Backend, device_type: str, computes: str | None, block: BlockSize) -> str | None:
@@ -167,6 +175,7 @@ def select_backend(
                 got=reason,
                 fix="choose another one; `qwen3-fp8-ascend doctor` lists them with reasons",
             )
+        logger.info("block FP8 on %s: backend %s, asked for by name", device_type, _described(backend))
         return backend
     rejected = []
     for candidate in _MODULES:
@@ -177,7 +186,10 @@ def select_backend(
         reason = _objection(backend, device_type, computes, block)
         if reason is None:
             logger.info(
-                "block FP8 on %s: backend %s; rejected: %s", device_type, candidate, "; ".join(rejected) or "none"
+                "block FP8 on %s: backend %s; rejected: %s",
+                device_type,
+                _described(backend),
+                "; ".join(rejected) or "none",
             )
             return backend
         rejected.append(f"{candidate}: {reason}")

@@ -1,0 +1,44 @@
+# The two commands most people need: `make demo` and `make test`. Both set up a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+MODEL ?=
+
+.PHONY: help venv demo test test-fast lint bench wheel clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+$(VENV)/.dependencies: pyproject.toml constraints.txt scripts/create_venv.sh tools/vllm_metadata/setup.py
+	PYTHON=$(PYTHON) scripts/create_venv.sh $(VENV)
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.dependencies setup.py $(wildcard csrc/cpu/*)
+	@echo "building the CPU kernels"
+	$(PY) -m pip --disable-pip-version-check install -qq --no-build-isolation --no-deps --editable .
+	@touch $@
+
+venv: $(VENV)/.built  ## create .venv and build the package into it
+
+demo: venv  ## serve a block-FP8 model with vLLM and ask it three questions (MODEL=... for another one)
+	$(PY) scripts/demo.py $(if $(MODEL),--model '$(MODEL)')
+
+test: lint  ## everything that needs no accelerator: lint, types, tests
+	$(PY) -m pytest
+
+test-fast: venv  ## the tests that start no server
+	$(PY) -m pytest -m 'not server'
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: venv  ## CPU micro-benchmark: correctness, then interleaved medians against the peers
+	$(PY) benchmarks/bench_linear.py
+
+wheel: venv  ## a wheel in dist/
+	$(PY) -m pip --disable-pip-version-check wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info qwen3_fp8_ascend/*.so

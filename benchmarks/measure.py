@@ -1,0 +1,95 @@
+"""Timing on shared machines: implementations in turn in one process, medians, ratios of neighbours."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each round, in the order in which they were taken."""
+
+    seconds: np.ndarray
+
+    @property
+    def p20(self) -> float:
+        return float(np.quantile(self.seconds, 0.2))
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def p80(self) -> float:
+        return float(np.quantile(self.seconds, 0.8))
+
+    def speedup_over(self, other: Timing) -> float:
+        """Median over rounds of other / self: the two ran next to each other, so the machine's drift cancels."""
+        return float(np.median(other.seconds / self.seconds))
+
+
+def interleave(
+    functions: Mapping[str, Callable[[int], object]], *, seconds: float, least: int = 5, most: int = 300
+) -> dict[str, Timing]:
+    """Call the functions in turn, round after round, for about `seconds` in all.
+
+    Each gets the number of the round, to choose a copy of its weights that is in no cache. The order of the
+    functions turns by one every round, so that none always follows the same neighbour.
+    """
+    names = list(functions)
+    for name in names:
+        functions[name](0)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < most and (rounds < least or time.perf_counter() < end):
+        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+            start = time.perf_counter()
+            functions[name](rounds)
+            taken[name].append(time.perf_counter() - start)
+        rounds += 1
+    return {name: Timing(np.array(times)) for name, times in taken.items()}
+
+
+def cache_bytes() -> int:
+    """Size of the last-level cache as Linux tells it, at least 64 MiB."""
+    sizes = [64 << 20]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes)
+
+
+def provenance() -> dict[str, str]:
+    """What a published number has to name: machine, date, commit, versions."""
+    root = Path(__file__).parent.parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    return {
+        "cpu": cpu_name(),
+        "cores": str(torch.get_num_threads()),
+        "date": date.today().isoformat(),
+        "commit": commit.stdout.strip() or "unknown",
+        "torch": torch.__version__,
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name and what of it matters here."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    name = (
+        f"{fields.get('model name', platform.machine())} family {fields.get('cpu family')} model {fields.get('model')}"
+    )
+    return name + (", AMX" if "amx_bf16" in fields.get("flags", "") else "")

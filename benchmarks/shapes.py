@@ -1,0 +1,12 @@
+"""Weight shapes (n, k) that are benchmarked, merged as vLLM merges them."""
+
+QWEN3_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
+"""One of Qwen3-8B's 36 layers."""
+
+SMOLLM2_135M = {"qkv": (960, 576), "o": (576, 576), "gate_up": (3072, 576), "down": (576, 1536)}
+"""One of SmolLM2-135M's 30 layers."""
+
+MODELS = {"qwen3-8b": QWEN3_8B, "smollm2-135m": SMOLLM2_135M}
+
+ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
+"""Tokens in a batch (m)."""

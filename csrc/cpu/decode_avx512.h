@@ -1,0 +1,77 @@
+// e4m3 to bf16 with AVX-512: 64 codes (four k of 16 rows) to two registers of bf16 pairs.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "numbers.h"
+
+namespace qwen3_fp8_ascend::cpu {
+namespace {
+
+// bf16 pairs (k, k + 1) of 16 rows, and pairs (k + 2, k + 3).
+struct HalfQuad {
+  __m512i pair0;
+  __m512i pair1;
+};
+
+// By two byte tables: exact for all 256 codes. Cheapest where a two-register byte permutation is one operation (Zen).
+class TableDecoder {
+ public:
+  explicit TableDecoder(const DecodeTables& tables)
+      : high0_(_mm512_load_si512(tables.high)),
+        high1_(_mm512_load_si512(tables.high + 64)),
+        low0_(_mm512_load_si512(tables.low)),
+        low1_(_mm512_load_si512(tables.low + 64)),
+        sign_(_mm512_set1_epi8(static_cast<char>(0x80))),
+        low_byte_(_mm512_set1_epi16(0x00ff)) {}
+
+  HalfQuad operator()(const std::uint8_t* codes) const {
+    const __m512i code = _mm512_loadu_si512(codes);
+    // The table lookup ignores the sign bit; high | (code & sign) puts it back.
+    __m512i high = _mm512_permutex2var_epi8(high0_, code, high1_);
+    high = _mm512_ternarylogic_epi32(high, code, sign_, 0xf8);
+    // With the low bytes looked up in swapped positions, each pair takes one operation to put together.
+    const __m512i swapped = _mm512_shldi_epi16(code, code, 8);
+    const __m512i low = _mm512_permutex2var_epi8(low0_, swapped, low1_);
+    return {_mm512_shldi_epi16(high, low, 8), _mm512_ternarylogic_epi32(low_byte_, low, high, 0xca)};
+  }
+
+ private:
+  __m512i high0_, high1_, low0_, low1_, sign_, low_byte_;
+};
+
+// By arithmetic, as code * 2^kExponent: exact for all codes but NaN. Cheapest where byte permutations are slow (Intel).
+//
+// A normal code's magnitude is exponent and mantissa of a bf16 number, once shifted and offset. Subnormals need another
+// offset each, and zero must stay zero: a 16-byte table, whose lookup gives 0 for the indices of normal codes.
+class ArithmeticDecoder {
+ public:
+  static constexpr int kExponent = -105;
+
+  ArithmeticDecoder()
+      : magnitude_(_mm512_set1_epi8(0x7f)),
+        offset_(_mm512_set1_epi8(0x78)),
+        correction_(_mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, -120, -17, -10, -7, -4, -3, -2, -1))),
+        even_(_mm512_set1_epi16(0x0010)),
+        odd_(_mm512_set1_epi16(0x1000)),
+        sign_(_mm512_set1_epi16(static_cast<short>(0x8000))) {}
+
+  HalfQuad operator()(const std::uint8_t* codes) const {
+    const __m512i code = _mm512_loadu_si512(codes);
+    // Index 0x78 + mantissa for subnormals; the highest bit is set for all others, which makes the lookup give 0.
+    const __m512i index = _mm512_add_epi8(_mm512_and_si512(code, magnitude_), offset_);
+    const __m512i bits = _mm512_add_epi8(index, _mm512_shuffle_epi8(correction_, index));
+    // Multiplying one byte by 16 and the other by 0 shifts, widens and selects at once.
+    const __m512i even = _mm512_maddubs_epi16(bits, even_);
+    const __m512i odd = _mm512_maddubs_epi16(bits, odd_);
+    return {_mm512_ternarylogic_epi32(even, _mm512_slli_epi16(code, 8), sign_, 0xf8),
+            _mm512_ternarylogic_epi32(odd, code, sign_, 0xf8)};
+  }
+
+ private:
+  __m512i magnitude_, offset_, correction_, even_, odd_, sign_;
+};
+
+}  // namespace
+}  // namespace qwen3_fp8_ascend::cpu

@@ -1,0 +1,108 @@
+#include "isa.h"
+
+#include <atomic>
+#include <initializer_list>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace qwen3_fp8_ascend::cpu {
+namespace {
+
+#if defined(__x86_64__)
+
+struct Cpuid {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+Cpuid cpuid(unsigned leaf, unsigned subleaf = 0) {
+  Cpuid r;
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
+  return r;
+}
+
+bool has_bits(unsigned word, std::initializer_list<int> bits) {
+  for (const int bit : bits) {
+    if ((word >> bit & 1u) == 0) return false;
+  }
+  return true;
+}
+
+// The register states that the operating system saves (XCR0).
+unsigned saved_states() {
+  unsigned low = 0;
+  unsigned high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+
+// Linux gives a process the AMX tile state only on request.
+bool request_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+Isa detect() {
+  // Bit numbers are those of the Intel SDM, volume 2, CPUID.
+  const Cpuid basic = cpuid(1);
+  if (!has_bits(basic.ecx, {12 /* FMA */, 27 /* OSXSAVE */, 28 /* AVX */, 29 /* F16C */})) return Isa::portable;
+  const unsigned states = saved_states();
+  const Cpuid extended = cpuid(7);
+  if (!has_bits(states, {1, 2}) || !has_bits(extended.ebx, {5 /* AVX2 */})) return Isa::portable;
+  const Cpuid more = cpuid(7, 1);
+  const bool avx512 = has_bits(states, {5, 6, 7}) &&
+                      has_bits(extended.ebx, {16 /* F */, 17 /* DQ */, 30 /* BW */, 31 /* VL */}) &&
+                      has_bits(extended.ecx, {1 /* VBMI */, 6 /* VBMI2 */}) && has_bits(more.eax, {5 /* BF16 */});
+  if (!avx512) return Isa::avx2;
+  const bool amx =
+      has_bits(states, {17, 18}) && has_bits(extended.edx, {22 /* AMX-BF16 */, 24 /* AMX-TILE */}) && request_tiles();
+  return amx ? Isa::amx : Isa::avx512;
+}
+
+#else
+
+Isa detect() { return Isa::portable; }
+
+#endif
+
+std::atomic<int>& current() {
+  static std::atomic<int> level{static_cast<int>(best_isa())};
+  return level;
+}
+
+}  // namespace
+
+Isa best_isa() {
+  static const Isa best = detect();
+  return best;
+}
+
+Isa current_isa() { return static_cast<Isa>(current().load(std::memory_order_relaxed)); }
+
+void set_isa(Isa isa) { current().store(static_cast<int>(isa), std::memory_order_relaxed); }
+
+const Kernels& kernels_of(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::amx: return kAmxKernels;
+    case Isa::avx512: return kAvx512Kernels;
+    case Isa::avx2: return kAvx2Kernels;
+    case Isa::portable: break;
+  }
+#else
+  (void)isa;
+#endif
+  return kPortableKernels;
+}
+
+}  // namespace qwen3_fp8_ascend::cpu

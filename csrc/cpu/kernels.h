@@ -1,0 +1,121 @@
+// What a kernel is given, and the table of kernels that each instruction set provides.
+//
+// Kernels are plain functions over a range of panels; they start no thread and allocate nothing.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace qwen3_fp8_ascend::cpu {
+
+enum class Dtype { bf16, fp16, fp32 };
+
+// Panels are 32 consecutive weight rows that share one row of scales. In a panel, four consecutive k make a quad of
+// 128 bytes, four for each row: k, k + 2, k + 1, k + 3. In 16-bit lanes the even bytes are then the pairs (k, k + 1) of
+// all rows and the odd bytes the pairs (k + 2, k + 3), in the order that vdpbf16ps and tdpbf16ps want, and no decoder
+// has to move anything across lanes. Rows and k beyond the weight's edge hold code zero.
+constexpr int kPanelRows = 32;
+constexpr int kQuadBytes = 4 * kPanelRows;
+
+// Kernels walk k in chunks of at most this many, none of which crosses a scale block.
+constexpr int kChunk = 128;
+
+struct Panel {
+  std::int32_t first_row;
+  std::int32_t rows;
+  std::int32_t scale_row;
+  std::int32_t has_nan;  // whether any code is NaN, which AVX2 decodes on a slower path
+};
+
+// How k is cut: into scale blocks, and those into chunks.
+struct Depth {
+  std::int64_t k;
+  std::int64_t block_k;
+  std::int64_t blocks;            // ceil(k / block_k)
+  std::int64_t chunks_per_block;  // ceil(block_k / kChunk)
+  std::int64_t chunks;
+
+  std::int64_t block_of(std::int64_t chunk) const { return chunk / chunks_per_block; }
+  std::int64_t start_of(std::int64_t chunk) const {
+    return block_of(chunk) * block_k + chunk % chunks_per_block * kChunk;
+  }
+  std::int64_t length_of(std::int64_t chunk) const {
+    const std::int64_t block_end = (block_of(chunk) + 1) * block_k;
+    const std::int64_t end = block_end < k ? block_end : k;
+    const std::int64_t length = end - start_of(chunk);
+    return length < kChunk ? length : kChunk;
+  }
+  std::int64_t padded() const { return (k + 3) / 4 * 4; }
+};
+
+struct Weight {
+  const std::uint8_t* codes;  // [panels][depth.padded()][kPanelRows]
+  const float* scales;        // [scale rows][depth.blocks]
+  const Panel* panels;
+  std::int64_t panel_count;
+  Depth depth;
+
+  const std::uint8_t* codes_of(std::int64_t panel) const { return codes + panel * depth.padded() * kPanelRows; }
+  const float* scales_of(std::int64_t panel) const { return scales + panels[panel].scale_row * depth.blocks; }
+};
+
+// Activations as bf16 terms: an output row is the sum of `terms` consecutive rows here. Behind the last k of a
+// chunk, values are zero up to the next multiple of 32. `capacity` >= `rows`; rows between them hold any number.
+struct Activation {
+  const std::uint16_t* values;  // [chunks][capacity][kChunk]
+  const float* scales;          // [chunks][capacity]
+  std::int64_t rows;
+  std::int64_t capacity;
+  int terms;
+
+  const std::uint16_t* values_of(std::int64_t chunk, std::int64_t row) const {
+    return values + (chunk * capacity + row) * kChunk;
+  }
+  const float* scales_of(std::int64_t chunk, std::int64_t row) const { return scales + chunk * capacity + row; }
+};
+
+struct Output {
+  void* y;           // (rows / terms, n), row stride n
+  const void* bias;  // (n) or null, of the same dtype
+  Dtype dtype;
+  std::int64_t n;
+};
+
+struct Problem {
+  Weight weight;
+  Activation activation;
+  Output output;
+};
+
+struct Kernels {
+  // Largest magnitude; NaN if any number is NaN.
+  float (*amax)(const void* x, Dtype dtype, std::int64_t count);
+  // x / scale rounded to the e4m3 grid, times the power of two `factor`, as exact bf16.
+  void (*quantize_values)(const void* x, Dtype dtype, std::int64_t count, float scale, float factor,
+                          std::uint16_t* values);
+  // The same, as e4m3 codes.
+  void (*quantize_codes)(const void* x, Dtype dtype, std::int64_t count, float scale, std::uint8_t* codes);
+  // x * factor as the exact sum of `terms` bf16, term t at values + t * term_stride. With `finite` false only
+  // infinities and NaN are kept, as the first term.
+  void (*split_values)(const void* x, Dtype dtype, std::int64_t count, float factor, bool finite, int terms,
+                       std::uint16_t* values, std::int64_t term_stride);
+  // code * scale, rounded once to dtype.
+  void (*dequantize)(const std::uint8_t* codes, std::int64_t count, float scale, Dtype dtype, void* out);
+  // `linear` decodes weights as code * 2^weight_exponent: activations or their scales must make up for it.
+  int weight_exponent;
+  // y for the weight rows of panels [begin, end); `scratch` is 64-byte aligned.
+  void (*linear)(const Problem& problem, std::int64_t begin, std::int64_t end, void* scratch);
+  // Bytes of `scratch` that `linear` needs.
+  std::size_t scratch_bytes;
+  // Rows of `activation` beyond which `linear` gains nothing; the caller splits longer batches.
+  std::int64_t max_rows;
+};
+
+extern const Kernels kPortableKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;
+#endif
+
+}  // namespace qwen3_fp8_ascend::cpu

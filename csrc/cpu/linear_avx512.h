@@ -1,0 +1,234 @@
+// Block-scaled linear with AVX-512 VBMI and BF16.
+//
+// Few rows: weights are decoded in registers and used at once. Many rows: a tile of one chunk x 64 weight rows is
+// decoded into L1 and used for all of them. In both, each output is one chain of vdpbf16ps per chunk in the order
+// of k, so that its bits depend neither on the number of rows nor on the number of threads.
+#pragma once
+
+#include "decode_avx512.h"
+#include "rows.h"
+
+namespace qwen3_fp8_ascend::cpu {
+namespace {
+
+constexpr int kHalf = 16;  // fp32 numbers in a register: half a panel
+constexpr int kTilePanels = 2;
+constexpr int kTileColumns = kTilePanels * kPanelRows;
+constexpr int kTileRows = 6;
+constexpr std::int64_t kRowBlock = 96;  // a multiple of kTileRows and of every number of terms
+constexpr std::int64_t kMaxRegisterRows = 7;
+
+struct Avx512Scratch {
+  alignas(64) std::uint16_t weights[kChunk / 2][kTileColumns * 2];  // [pair of k][weight row][2]
+  alignas(64) float sums[kRowBlock][kTileColumns];
+};
+
+inline __m512bh as_bf16(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
+
+inline __m512 dot_pair(__m512 sum, __m512i weights, std::int32_t x_pair) {
+  return _mm512_dpbf16_ps(sum, as_bf16(weights), as_bf16(_mm512_set1_epi32(x_pair)));
+}
+
+inline std::int32_t load_pair(const std::uint16_t* values) {
+  std::int32_t pair;
+  std::memcpy(&pair, values, sizeof pair);
+  return pair;
+}
+
+// All activation rows (exactly `Rows`) times `Panels` panels.
+template <int Rows, int Panels>
+void multiply_in_registers(const Problem& problem, std::int64_t panel, const TableDecoder& decode) {
+  const Weight& w = problem.weight;
+  const Activation& x = problem.activation;
+  alignas(64) float sums[Rows][Panels][kPanelRows] = {};
+  const std::uint8_t* codes[Panels];
+  for (int p = 0; p < Panels; ++p) codes[p] = w.codes_of(panel + p);
+  for (std::int64_t chunk = 0; chunk < w.depth.chunks; ++chunk) {
+    __m512 partial[Rows][Panels][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 2
+      for (int p = 0; p < Panels; ++p) partial[r][p][0] = partial[r][p][1] = _mm512_setzero_ps();
+    }
+    const std::uint16_t* values = x.values_of(chunk, 0);
+    const std::int64_t quads = (w.depth.length_of(chunk) + 3) / 4;
+    const std::int64_t offset = w.depth.start_of(chunk) * kPanelRows;
+    for (std::int64_t quad = 0; quad < quads; ++quad) {
+#pragma GCC unroll 2
+      for (int p = 0; p < Panels; ++p) {
+        const std::uint8_t* source = codes[p] + offset + quad * kQuadBytes;
+        const HalfQuad top = decode(source);
+        const HalfQuad bottom = decode(source + kQuadBytes / 2);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+          const std::int32_t x0 = load_pair(values + r * kChunk + quad * 4);
+          const std::int32_t x1 = load_pair(values + r * kChunk + quad * 4 + 2);
+          partial[r][p][0] = dot_pair(partial[r][p][0], top.pair0, x0);
+          partial[r][p][1] = dot_pair(partial[r][p][1], bottom.pair0, x0);
+          partial[r][p][0] = dot_pair(partial[r][p][0], top.pair1, x1);
+          partial[r][p][1] = dot_pair(partial[r][p][1], bottom.pair1, x1);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const __m512 x_scale = _mm512_set1_ps(*x.scales_of(chunk, r));
+#pragma GCC unroll 2
+      for (int p = 0; p < Panels; ++p) {
+        const __m512 w_scale = _mm512_set1_ps(w.scales_of(panel + p)[w.depth.block_of(chunk)]);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          float* sum = sums[r][p] + half * kHalf;
+          const __m512 scaled = _mm512_mul_ps(partial[r][p][half], x_scale);
+          _mm512_store_ps(sum, _mm512_fmadd_ps(scaled, w_scale, _mm512_load_ps(sum)));
+        }
+      }
+    }
+  }
+  for (int p = 0; p < Panels; ++p) store_panel(problem, panel + p, sums[0][p], Panels * kPanelRows, 0, Rows);
+}
+
+template <int Rows>
+void linear_in_registers(const Problem& problem, std::int64_t begin, std::int64_t end) {
+  const TableDecoder decode{kDecodeTables};
+  std::int64_t panel = begin;
+  if constexpr (Rows <= 4) {  // two panels at once hide the latency of the chain
+    for (; panel + 2 <= end; panel += 2) multiply_in_registers<Rows, 2>(problem, panel, decode);
+  }
+  for (; panel < end; ++panel) multiply_in_registers<Rows, 1>(problem, panel, decode);
+}
+
+// Decodes a chunk of `panels` panels; the second of one panel is left as it was.
+inline void decode_tile(const Weight& w, std::int64_t panel, int panels, std::int64_t chunk, const TableDecoder& decode,
+                        std::uint16_t (*out)[kTileColumns * 2]) {
+  const std::int64_t quads = (w.depth.length_of(chunk) + 3) / 4;
+  for (int p = 0; p < panels; ++p) {
+    const std::uint8_t* source = w.codes_of(panel + p) + w.depth.start_of(chunk) * kPanelRows;
+    for (std::int64_t quad = 0; quad < quads; ++quad) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const HalfQuad decoded = decode(source + quad * kQuadBytes + half * kQuadBytes / 2);
+        const int column = (p * 2 + half) * 2 * kHalf;
+        _mm512_store_si512(out[2 * quad] + column, decoded.pair0);
+        _mm512_store_si512(out[2 * quad + 1] + column, decoded.pair1);
+      }
+    }
+  }
+}
+
+struct Prefetch {
+  const std::uint8_t* source[kTilePanels];  // the next tile's codes, or any readable address
+};
+
+struct TileStep {
+  const std::uint16_t (*weights)[kTileColumns * 2];
+  const std::uint16_t* x;
+  std::int64_t pairs;
+  const float* x_scale;
+  const float* w_scale;  // of each panel
+  float (*sums)[kTileColumns];
+};
+
+// `Rows` activation rows times the decoded tile, scaled and added to `sums`.
+template <int Rows, bool Ahead>
+void multiply_tile(const TileStep& step, const Prefetch& next) {
+  __m512 partial[Rows][4];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) partial[r][v] = _mm512_setzero_ps();
+  }
+  for (std::int64_t pair = 0; pair < step.pairs; ++pair) {
+    if constexpr (Ahead) {
+      for (const std::uint8_t* source : next.source) {
+        _mm_prefetch(reinterpret_cast<const char*>(source + pair * 64), _MM_HINT_T0);
+      }
+    }
+    __m512i b[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) b[v] = _mm512_load_si512(step.weights[pair] + v * 2 * kHalf);
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+      const std::int32_t x_pair = load_pair(step.x + r * kChunk + 2 * pair);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) partial[r][v] = dot_pair(partial[r][v], b[v], x_pair);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+    const __m512 row_scale = _mm512_set1_ps(step.x_scale[r]);
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const __m512 scaled = _mm512_mul_ps(partial[r][v], row_scale);
+      float* sum = step.sums[r] + v * kHalf;
+      _mm512_store_ps(sum, _mm512_fmadd_ps(scaled, _mm512_set1_ps(step.w_scale[v / 2]), _mm512_load_ps(sum)));
+    }
+  }
+}
+
+inline void multiply_rest(const TileStep& step, std::int64_t rows, const Prefetch& next) {
+  switch (rows) {
+    case 1: return multiply_tile<1, false>(step, next);
+    case 2: return multiply_tile<2, false>(step, next);
+    case 3: return multiply_tile<3, false>(step, next);
+    case 4: return multiply_tile<4, false>(step, next);
+    case 5: return multiply_tile<5, false>(step, next);
+    default: return;
+  }
+}
+
+inline void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int64_t end, Avx512Scratch& scratch) {
+  const Weight& w = problem.weight;
+  const Activation& x = problem.activation;
+  const TableDecoder decode{kDecodeTables};
+  for (std::int64_t row0 = 0; row0 < x.rows; row0 += kRowBlock) {
+    const std::int64_t rows = x.rows - row0 < kRowBlock ? x.rows - row0 : kRowBlock;
+    for (std::int64_t panel = begin; panel < end; panel += kTilePanels) {
+      const int panels = end - panel < kTilePanels ? 1 : kTilePanels;
+      std::memset(scratch.sums, 0, static_cast<std::size_t>(rows) * sizeof scratch.sums[0]);
+      for (std::int64_t chunk = 0; chunk < w.depth.chunks; ++chunk) {
+        decode_tile(w, panel, panels, chunk, decode, scratch.weights);
+        const std::int64_t pairs = (w.depth.length_of(chunk) + 3) / 4 * 2;
+        const std::int64_t block = w.depth.block_of(chunk);
+        const float w_scale[kTilePanels] = {w.scales_of(panel)[block], w.scales_of(panel + panels - 1)[block]};
+        // Past the last chunk of a panel, the next panel's codes follow.
+        Prefetch next;
+        const std::int64_t ahead = (w.depth.start_of(chunk) + w.depth.length_of(chunk)) * kPanelRows;
+        next.source[0] = w.codes_of(panel) + ahead;
+        next.source[1] = w.codes_of(panel + panels - 1) + ahead;
+        const std::uint16_t* values = x.values_of(chunk, row0);
+        const float* x_scale = x.scales_of(chunk, row0);
+        std::int64_t row = 0;
+        for (; row + kTileRows <= rows; row += kTileRows) {
+          const TileStep step{scratch.weights, values + row * kChunk, pairs, x_scale + row, w_scale, scratch.sums + row};
+          if (row == 0) {
+            multiply_tile<kTileRows, true>(step, next);
+          } else {
+            multiply_tile<kTileRows, false>(step, next);
+          }
+        }
+        multiply_rest(
+            {scratch.weights, values + row * kChunk, pairs, x_scale + row, w_scale, scratch.sums + row}, rows - row, next);
+      }
+      for (int p = 0; p < panels; ++p) {
+        store_panel(problem, panel + p, scratch.sums[0] + p * kPanelRows, kTileColumns, row0, rows);
+      }
+    }
+  }
+}
+
+inline void linear_avx512(const Problem& problem, std::int64_t begin, std::int64_t end, void* scratch) {
+  switch (problem.activation.rows) {
+    case 1: return linear_in_registers<1>(problem, begin, end);
+    case 2: return linear_in_registers<2>(problem, begin, end);
+    case 3: return linear_in_registers<3>(problem, begin, end);
+    case 4: return linear_in_registers<4>(problem, begin, end);
+    case 5: return linear_in_registers<5>(problem, begin, end);
+    case 6: return linear_in_registers<6>(problem, begin, end);
+    case 7: return linear_in_registers<7>(problem, begin, end);
+    default: return linear_in_tiles(problem, begin, end, *static_cast<Avx512Scratch*>(scratch));
+  }
+}
+
+}  // namespace
+}  // namespace qwen3_fp8_ascend::cpu

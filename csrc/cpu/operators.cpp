@@ -1,0 +1,210 @@
+// torch.ops.qwen3_fp8_ascend.cpu_*: argument checks and registration, through torch's stable ABI only, so that one
+// library serves every Python and every torch since 2.10.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <tuple>
+
+#include "isa.h"
+#include "linear.h"
+#include "pack.h"
+
+namespace qwen3_fp8_ascend::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+// A precondition of an operator; the parts of the message are put together only when it does not hold.
+template <class... Parts>
+void require(bool holds, const Parts&... parts) {
+  if (!holds) fail("qwen3_fp8_ascend: ", parts...);
+}
+
+void require_cpu(const Tensor& tensor, const char* name, std::int64_t dim) {
+  require(tensor.is_cpu(), name, " must be on the CPU");
+  require(tensor.dim() == dim, name, " must have ", dim, " dimensions, got ", tensor.dim());
+}
+
+void require_contiguous(const Tensor& tensor, const char* name, std::int64_t dim, ScalarType dtype,
+                        const char* dtype_name) {
+  require_cpu(tensor, name, dim);
+  require(tensor.scalar_type() == dtype, name, " must be ", dtype_name);
+  require(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+std::optional<Dtype> float_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::fp16;
+    case ScalarType::Float: return Dtype::fp32;
+    default: return std::nullopt;
+  }
+}
+
+Dtype require_float(ScalarType type, const char* name) {
+  const std::optional<Dtype> dtype = float_dtype(type);
+  require(dtype.has_value(), name, " must be bfloat16, float16 or float32");
+  return *dtype;
+}
+
+// e4m3 codes, as such or as bytes.
+void require_codes(const Tensor& tensor, const char* name, std::int64_t dim) {
+  require_cpu(tensor, name, dim);
+  const ScalarType type = tensor.scalar_type();
+  require(type == ScalarType::Float8_e4m3fn || type == ScalarType::Byte, name, " must be float8_e4m3fn or uint8");
+  require(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+Rows rows_of(const Tensor& x) {
+  require_cpu(x, "x", 2);
+  const Dtype dtype = require_float(x.scalar_type(), "x");
+  require(x.size(1) <= 1 || x.stride(1) == 1, "x must be contiguous in its last dimension");
+  return {x.const_data_ptr(), dtype, x.size(0), x.stride(0)};
+}
+
+// The panels cover rows 0..n-1 in order, each within the bounds of the codes and scales that go with it.
+const Panel* require_panels(const Tensor& panels, std::int64_t n, std::int64_t scale_rows) {
+  static_assert(sizeof(Panel) == 4 * sizeof(std::int32_t));
+  require_contiguous(panels, "panels", 2, ScalarType::Int, "int32");
+  require(panels.size(1) == 4, "panels must have shape (panels, 4), got ", panels.size(1), " columns");
+  const auto* table = reinterpret_cast<const Panel*>(panels.const_data_ptr<std::int32_t>());
+  std::int64_t row = 0;
+  for (std::int64_t i = 0; i < panels.size(0); ++i) {
+    const Panel& panel = table[i];
+    require(panel.first_row == row && panel.rows >= 1 && panel.rows <= kPanelRows, "panel ", i, " is wrong: first row ",
+            panel.first_row, " (expected ", row, "), rows ", panel.rows);
+    require(panel.scale_row >= 0 && panel.scale_row < scale_rows, "panel ", i, " names scale row ", panel.scale_row,
+            " of ", scale_rows);
+    row += panel.rows;
+  }
+  require(row == n, "the panels hold ", row, " rows, expected ", n);
+  return table;
+}
+
+void require_packed_shape(const Tensor& codes, std::int64_t panels, const Depth& depth) {
+  require_contiguous(codes, "codes", 3, ScalarType::Byte, "uint8");
+  require(codes.size(0) == panels && codes.size(1) == depth.padded() && codes.size(2) == kPanelRows,
+          "codes must have shape (", panels, ", ", depth.padded(), ", ", kPanelRows, "), got (", codes.size(0), ", ",
+          codes.size(1), ", ", codes.size(2), ")");
+}
+
+void cpu_pack(Tensor weight, Tensor panels, Tensor codes) {
+  require_codes(weight, "weight", 2);
+  const std::int64_t k = weight.size(1);
+  require_panels(panels, weight.size(0), std::int64_t{1} << 31);
+  require_packed_shape(codes, panels.size(0), make_depth(k, kChunk));
+  auto* table = reinterpret_cast<Panel*>(panels.mutable_data_ptr<std::int32_t>());
+  pack_weight(static_cast<const std::uint8_t*>(weight.const_data_ptr()), k, table, panels.size(0),
+              codes.mutable_data_ptr<std::uint8_t>());
+}
+
+Tensor cpu_block_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, std::optional<Tensor> bias,
+                        std::int64_t n, std::int64_t k, std::int64_t block_k, bool quantize) {
+  const Rows rows = rows_of(x);
+  require(n >= 0 && k >= 0, "n and k must not be negative, got ", n, " and ", k);
+  require(x.size(1) == k, "x must have shape (m, ", k, "), got (", x.size(0), ", ", x.size(1), ")");
+  require(block_k >= 4 && block_k % 4 == 0, "block_k must be a positive multiple of 4, got ", block_k);
+  const Depth depth = make_depth(k, block_k);
+  require_contiguous(scales, "scales", 2, ScalarType::Float, "float32");
+  require(scales.size(1) == depth.blocks, "scales must have ", depth.blocks, " columns, got ", scales.size(1));
+  const Panel* table = require_panels(panels, n, scales.size(0));
+  require_packed_shape(codes, panels.size(0), depth);
+  const void* bias_data = nullptr;
+  if (bias.has_value()) {
+    require_cpu(*bias, "bias", 1);
+    require(bias->scalar_type() == x.scalar_type(), "bias must have the dtype of x");
+    require(bias->is_contiguous() && bias->size(0) == n, "bias must be contiguous and have ", n, " elements");
+    bias_data = bias->const_data_ptr();
+  }
+  const std::int64_t shape[2] = {x.size(0), n};
+  Tensor y = torch::stable::empty({shape, 2}, x.scalar_type(), std::nullopt, x.device());
+  const Weight weight{codes.const_data_ptr<std::uint8_t>(), scales.const_data_ptr<float>(), table, panels.size(0),
+                      depth};
+  block_linear(rows, weight, quantize, {y.mutable_data_ptr(), bias_data, rows.dtype, n});
+  return y;
+}
+
+std::tuple<Tensor, Tensor> cpu_quantize_activation(Tensor x, std::int64_t block_k) {
+  const Rows rows = rows_of(x);
+  require(block_k >= 1, "block_k must be positive, got ", block_k);
+  const std::int64_t k = x.size(1);
+  const std::int64_t codes_shape[2] = {rows.rows, k};
+  const std::int64_t scale_shape[2] = {rows.rows, (k + block_k - 1) / block_k};
+  Tensor codes = torch::stable::empty({codes_shape, 2}, ScalarType::Float8_e4m3fn, std::nullopt, x.device());
+  Tensor scale = torch::stable::empty({scale_shape, 2}, ScalarType::Float, std::nullopt, x.device());
+  quantize_activation(rows, k, block_k, static_cast<std::uint8_t*>(codes.mutable_data_ptr()),
+                      scale.mutable_data_ptr<float>());
+  return {codes, scale};
+}
+
+Tensor cpu_dequantize_weight(Tensor weight, Tensor scales, Tensor scale_rows, std::int64_t block_k, ScalarType dtype) {
+  require_codes(weight, "weight", 2);
+  const std::int64_t n = weight.size(0);
+  const std::int64_t k = weight.size(1);
+  require(block_k >= 1, "block_k must be positive, got ", block_k);
+  require_contiguous(scales, "scales", 2, ScalarType::Float, "float32");
+  const std::int64_t blocks = (k + block_k - 1) / block_k;
+  require(scales.size(1) == blocks, "scales must have ", blocks, " columns, got ", scales.size(1));
+  require_contiguous(scale_rows, "scale_rows", 1, ScalarType::Int, "int32");
+  require(scale_rows.size(0) == n, "scale_rows must have ", n, " elements, got ", scale_rows.size(0));
+  const auto* rows = scale_rows.const_data_ptr<std::int32_t>();
+  for (std::int64_t i = 0; i < n; ++i) {
+    require(rows[i] >= 0 && rows[i] < scales.size(0), "scale_rows[", i, "] is ", rows[i], " of ", scales.size(0));
+  }
+  const Dtype out_dtype = require_float(dtype, "dtype");
+  const std::int64_t shape[2] = {n, k};
+  Tensor out = torch::stable::empty({shape, 2}, dtype, std::nullopt, weight.device());
+  dequantize_weight(static_cast<const std::uint8_t*>(weight.const_data_ptr()), n, k, scales.const_data_ptr<float>(),
+                    rows, block_k, out_dtype, out.mutable_data_ptr());
+  return out;
+}
+
+std::int64_t cpu_best_isa() { return static_cast<std::int64_t>(best_isa()); }
+std::int64_t cpu_current_isa() { return static_cast<std::int64_t>(current_isa()); }
+
+void cpu_set_isa(std::int64_t level) {
+  require(level >= 0 && level <= cpu_best_isa(), "instruction set ", level, " is not one of 0..", cpu_best_isa());
+  set_isa(static_cast<Isa>(level));
+}
+
+}  // namespace
+}  // namespace qwen3_fp8_ascend::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
+  m.def("cpu_pack(Tensor weight, Tensor(a!) panels, Tensor(b!) codes) -> ()");
+  m.def(
+      "cpu_block_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, Tensor? bias, int n, int k, "
+      "int block_k, bool quantize_activation) -> Tensor");
+  m.def("cpu_quantize_activation(Tensor x, int block_k) -> (Tensor, Tensor)");
+  m.def(
+      "cpu_dequantize_weight(Tensor weight, Tensor scales, Tensor scale_rows, int block_k, ScalarType dtype) "
+      "-> Tensor");
+  m.def("cpu_best_isa() -> int");
+  m.def("cpu_current_isa() -> int");
+  m.def("cpu_set_isa(int level) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, CPU, m) {
+  m.impl("cpu_pack", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_pack));
+  m.impl("cpu_block_linear", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_block_linear));
+  m.impl("cpu_quantize_activation", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_quantize_activation));
+  m.impl("cpu_dequantize_weight", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_dequantize_weight));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, CompositeExplicitAutograd, m) {
+  m.impl("cpu_best_isa", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_best_isa));
+  m.impl("cpu_current_isa", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_current_isa));
+  m.impl("cpu_set_isa", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_set_isa));
+}

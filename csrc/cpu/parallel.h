@@ -1,0 +1,22 @@
+// The one way to more threads: torch's own pool, so that a process has a single OpenMP runtime, bound as its owner
+// bound it. Ranges are contiguous, and nothing computed depends on where they are cut.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+
+namespace qwen3_fp8_ascend::cpu {
+
+// Calls body(begin, end) for parts of [0, count) of at least `grain`.
+template <class Body>
+void parallel(std::int64_t count, std::int64_t grain, const Body& body) {
+  if (count <= 0) return;
+  if (count <= grain) {
+    body(std::int64_t{0}, count);
+  } else {
+    torch::stable::parallel_for(0, count, grain, body);
+  }
+}
+
+}  // namespace qwen3_fp8_ascend::cpu

@@ -1,0 +1,204 @@
+// Work on runs of numbers (quantize, split, dequantize, store), written as plain loops that the compiler
+// vectorises for the instruction set of the file that includes this. Internal linkage: see numbers.h.
+#pragma once
+
+#include "kernels.h"
+#include "numbers.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace qwen3_fp8_ascend::cpu {
+namespace {
+
+constexpr std::int64_t kRun = 128;
+
+// Calls body(i) for i in [0, count). A whole run gets a loop of its own, whose length the compiler knows.
+template <class Body>
+inline void for_each(std::int64_t count, const Body& body) {
+  if (count == kRun) {
+    for (int i = 0; i < static_cast<int>(kRun); ++i) body(i);
+  } else {
+    for (int i = 0; i < static_cast<int>(count); ++i) body(i);
+  }
+}
+
+// `count` <= kRun numbers from x + offset, as fp32.
+inline void load_run(const void* x, Dtype dtype, std::int64_t offset, std::int64_t count, float* out) {
+  if (dtype == Dtype::fp32) {
+    std::memcpy(out, static_cast<const float*>(x) + offset, static_cast<std::size_t>(count) * sizeof(float));
+    return;
+  }
+  const auto* bits = static_cast<const std::uint16_t*>(x) + offset;
+  if (dtype == Dtype::bf16) {
+    for_each(count, [=](int i) { out[i] = fp32_of_bf16(bits[i]); });
+    return;
+  }
+  std::int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8) {
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits + i))));
+  }
+#endif
+  for (; i < count; ++i) out[i] = fp32_of_fp16(bits[i]);
+}
+
+// Rounds to dtype; `count` <= kRun.
+inline void store_run(const float* values, std::int64_t count, Dtype dtype, void* out, std::int64_t offset) {
+  if (dtype == Dtype::fp32) {
+    std::memcpy(static_cast<float*>(out) + offset, values, static_cast<std::size_t>(count) * sizeof(float));
+    return;
+  }
+  auto* bits = static_cast<std::uint16_t*>(out) + offset;
+  if (dtype == Dtype::bf16) {
+    for (std::int64_t i = 0; i < count; ++i) bits[i] = bf16_of_fp32(values[i]);
+    return;
+  }
+  std::int64_t i = 0;
+#if defined(__F16C__)
+  for (; i + 8 <= count; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(bits + i), half);
+  }
+#endif
+  for (; i < count; ++i) bits[i] = fp16_of_fp32(values[i]);
+}
+
+inline float amax(const void* x, Dtype dtype, std::int64_t count) {
+  // Magnitudes compare as integers, and a NaN compares above infinity: the maximum keeps it.
+  std::int32_t largest = 0;
+  float run[kRun];
+  for (std::int64_t start = 0; start < count; start += kRun) {
+    const std::int64_t length = count - start < kRun ? count - start : kRun;
+    load_run(x, dtype, start, length, run);
+    for_each(length, [&](int i) {
+      const auto magnitude = static_cast<std::int32_t>(bits_of(run[i]) & 0x7fffffffu);
+      largest = magnitude > largest ? magnitude : largest;
+    });
+  }
+  return float_of(static_cast<std::uint32_t>(largest));
+}
+
+constexpr std::int32_t kLeastNormal = (127 - 6) << 23;  // bits of the smallest normal e4m3 number, 2^-6
+
+// Nearest e4m3 value (ties to even), clamped to +-448; a NaN stays NaN.
+inline float round_to_e4m3(float value) {
+  const std::uint32_t sign = bits_of(value) & 0x80000000u;
+  float magnitude = float_of(bits_of(value) & 0x7fffffffu);
+  magnitude = magnitude > kE4m3Max ? kE4m3Max : magnitude;
+  const auto exponent = static_cast<std::int32_t>(bits_of(magnitude) & kFp32Infinity);
+  const std::int32_t floored = exponent > kLeastNormal ? exponent : kLeastNormal;
+  // 1.5 * 2^(e + 20) has the spacing of e4m3 numbers of exponent e in its last bit, so that adding it rounds.
+  const float anchor = float_of(static_cast<std::uint32_t>(floored) + (20u << 23)) * 1.5f;
+  return float_of(bits_of((magnitude + anchor) - anchor) | sign);
+}
+
+// Code of a number that is on the e4m3 grid, or NaN.
+inline std::uint8_t code_of(float value) {
+  const std::uint32_t bits = bits_of(value) & 0x7fffffffu;
+  const auto comparable = static_cast<std::int32_t>(bits);  // few instruction sets compare unsigned numbers
+  const std::uint32_t sign = (bits_of(value) >> 24) & 0x80u;
+  const std::uint32_t normal = (bits >> 20) - (120u << 3);
+  // 2^14 has the spacing of e4m3 subnormals in its last bit.
+  const std::uint32_t subnormal = bits_of(float_of(bits) + 16384.0f) & 7u;
+  const std::uint32_t finite = sign | (comparable < kLeastNormal ? subnormal : normal);
+  return static_cast<std::uint8_t>(comparable > static_cast<std::int32_t>(kFp32Infinity) ? kNanCode : finite);
+}
+
+inline void quantize_values(const void* x, Dtype dtype, std::int64_t count, float scale, float factor,
+                            std::uint16_t* values) {
+  float run[kRun];
+  for (std::int64_t start = 0; start < count; start += kRun) {
+    const std::int64_t length = count - start < kRun ? count - start : kRun;
+    load_run(x, dtype, start, length, run);
+    std::uint16_t* out = values + start;
+    for_each(length, [&](int i) {
+      out[i] = static_cast<std::uint16_t>(bits_of(round_to_e4m3(run[i] / scale) * factor) >> 16);
+    });
+  }
+}
+
+inline void quantize_codes(const void* x, Dtype dtype, std::int64_t count, float scale, std::uint8_t* codes) {
+  float run[kRun];
+  for (std::int64_t start = 0; start < count; start += kRun) {
+    const std::int64_t length = count - start < kRun ? count - start : kRun;
+    load_run(x, dtype, start, length, run);
+    std::uint8_t* out = codes + start;
+    for_each(length, [&](int i) { out[i] = code_of(round_to_e4m3(run[i] / scale)); });
+  }
+}
+
+inline void split_values(const void* x, Dtype dtype, std::int64_t count, float factor, bool finite, int terms,
+                         std::uint16_t* values, std::int64_t term_stride) {
+  float run[kRun];
+  for (std::int64_t start = 0; start < count; start += kRun) {
+    const std::int64_t length = count - start < kRun ? count - start : kRun;
+    load_run(x, dtype, start, length, run);
+    if (finite) {
+      for_each(length, [&](int i) { run[i] *= factor; });
+    } else {
+      for (std::int64_t i = 0; i < length; ++i) {
+        run[i] = (bits_of(run[i]) & kFp32Infinity) == kFp32Infinity ? run[i] : 0.0f;
+      }
+    }
+    for (int term = 0; term < terms; ++term) {
+      std::uint16_t* out = values + term * term_stride + start;
+      for_each(length, [&](int i) {
+        out[i] = bf16_of_fp32(run[i]);
+        run[i] = finite ? run[i] - fp32_of_bf16(out[i]) : 0.0f;
+      });
+    }
+  }
+}
+
+inline void dequantize(const std::uint8_t* codes, std::int64_t count, float scale, Dtype dtype, void* out) {
+  float run[kRun];
+  for (std::int64_t start = 0; start < count; start += kRun) {
+    const std::int64_t length = count - start < kRun ? count - start : kRun;
+    for (std::int64_t i = 0; i < length; ++i) {
+      const std::uint32_t code = codes[start + i];
+      const std::uint32_t magnitude = code & 0x7fu;
+      const std::uint32_t normal = (magnitude << 20) + (120u << 23);
+      // 2^14 + m * 2^-9 is exact, and so is the difference.
+      const std::uint32_t subnormal = bits_of(float_of(bits_of(16384.0f) | magnitude) - 16384.0f);
+      const std::uint32_t finite = magnitude < 8 ? subnormal : normal;
+      run[i] = float_of((magnitude == kNanCode ? 0x7fc00000u : finite) | (code & 0x80u) << 24) * scale;
+    }
+    store_run(run, length, dtype, out, start);
+  }
+}
+
+// Adds up the terms of each output row, rounds once, and adds the bias in the output's own arithmetic.
+// sums: (rows, ld) fp32, the panel's 32 columns first; row_begin counts rows of the activation.
+inline void store_panel(const Problem& problem, std::int64_t panel, const float* sums, std::int64_t ld,
+                        std::int64_t row_begin, std::int64_t rows) {
+  const Panel& target = problem.weight.panels[panel];
+  const Output& output = problem.output;
+  const int terms = problem.activation.terms;
+  float bias[kPanelRows];
+  if (output.bias != nullptr) load_run(output.bias, output.dtype, target.first_row, target.rows, bias);
+  for (std::int64_t row = 0; row < rows; row += terms) {
+    float values[kPanelRows];
+    const float* smallest = sums + (row + terms - 1) * ld;
+    for (int i = 0; i < kPanelRows; ++i) values[i] = smallest[i];
+    for (int term = terms - 2; term >= 0; --term) {
+      for (int i = 0; i < kPanelRows; ++i) values[i] += sums[(row + term) * ld + i];
+    }
+    const std::int64_t offset = (row_begin + row) / terms * output.n + target.first_row;
+    if (output.bias != nullptr) {
+      std::uint32_t rounded[kPanelRows];
+      store_run(values, target.rows, output.dtype, rounded, 0);
+      load_run(rounded, output.dtype, 0, target.rows, values);
+      for (std::int64_t i = 0; i < target.rows; ++i) values[i] += bias[i];
+    }
+    if (target.rows == kPanelRows) {
+      store_run(values, kPanelRows, output.dtype, output.y, offset);
+    } else {
+      store_run(values, target.rows, output.dtype, output.y, offset);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qwen3_fp8_ascend::cpu

@@ -1,0 +1,3 @@
+from qwen3_fp8_ascend.cli import main
+
+main()

@@ -1,0 +1,177 @@
+"""The CPU backend: C++ kernels that decode e4m3 weights in registers (csrc/cpu), one byte a weight.
+
+The library holds one level of kernels per instruction set and uses the best that the machine has;
+`QWEN3_FP8_ASCEND_CPU_ISA` lowers it.
+"""
+
+from __future__ import annotations
+
+import functools
+import mmap
+import os
+from pathlib import Path
+
+import torch
+
+from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
+from qwen3_fp8_ascend.format import BlockSize, ShardGrid, ceil_div
+
+ENVIRONMENT_VARIABLE = "QWEN3_FP8_ASCEND_CPU_ISA"
+
+LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
+
+ISAS = ("portable", "avx2", "avx512", "amx")
+"""Levels of kernels from lowest to highest; a machine that has one has those before it.
+
+avx512 needs F, BW, VL, DQ, VBMI, VBMI2 and BF16 (Zen 4, Sapphire Rapids and later); amx adds AMX-BF16.
+"""
+
+PANEL_ROWS = 32
+"""Weight rows that are laid out together; a panel never crosses a scale block or a shard."""
+
+HUGE_PAGE = 1 << 21
+
+_OPS = torch.ops.qwen3_fp8_ascend
+
+
+@functools.cache
+def _load() -> str | None:
+    """Load the library and choose the instruction set; the reason why not, or None."""
+    if not LIBRARY.is_file():
+        return (
+            f"the C++ library {LIBRARY.name} was not built; reinstall with a C++ compiler present: "
+            "pip install --no-build-isolation --force-reinstall --no-deps qwen3-fp8-ascend"
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return (
+            f"the C++ library {LIBRARY.name} cannot be loaded ({error}); "
+            f"it needs torch 2.10 or newer (here: {torch.__version__}) and the processor type it was built for"
+        )
+    _register_fakes()
+    forced = os.environ.get(ENVIRONMENT_VARIABLE)
+    if forced:
+        if forced not in ISAS:
+            return f"{ENVIRONMENT_VARIABLE}={forced!r} is unknown; it can be {', '.join(isas())} on this machine"
+        if forced not in isas():
+            return f"{ENVIRONMENT_VARIABLE}={forced!r} is not available; this machine has {', '.join(isas())}"
+        set_isa(forced)
+    return None
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this machine can run, from lowest to highest."""
+    return ISAS[: _OPS.cpu_best_isa() + 1]
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return ISAS[_OPS.cpu_current_isa()]
+
+
+def set_isa(name: str) -> None:
+    """Use another instruction set from now on, in the whole process; meant for tests and benchmarks.
+
+    Raises:
+        RuntimeError: this machine does not have it.
+        ValueError: there is no such level.
+    """
+    _OPS.cpu_set_isa(ISAS.index(name))
+
+
+def _register_fakes() -> None:
+    def block_linear(
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        panels: torch.Tensor,
+        bias: torch.Tensor | None,
+        n: int,
+        k: int,
+        block_k: int,
+        quantize_activation: bool,
+    ) -> torch.Tensor:
+        return x.new_empty((x.shape[0], n))
+
+    def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = ceil_div(x.shape[1], block_k)
+        return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], groups), dtype=torch.float32)
+
+    def dequantize_weight(
+        weight: torch.Tensor, scales: torch.Tensor, scale_rows: torch.Tensor, block_k: int, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return weight.new_empty(weight.shape, dtype=dtype)
+
+    def pack(weight: torch.Tensor, panels: torch.Tensor, codes: torch.Tensor) -> None:
+        return None
+
+    for function in (block_linear, quantize_activation, dequantize_weight, pack):
+        torch.library.register_fake(f"qwen3_fp8_ascend::cpu_{function.__name__}", function)
+
+
+def _empty_codes(shape: tuple[int, int, int]) -> torch.Tensor:
+    """Uninitialised bytes on 2 MiB pages where the system has them: without, reading weights is half as fast."""
+    size = shape[0] * shape[1] * shape[2]
+    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=torch.uint8)
+    # Only whole, aligned 2 MiB ranges become huge pages, so the codes start at one; what lies before is never touched.
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    offset = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+    return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset).view(shape)
+
+
+def _panel_table(grid: ShardGrid) -> torch.Tensor:
+    """First row, rows and scale row of each panel, and room for a mark that `cpu_pack` sets."""
+    rows = [
+        (span.start + first, min(PANEL_ROWS, span.rows - first), span.scale_row, 0)
+        for span in grid.spans()
+        for first in range(0, span.rows, PANEL_ROWS)
+    ]
+    return torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
+
+
+def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[torch.Tensor, ...]:
+    panels = _panel_table(grid)
+    codes = _empty_codes((panels.shape[0], ceil_div(grid.k, 4) * 4, PANEL_ROWS))
+    _OPS.cpu_pack(weight, panels, codes)
+    return codes, scale.clone(), panels
+
+
+def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    codes, scales, panels = packed.tensors
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    grid = packed.grid
+    return _OPS.cpu_block_linear(x, codes, scales, panels, bias, grid.n, grid.k, grid.block.k, activation == "dynamic")
+
+
+def _quantize(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _OPS.cpu_quantize_activation(x, block_k)
+
+
+def _dequantize(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:
+    rows = [span.scale_row for span in grid.spans() for _ in range(span.rows)]
+    return _OPS.cpu_dequantize_weight(weight, scale, torch.tensor(rows, dtype=torch.int32), grid.block.k, dtype)
+
+
+def _unsupported(block: BlockSize) -> str | None:
+    if block.n < PANEL_ROWS or block.k < 4 or block.k % 4:
+        return f"needs blocks of at least {PANEL_ROWS} rows and a multiple of 4 columns, not {block}"
+    return None
+
+
+BACKEND = Backend(
+    name="cpu",
+    summary="C++ kernels for AMX, AVX-512, AVX2 or any processor; weights decoded in registers",
+    computes=frozenset({"w8a8", "w8a16"}),
+    device_types=frozenset({"cpu"}),
+    unusable=_load,
+    pack=_pack,
+    linear=_linear,
+    quantize_activation=_quantize,
+    dequantize_weight=_dequantize,
+    unsupported=_unsupported,
+    detail=isa,
+)

@@ -1,0 +1,71 @@
+"""What is wrong with a checkpoint, as data: to be listed by `inspect` or raised as an error."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+
+Severity = Literal["error", "warning"]
+
+
+@dataclass(frozen=True, slots=True)
+class Anomaly:
+    """One finding: what is wrong, where, what was expected instead, what was found, and what to do about it.
+
+    An error makes the checkpoint unusable; a warning does not.
+    """
+
+    what: str
+    file: str | None = None
+    tensor: str | None = None
+    expected: str | None = None
+    got: str | None = None
+    fix: str | None = None
+    severity: Severity = "error"
+
+    @property
+    def where(self) -> str | None:
+        """File and tensor in one line."""
+        return ", ".join(part for part in (self.file, self.tensor) if part) or None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class CheckpointError(BlockFp8Error):
+    """A `BlockFp8Error` that keeps its parts, so that `inspect` can list it beside other findings."""
+
+    def __init__(self, anomaly: Anomaly, more: int = 0) -> None:
+        self.anomaly = anomaly
+        self.more = more
+        what = anomaly.what
+        if more:
+            what += f" (and {more} more; `qwen3-fp8-ascend inspect` lists them all)"
+        super().__init__(what, where=anomaly.where, expected=anomaly.expected, got=anomaly.got, fix=anomaly.fix)
+
+    def __reduce__(self) -> tuple[type[CheckpointError], tuple[Anomaly, int]]:
+        return CheckpointError, (self.anomaly, self.more)
+
+
+def fault(
+    what: str,
+    *,
+    file: str | None = None,
+    tensor: str | None = None,
+    expected: object = None,
+    got: object = None,
+    fix: str | None = None,
+) -> CheckpointError:
+    """A `CheckpointError` from its parts, ready to be raised."""
+    return CheckpointError(
+        Anomaly(
+            what,
+            file=file,
+            tensor=tensor,
+            expected=None if expected is None else str(expected),
+            got=None if got is None else str(got),
+            fix=fix,
+        )
+    )

@@ -1,0 +1,119 @@
+"""Turn a block-FP8 checkpoint back into a plain bf16, fp16 or fp32 one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen3_fp8_ascend.checkpoints.anomaly import fault
+from qwen3_fp8_ascend.checkpoints.folder import QUANTIZATION_KEYS, read_checkpoint
+from qwen3_fp8_ascend.checkpoints.header import TensorEntry
+from qwen3_fp8_ascend.checkpoints.inspect import DOWNLOAD_AGAIN, E4M3, check_checkpoint
+from qwen3_fp8_ascend.checkpoints.rewrite import RewriteSummary, rewrite_checkpoint
+from qwen3_fp8_ascend.checkpoints.shard import SAFETENSORS_DTYPES, ShardReader, ShardWriter, TensorSpec
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import SCALE_SUFFIX, WEIGHT_SUFFIX, BlockSize, ceil_div
+from qwen3_fp8_ascend.ops import check_scale_values, count_nan_codes
+from qwen3_fp8_ascend.reference import dequantize_weight
+
+TARGET_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CHUNK_ELEMENTS = 4 << 20
+
+
+def dequantize_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> RewriteSummary:
+    """Write a copy of a block-FP8 checkpoint with float weights and without quantization_config.
+
+    Raises:
+        BlockFp8Error: the source is not block FP8 or has an anomaly; a weight has NaN codes, bad scales, or values
+            beyond `dtype`; or as for `rewrite_checkpoint`.
+    Semantics: `qwen3_fp8_ascend.reference.dequantize_weight` for each weight; all other tensors stay as they are.
+    """
+    if dtype not in TARGET_DTYPES:
+        raise BlockFp8Error(
+            "weights dequantize to a floating-point dtype", expected=", ".join(map(str, TARGET_DTYPES)), got=dtype
+        )
+    report = check_checkpoint(source)
+    checkpoint = read_checkpoint(Path(source))
+    assert report.config is not None  # check_checkpoint refuses anything else
+    conversion = _Dequantization(report.config.block, dtype, checkpoint.tensors)
+    return rewrite_checkpoint(checkpoint, destination, conversion, progress=progress, overwrite=overwrite)
+
+
+@dataclass(frozen=True)
+class _Dequantization:
+    block: BlockSize
+    dtype: torch.dtype
+    tensors: Mapping[str, TensorEntry]
+    operation: str = "dequantize"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"block": list(self.block), "dtype": SAFETENSORS_DTYPES[self.dtype]}
+
+    def outputs(self, tensor: TensorEntry) -> Sequence[TensorSpec]:
+        if tensor.name.endswith(SCALE_SUFFIX):
+            return []
+        dtype = SAFETENSORS_DTYPES[self.dtype] if tensor.dtype == E4M3 else tensor.dtype
+        return [TensorSpec(tensor.name, dtype, tensor.shape)]
+
+    def convert(self, tensor: TensorEntry, reader: ShardReader, writer: ShardWriter) -> None:
+        if tensor.name.endswith(SCALE_SUFFIX):
+            return  # read beside its weight, which may be in another file
+        n, k = tensor.shape
+        entry = self.tensors[tensor.name.removesuffix(WEIGHT_SUFFIX) + SCALE_SUFFIX]
+        scale = reader.read_rows(entry, 0, entry.shape[0])
+        check_scale_values(scale, where=f"{entry.file}, {entry.name}")
+        rows = max(1, CHUNK_ELEMENTS // max(1, k) // self.block.n) * self.block.n
+        nan_codes = overflows = 0
+        for start in range(0, n, rows):
+            codes = reader.read_rows(tensor, start, min(rows, n - start))
+            nan_codes += count_nan_codes(codes)
+            first = start // self.block.n
+            part = scale[first : first + ceil_div(codes.shape[0], self.block.n)]
+            weight = dequantize_weight(codes, part, self.dtype, block=self.block)
+            if weight.numel() and not torch.isfinite(weight.abs().amax()):
+                overflows += weight.numel() - int(torch.isfinite(weight).sum())
+            writer.write(tensor.name, start * k * self.dtype.itemsize, weight)
+        if nan_codes:
+            raise fault(
+                "a weight holds NaN codes (0x7F or 0xFF)",
+                file=tensor.file,
+                tensor=tensor.name,
+                expected="finite e4m3 codes only",
+                got=f"{nan_codes} NaN of {n * k}",
+                fix=DOWNLOAD_AGAIN,
+            )
+        if overflows:
+            raise fault(
+                f"a weight has values beyond the range of {SAFETENSORS_DTYPES[self.dtype]}",
+                file=tensor.file,
+                tensor=tensor.name,
+                got=f"{overflows} of {n * k}",
+                fix="dequantize to bfloat16 or float32",
+            )
+
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        out = _without_quantization(config)
+        if isinstance(out.get("text_config"), Mapping):
+            out["text_config"] = _without_quantization(out["text_config"])
+        name = str(self.dtype).removeprefix("torch.")
+        for key in ("dtype", "torch_dtype"):
+            if key in out:
+                out[key] = name
+        return out
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}

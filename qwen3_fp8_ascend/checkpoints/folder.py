@@ -1,0 +1,252 @@
+"""Read a checkpoint folder: config.json, the index, and the header of every weight file."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly, CheckpointError, fault
+from qwen3_fp8_ascend.checkpoints.header import FileHeader, TensorEntry, is_plain_text, read_header
+from qwen3_fp8_ascend.checkpoints.strict_json import DAMAGED, read_object
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+WEIGHTS_SUFFIX = ".safetensors"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_CONFIG_BYTES = 16 << 20
+MAX_INDEX_BYTES = 100_000_000
+NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder's weights as their headers describe them; `tensors` is sorted by name.
+
+    `anomalies` are the faults of files, headers and index; `unused` are weight files that the index does not name.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    files: tuple[FileHeader, ...]
+    tensors: Mapping[str, TensorEntry]
+    has_index: bool
+    unused: tuple[str, ...] = ()
+    anomalies: tuple[Anomaly, ...] = field(default=())
+
+    def path(self, file: str) -> Path:
+        return self.folder / file
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read everything about a checkpoint except its weights; a checkpoint with any fault is refused.
+
+    Raises:
+        BlockFp8Error: as for `survey_checkpoint`, and for the first error among the anomalies.
+    """
+    checkpoint = survey_checkpoint(folder)
+    errors = [anomaly for anomaly in checkpoint.anomalies if anomaly.severity == "error"]
+    if errors:
+        raise CheckpointError(errors[0], len(errors) - 1)
+    return checkpoint
+
+
+def survey_checkpoint(folder: Path) -> Checkpoint:
+    """Read everything about a checkpoint except its weights; faulty files become anomalies.
+
+    Raises:
+        BlockFp8Error: there is no such folder, config.json is unreadable, or there are no safetensors files.
+    """
+    names = _list(folder)
+    config = read_object(folder / CONFIG, CONFIG, MAX_CONFIG_BYTES) if CONFIG in names else None
+    if config is None:
+        unfinished = "journal.json" in names or folder.parent.name.endswith(".incomplete")
+        raise fault(
+            "the folder is an unfinished conversion" if unfinished else "the folder has no config.json",
+            file=str(folder),
+            fix="run the conversion again; it continues where it stopped"
+            if unfinished
+            else "give the folder of a Hugging Face checkpoint: config.json beside *.safetensors",
+        )
+    anomalies: list[Anomaly] = []
+    weight_map = _read_index(folder) if INDEX in names else None
+    files = _weight_files(names, weight_map, anomalies)
+    headers: list[FileHeader] = []
+    tensors: dict[str, TensorEntry] = {}
+    for file in files:
+        try:
+            header = read_header(folder / file)
+        except CheckpointError as error:
+            anomalies.append(error.anomaly)
+            continue
+        headers.append(header)
+        for tensor in header.tensors:
+            first = tensors.setdefault(tensor.name, tensor)
+            if first is not tensor:
+                anomalies.append(
+                    Anomaly(
+                        "a tensor is in two files",
+                        file=tensor.file,
+                        tensor=tensor.name,
+                        expected=f"only in {first.file}",
+                        got=f"also in {tensor.file}",
+                        fix="remove the file that does not belong to this checkpoint",
+                    )
+                )
+    if weight_map is not None:
+        anomalies += _cross_check(weight_map, tensors, {header.file for header in headers})
+    unused = tuple(sorted(n for n in names if n.endswith(WEIGHTS_SUFFIX) and n not in files))
+    ordered = dict(sorted(tensors.items()))
+    return Checkpoint(folder, config, tuple(headers), ordered, weight_map is not None, unused, tuple(anomalies))
+
+
+def find_quantization(config: Mapping[str, Any]) -> tuple[Any, str] | None:
+    """The checkpoint's quantization_config and where in config.json it stands, or None.
+
+    Multimodal models may keep it in ``text_config``; compressed-tensors once called it ``compression_config``.
+    """
+    for holder, where in ((config, CONFIG), (config.get("text_config"), f"{CONFIG}: text_config")):
+        if isinstance(holder, Mapping):
+            for key in QUANTIZATION_KEYS:
+                if holder.get(key) is not None:
+                    return holder[key], f"{where}: {key}" if holder is config else f"{where}.{key}"
+    return None
+
+
+def _list(folder: Path) -> set[str]:
+    if folder.is_file():
+        hint = "`qwen3-fp8-ascend` reads folders; expand a GGUF file with transformers first"
+        raise fault("this is a file, not a checkpoint folder", file=str(folder), fix=hint)
+    try:
+        return set(os.listdir(folder))
+    except (OSError, ValueError) as error:
+        raise fault(
+            "the checkpoint folder cannot be read",
+            file=str(folder),
+            got=getattr(error, "strerror", error),
+            fix="give a local folder; `hf download` or `modelscope download` fetches one",
+        ) from None
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    index = read_object(folder / INDEX, "the index", MAX_INDEX_BYTES)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise fault("the index has no weight_map", file=INDEX, fix=DAMAGED)
+    for tensor, file in weight_map.items():
+        if not is_plain_text(tensor):
+            raise fault("a tensor's name is empty, too long, or unprintable", file=INDEX, got=ascii(tensor[:100]))
+        if not isinstance(file, str) or not _is_plain_file_name(file):
+            raise fault(
+                "the index names a file that is not a plain *.safetensors name",
+                file=INDEX,
+                tensor=tensor,
+                expected="a file in the checkpoint folder itself",
+                got=ascii(file)[:200],
+                fix="do not use this checkpoint unless you know who made it",
+            )
+    return weight_map
+
+
+def _is_plain_file_name(name: str) -> bool:
+    return is_plain_text(name) and not set(name) & {"/", "\\"} and name.endswith(WEIGHTS_SUFFIX)
+
+
+def _weight_files(names: set[str], weight_map: Mapping[str, str] | None, anomalies: list[Anomaly]) -> Sequence[str]:
+    if weight_map is not None:
+        counts = Counter(weight_map.values())
+        anomalies += [
+            Anomaly(
+                "a file that the index names is missing",
+                file=file,
+                expected=f"{count} tensors",
+                fix="the download is incomplete; download the file",
+            )
+            for file, count in sorted(counts.items())
+            if file not in names
+        ]
+        return sorted(file for file in counts if file in names)
+    if SINGLE in names:
+        return [SINGLE]
+    files = sorted(name for name in names if name.endswith(WEIGHTS_SUFFIX))
+    if not files:
+        raise _no_weights(names)
+    anomalies += _missing_numbers(files)
+    for file in files:
+        if not is_plain_text(file):
+            raise fault("a weight file's name is unprintable", file=ascii(file))
+    return files
+
+
+def _missing_numbers(files: Sequence[str]) -> list[Anomaly]:
+    """Shards say ``-00001-of-00004``; without an index this is the only sign that one is missing."""
+    totals = {int(match[2]) for file in files if (match := NUMBERED.search(file))}
+    present = {int(match[1]) for file in files if (match := NUMBERED.search(file))}
+    missing = sorted(set(range(1, max(totals, default=0) + 1)) - present)
+    if not missing:
+        return []
+    shown = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+    return [
+        Anomaly(
+            "weight files are missing",
+            expected=f"{max(totals)} shards",
+            got=f"no shard {shown}",
+            fix="the download is incomplete; download the missing files",
+        )
+    ]
+
+
+def _no_weights(names: set[str]) -> CheckpointError:
+    pickles = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
+    gguf = sorted(name for name in names if name.endswith(".gguf"))
+    if pickles:
+        return fault(
+            "the folder has pickled weights only, which are never loaded: a pickle can run any code",
+            file=pickles[0],
+            expected=f"*{WEIGHTS_SUFFIX}",
+            fix="use a revision of the model with safetensors files, or convert it where you trust the file",
+        )
+    if gguf:
+        return fault(
+            "the folder has GGUF weights only",
+            file=gguf[0],
+            expected=f"*{WEIGHTS_SUFFIX}",
+            fix="expand it to bf16 first: transformers' from_pretrained(folder, gguf_file=...) and save_pretrained; "
+            "then `qwen3-fp8-ascend quantize`",
+        )
+    return fault(
+        "the folder has no weights", expected=f"*{WEIGHTS_SUFFIX}", fix="download the checkpoint's *.safetensors files"
+    )
+
+
+def _cross_check(
+    weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry], readable: set[str]
+) -> list[Anomaly]:
+    found = []
+    for name, file in sorted(weight_map.items()):
+        if file not in readable:
+            continue
+        entry = tensors.get(name)
+        if entry is None or entry.file != file:
+            found.append(
+                Anomaly(
+                    "a tensor is not where the index says",
+                    file=file,
+                    tensor=name,
+                    expected=f"in {file}",
+                    got=f"in {entry.file}" if entry else "in no readable file",
+                    fix=DAMAGED,
+                )
+            )
+    for name, entry in tensors.items():
+        if name not in weight_map:
+            found.append(
+                Anomaly("a tensor is not in the index", file=entry.file, tensor=name, fix=DAMAGED, severity="warning")
+            )
+    return found

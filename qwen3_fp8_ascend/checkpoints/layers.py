@@ -1,0 +1,83 @@
+"""Which tensors of a checkpoint are the linear weights that block FP8 is for, judged by name and shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
+
+from qwen3_fp8_ascend.format import WEIGHT_SUFFIX
+
+LAYER = re.compile(r"^(?P<prefix>(?:.+\.)?)layers\.(?P<index>\d{1,6})\.(?P<rest>.+)$")
+
+ENCODER_WORDS = ("vision", "visual", "audio", "image", "encoder")
+"""A stack of layers below such a module is not the decoder."""
+
+UNQUANTIZED_WORDS = ("norm", "embed", "router", "conv")
+"""Part of the names of modules whose 2-D weights are no linear layers, or too delicate for 8 bits."""
+
+ROUTER_GATES = ("gate", "shared_expert_gate")
+"""Whole last names of expert routers; ``gate_proj`` is none of them."""
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+"""Linear layers that vLLM merges into one, so that they must agree on being quantized."""
+
+COMMON_LINEARS = frozenset(
+    {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj"),
+        *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "w1", "w2", "w3"),
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    }
+)
+"""Last names under which vLLM builds quantized linear layers in practically every model."""
+
+
+def module_of(tensor: str) -> str:
+    """``model.layers.0.mlp.up_proj.weight`` -> ``model.layers.0.mlp.up_proj``."""
+    return tensor.rpartition(".")[0]
+
+
+def layer_index(name: str) -> int | None:
+    """Number of the decoder layer that a module or tensor belongs to, or None."""
+    match = LAYER.match(name)
+    if match is None or any(word in match["prefix"].lower() for word in ENCODER_WORDS):
+        return None
+    return int(match["index"])
+
+
+def is_linear_weight(tensor: str, shape: tuple[int, ...]) -> bool:
+    """Whether this is the weight of any linear module: 2-D, and neither an embedding nor a norm nor a convolution."""
+    last = module_of(tensor).rpartition(".")[2]
+    return tensor.endswith(WEIGHT_SUFFIX) and len(shape) == 2 and not _has_word(last, ("norm", "embed", "conv"))
+
+
+def is_decoder_linear(tensor: str, shape: tuple[int, ...]) -> bool:
+    """Whether this is a linear weight inside a decoder layer, router gates excluded: what `quantize` quantizes."""
+    if not is_linear_weight(tensor, shape) or layer_index(tensor) is None:
+        return False
+    module = module_of(tensor)
+    match = LAYER.match(module)
+    within = match["rest"] if match else ""
+    return module.rpartition(".")[2] not in ROUTER_GATES and not _has_word(within, UNQUANTIZED_WORDS)
+
+
+def is_ignored(module: str, ignored: Collection[str]) -> bool:
+    """Whether a config's ignore list (a set is fast) names a module: itself, a parent of it, or the end of its path."""
+    if not ignored:
+        return False
+    dots = [position for position, character in enumerate(module) if character == "."]
+    return (
+        module in ignored
+        or any(module[:dot] in ignored for dot in dots)
+        or any(module[dot + 1 :] in ignored for dot in dots)
+    )
+
+
+def matches_any(module: str, globs: Iterable[str]) -> bool:
+    """Whether a module's name, or its weight's, matches one of the shell-style patterns."""
+    return any(fnmatchcase(module, glob) or fnmatchcase(module + WEIGHT_SUFFIX, glob) for glob in globs)
+
+
+def _has_word(module: str, words: Iterable[str]) -> bool:
+    lowered = module.lower()
+    return any(word in lowered for word in words)

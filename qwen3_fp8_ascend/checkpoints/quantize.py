@@ -1,0 +1,235 @@
+"""Quantize a bf16, fp16 or fp32 checkpoint to block FP8."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwen3_fp8_ascend.checkpoints.anomaly import fault
+from qwen3_fp8_ascend.checkpoints.folder import (
+    CONFIG,
+    QUANTIZATION_KEYS,
+    Checkpoint,
+    find_quantization,
+    read_checkpoint,
+)
+from qwen3_fp8_ascend.checkpoints.header import TensorEntry
+from qwen3_fp8_ascend.checkpoints.inspect import E4M3, OTHER_FP8
+from qwen3_fp8_ascend.checkpoints.layers import FUSED, is_decoder_linear, is_linear_weight, matches_any, module_of
+from qwen3_fp8_ascend.checkpoints.rewrite import RewriteSummary, rewrite_checkpoint
+from qwen3_fp8_ascend.checkpoints.shard import ShardReader, ShardWriter, TensorSpec
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import (
+    DEFAULT_BLOCK,
+    E4M3_MAX,
+    SCALE_SUFFIX,
+    WEIGHT_SUFFIX,
+    BlockFp8Config,
+    BlockSize,
+    scale_shape,
+)
+
+SOURCE_DTYPES = ("BF16", "F16", "F32")
+CHUNK_ELEMENTS = 4 << 20
+"""Weights quantized at a time: large enough to keep the cores busy, small enough that memory does not matter."""
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    block: Sequence[int] = DEFAULT_BLOCK,
+    ignore: Sequence[str] = (),
+    progress: bool = True,
+    overwrite: bool = False,
+) -> RewriteSummary:
+    """Write a block-FP8 copy of a checkpoint folder, streaming, atomically, resuming what was interrupted.
+
+    The linear weights of decoder layers are quantized, experts' included; embeddings, lm_head, norms, router gates,
+    vision towers, and modules that match an `ignore` glob stay as they are and are listed in config.json.
+    Raises:
+        BlockFp8Error: the source is damaged, already quantized, or has no linear weights to quantize; a weight has
+            NaN or infinite values; an `ignore` glob matches nothing or splits layers that are merged when served;
+            or as for `rewrite_checkpoint`.
+    Semantics: `quantize_weight` for each weight; equal input gives equal bytes.
+    """
+    if isinstance(ignore, str):
+        raise BlockFp8Error("`ignore` is a list of patterns, not one string", got=repr(ignore), fix=f"[{ignore!r}]")
+    sizes = _check_block(block)
+    checkpoint = read_checkpoint(Path(source))
+    _check_unquantized(checkpoint)
+    selected = _select(checkpoint, tuple(ignore))
+    conversion = _Quantization(sizes, frozenset(selected), tuple(ignore), _unquantized(checkpoint, selected))
+    return rewrite_checkpoint(checkpoint, destination, conversion, progress=progress, overwrite=overwrite)
+
+
+def quantize_weight(weight: torch.Tensor, block: BlockSize = DEFAULT_BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a finite weight to e4m3 with one fp32 scale for each block.
+
+    Shapes: weight (n, k) bf16/fp16/fp32 -> codes (n, k) float8_e4m3fn,
+        scale (ceil(n / block.n), ceil(k / block.k)) fp32.
+    Semantics: scale = amax(|block|) / 448 by true division in fp32, 1.0 where that is zero; code = round to nearest
+        even of weight / scale (true division), clamped to +-448.
+    Source: DeepSeek-V3 ``inference/kernel.py`` (weight_quant), and transformers' fine-grained FP8.
+    """
+    n, k = weight.shape
+    rows, columns = scale_shape(n, k, block)
+    padding = (0, columns * block.k - k, 0, rows * block.n - n)
+    padded = torch.nn.functional.pad(weight.float(), padding) if any(padding) else weight.float()
+    blocks = padded.reshape(rows, block.n, columns, block.k)
+    scale = blocks.abs().amax(dim=(1, 3)) / E4M3_MAX
+    scale[scale == 0] = 1.0
+    scaled = (blocks / scale[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
+    codes = scaled.to(torch.float8_e4m3fn).view(rows * block.n, columns * block.k)[:n, :k]
+    return codes.contiguous(), scale
+
+
+@dataclass(frozen=True)
+class _Quantization:
+    block: BlockSize
+    selected: frozenset[str]
+    ignore: tuple[str, ...]
+    unquantized: tuple[str, ...]
+    operation: str = "quantize"
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return {"block": list(self.block), "ignore": list(self.ignore)}
+
+    def outputs(self, tensor: TensorEntry) -> Sequence[TensorSpec]:
+        if tensor.name not in self.selected:
+            return [TensorSpec(tensor.name, tensor.dtype, tensor.shape)]
+        n, k = tensor.shape
+        return [
+            TensorSpec(tensor.name, E4M3, tensor.shape),
+            TensorSpec(_scale_name(tensor.name), "F32", scale_shape(n, k, self.block)),
+        ]
+
+    def convert(self, tensor: TensorEntry, reader: ShardReader, writer: ShardWriter) -> None:
+        n, k = tensor.shape
+        rows = max(1, CHUNK_ELEMENTS // max(1, k) // self.block.n) * self.block.n
+        scale_columns = scale_shape(n, k, self.block)[1]
+        bad = 0
+        for start in range(0, n, rows):
+            weight = reader.read_rows(tensor, start, min(rows, n - start))
+            codes, scale = quantize_weight(weight, self.block)
+            if not torch.isfinite(scale).all():  # a NaN or an infinity in a block shows in its amax
+                bad += weight.numel() - int(torch.isfinite(weight).sum())
+                continue  # count them all, then refuse
+            writer.write(tensor.name, start * k, codes)
+            writer.write(_scale_name(tensor.name), start // self.block.n * scale_columns * 4, scale)
+        if bad:
+            raise fault(
+                "a weight has NaN or infinite values, which block FP8 cannot hold",
+                file=tensor.file,
+                tensor=tensor.name,
+                expected="finite values",
+                got=f"{bad} bad of {n * k}",
+                fix=f"the checkpoint is damaged; download it again, or leave the layer out: "
+                f"--ignore '{module_of(tensor.name)}'",
+            )
+
+    def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+        return kept | {"quantization_config": BlockFp8Config(self.block, self.unquantized).to_dict()}
+
+
+def _scale_name(weight: str) -> str:
+    return weight.removesuffix(WEIGHT_SUFFIX) + SCALE_SUFFIX
+
+
+def _check_block(block: Sequence[int]) -> BlockSize:
+    if len(block) != 2 or not all(isinstance(size, int) and 1 <= size <= 1 << 20 for size in block):
+        raise BlockFp8Error("a block has two positive sizes", expected="(128, 128), for example", got=tuple(block))
+    return BlockSize(*block)
+
+
+def _check_unquantized(checkpoint: Checkpoint) -> None:
+    quantization = find_quantization(checkpoint.config)
+    if quantization is not None:
+        config, where = quantization
+        method = config.get("quant_method", "an unnamed method") if isinstance(config, Mapping) else "something"
+        raise fault(
+            "the source is already quantized",
+            file=str(checkpoint.folder),
+            expected=f"{CONFIG} without quantization_config",
+            got=f"{method!r} in {where}",
+            fix="start from the bf16 checkpoint, or dequantize this one first: `qwen3-fp8-ascend dequantize`",
+        )
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype in (E4M3, *OTHER_FP8) or tensor.name.endswith(SCALE_SUFFIX):
+            raise fault(
+                "the source is already quantized, though its config.json does not say so",
+                file=tensor.file,
+                tensor=tensor.name,
+                got=tensor.dtype,
+                fix="start from the bf16 checkpoint",
+            )
+
+
+def _select(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> set[str]:
+    """Names of the weights to quantize."""
+    candidates = [t for t in checkpoint.tensors.values() if is_decoder_linear(t.name, t.shape)]
+    modules = [module_of(name) for name in checkpoint.tensors]
+    for glob in ignore:
+        if not any(matches_any(module, (glob,)) for module in modules):
+            raise BlockFp8Error(
+                "an ignore pattern matches no module of the checkpoint",
+                where=repr(glob),
+                expected="a shell-style pattern for module names",
+                got=f"modules such as {module_of(candidates[0].name) if candidates else modules[0]}",
+            )
+    selected = [tensor for tensor in candidates if not matches_any(module_of(tensor.name), ignore)]
+    for tensor in selected:
+        if tensor.dtype not in SOURCE_DTYPES:
+            raise fault(
+                "a linear weight has a dtype that cannot be quantized",
+                file=tensor.file,
+                tensor=tensor.name,
+                expected=", ".join(SOURCE_DTYPES),
+                got=tensor.dtype,
+            )
+    names = {tensor.name for tensor in selected}
+    if not names:
+        raise fault(
+            "the checkpoint has no linear weights to quantize",
+            file=str(checkpoint.folder),
+            expected="2-D tensors such as model.layers.0.self_attn.q_proj.weight",
+            got=f"{len(candidates)} such tensors, all ignored" if candidates else "none",
+        )
+    _check_fused(names, {tensor.name for tensor in candidates})
+    return names
+
+
+def _check_fused(selected: set[str], candidates: set[str]) -> None:
+    """Refuse to quantize part of what vLLM merges into one layer."""
+    for name in sorted(candidates - selected):
+        parent, _, last = module_of(name).rpartition(".")
+        for group in FUSED:
+            if last not in group:
+                continue
+            for sibling in group:
+                if f"{parent}.{sibling}{WEIGHT_SUFFIX}" in selected:
+                    raise BlockFp8Error(
+                        "the ignore patterns split layers that are merged when served",
+                        where=module_of(name),
+                        expected=f"all or none of {', '.join(group)}",
+                        got=f"{last} ignored, {sibling} not",
+                    )
+
+
+def _unquantized(checkpoint: Checkpoint, selected: set[str]) -> tuple[str, ...]:
+    """The linear modules that stay as they are, for ``modules_to_not_convert``; lm_head even if it is tied."""
+    modules = {
+        module_of(tensor.name)
+        for tensor in checkpoint.tensors.values()
+        if is_linear_weight(tensor.name, tensor.shape) and tensor.name not in selected
+    }
+    if not any(module.rpartition(".")[2] == "lm_head" for module in modules):
+        modules.add("lm_head")
+    return tuple(sorted(modules))

@@ -1,0 +1,1 @@
+"""What plugin authors and this project's own tests share: servers, strategies, judges."""

@@ -1,0 +1,135 @@
+"""How far a result is from the specification, and how far it may be.
+
+Bounds follow `docs` of the numbers: block-scaled fp32 against an fp64 oracle lies near 1e-7, weights rounded
+to bf16 near 2e-3, w8a16 taken for w8a8 near 3e-2. A gate of 1e-3 on rounded outputs would let all of them pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qwen3_fp8_ascend import reference
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockSize, ShardGrid
+
+FP32_REL_L2 = 1e-6
+"""Largest relative L2 distance of an fp32 result from the fp64 oracle."""
+BF16_EQUAL = 0.995
+"""Smallest share of bf16 results that equal the bf16 rounding of the oracle."""
+CALC_DIFF = 1e-5
+"""Largest DeepGEMM `calc_diff` of a rounded result from the oracle."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A linear layer with block-FP8 weights and some activations."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None = None
+    widths: tuple[int, ...] | None = None
+    block: BlockSize = DEFAULT_BLOCK
+
+    def oracle(self, activation: str = "dynamic") -> torch.Tensor:
+        """The exact result in fp64, not rounded to the activation's dtype; the bias is added in fp64 too."""
+        bias = None if self.bias is None else self.bias.double()
+        return reference.block_linear(
+            self.x,
+            self.weight,
+            self.scale,
+            bias,
+            activation=activation,
+            widths=self.widths,
+            block=self.block,
+            compute_dtype=torch.float64,
+        )
+
+    def magnitude(self, activation: str = "dynamic") -> torch.Tensor:
+        """The same sum over absolute values: what rounding errors are relative to, even where terms cancel."""
+        bias = None if self.bias is None else self.bias.abs()
+        absolute = self.weight.view(torch.uint8).bitwise_and(0x7F).view(torch.float8_e4m3fn)
+        return Problem(self.x.abs(), absolute, self.scale, bias, self.widths, self.block).oracle(activation)
+
+
+def random_problem(
+    m: int,
+    widths: tuple[int, ...],
+    k: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    bias: bool = False,
+    block: BlockSize = DEFAULT_BLOCK,
+    seed: int = 0,
+) -> Problem:
+    """Random codes (all finite ones occur), log-uniform scales, activations with outlier channels."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = ShardGrid(widths, k, block)
+    codes = torch.randint(0, 256, (grid.n, k), generator=generator, dtype=torch.uint8)
+    codes = torch.where((codes & 0x7F) == 0x7F, codes ^ 1, codes)
+    scale = torch.exp2(torch.rand(grid.scale_shape, generator=generator) * 8 - 14)
+    x = torch.randn(m, k, generator=generator)
+    if k:
+        x[:, torch.randint(k, (max(1, k // 100),), generator=generator)] *= 30
+    return Problem(
+        x.to(dtype),
+        codes.view(torch.float8_e4m3fn),
+        scale,
+        torch.randn(grid.n, generator=generator).to(dtype) if bias else None,
+        widths,
+        block,
+    )
+
+
+def rel_l2(got: torch.Tensor, want: torch.Tensor) -> float:
+    """||got - want|| / ||want|| in fp64; 0 for two zero tensors."""
+    distance, size = (got.double() - want.double()).norm(), want.double().norm()
+    return float(distance / size) if size else float(distance)
+
+
+def calc_diff(got: torch.Tensor, want: torch.Tensor) -> float:
+    """1 - 2<got, want> / (<got, got> + <want, want>) in fp64.
+
+    Source: DeepGEMM ``deep_gemm.testing.calc_diff``.
+    """
+    a, b = got.double(), want.double()
+    total = (a * a + b * b).sum()
+    return float(1 - 2 * (a * b).sum() / total) if total else 0.0
+
+
+def assert_exact(got: torch.Tensor, problem: Problem, activation: str = "dynamic") -> None:
+    """Judge a linear's result by the fp64 oracle, to the limit of its dtype.
+
+    fp32: relative L2 <= 1e-6. bf16/fp16: >= 99.5 % equal to the rounded oracle and calc_diff <= 1e-5 (only
+    calc_diff when the sum cancels, since rounding then says nothing). Always: each element within the error
+    bound of an fp32 sum of k products in any order, plus the rounding of the output.
+    """
+    want, magnitude = problem.oracle(activation), problem.magnitude(activation)
+    assert got.shape == want.shape, (got.shape, want.shape)
+    assert got.dtype == problem.x.dtype
+    if not want.numel():
+        return
+    k = problem.weight.shape[1]
+    eps = torch.finfo(got.dtype).eps
+    rounding = eps * want.abs() + (eps * magnitude if problem.bias is not None else 0)
+    # Within a block a sum of at most 128 + 8 roundings per chain, then one per block, and the two scales.
+    bound = magnitude * 2.0**-23 * (min(k, problem.block.k) + k // problem.block.k + 8)
+    tiny = torch.finfo(got.dtype).smallest_normal
+    error = (got.double() - want).abs()
+    worst = (error - (bound + rounding + tiny)).max()
+    assert worst <= 0, f"an element is off by {worst:.3e} more than fp32 accumulation allows"
+    if problem.bias is not None:
+        return
+    # Relative measures say nothing where terms cancel or where the dtype runs out of exponents.
+    typical = want.norm() / want.numel() ** 0.5
+    well_conditioned = want.norm() > 1e-2 * magnitude.norm() and typical > 2**10 * tiny
+    if got.dtype == torch.float32:
+        if well_conditioned:
+            assert rel_l2(got, want) <= FP32_REL_L2
+        return
+    if well_conditioned:
+        assert calc_diff(got, want) <= CALC_DIFF
+        equal = (got == want.to(got.dtype)).double().mean()
+        if got.numel() >= 1000:
+            assert equal >= BF16_EQUAL, f"only {equal:.4%} equal the rounded oracle"

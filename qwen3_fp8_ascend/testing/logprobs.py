@@ -1,0 +1,40 @@
+"""Teacher-forced log-probabilities from a running server, and how far two runs are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.testing.server import Server
+
+TEXTS = (
+    "The future of AI is increasingly intertwined with advances in machine learning, natural language processing, "
+    "and robotics. As these technologies continue to evolve, systems become more capable and more autonomous.",
+    "If a train travels 120 km in 2 hours, its average speed is the distance divided by the time: 60 km per hour.",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
+    "Water boils at 100 degrees Celsius at sea level. At the top of a high mountain the pressure is lower, and so "
+    "it boils at a lower temperature, which is why cooking takes longer there.",
+)
+
+
+def prompt_logprobs(server: Server, texts: Sequence[str] = TEXTS) -> np.ndarray:
+    """Log-probability of every token but the first of each text, one after the other.
+
+    Shapes: -> (tokens,) float64.
+    """
+    out: list[float] = []
+    for text in texts:
+        body = {"model": server.model, "prompt": text, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        answer = server.post("/v1/completions", body)
+        for entry in answer["choices"][0]["prompt_logprobs"][1:]:
+            out.append(next(iter(entry.values()))["logprob"])
+    return np.array(out)
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean absolute difference of log-probabilities, in nats a token."""
+    if a.shape != b.shape:
+        raise BlockFp8Error("the runs are not of the same tokens", expected=a.shape, got=b.shape)
+    return float(np.abs(a - b).mean())

@@ -1,0 +1,119 @@
+"""The three questions of the verification report: completion, arithmetic, Chinese."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+
+MIN_TOKENS = 4
+"""Chat models may hold a prompt that ends in "Answer:" for finished and stop at once; they have to say something."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """`check` returns None for a good answer, else what is wrong with it."""
+
+    title: str
+    prompt: str
+    check: Callable[[str], str | None]
+    language: str = "en"
+    max_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`verdict` is "passed", "failed" or "not applicable"; times in seconds, `tpot` from the second token on."""
+
+    title: str
+    prompt: str
+    text: str
+    verdict: str
+    reason: str | None
+    tokens: int
+    ttft: float
+    tpot: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _check_english(text: str) -> str | None:
+    words = re.findall(r"[A-Za-z]{2,}", text)
+    if len(words) < 8:
+        return f"only {len(words)} words of English"
+    if len({w.lower() for w in words}) < len(words) * 0.3:
+        return "it repeats itself"
+    return None
+
+
+def _check_sixty(text: str) -> str | None:
+    speed = r"(?<![\d.,])60(\.0+)?\s*(km|kilomet|公里|千米)|=\s*60\b|^\W*60\b"
+    return None if re.search(speed, text.strip()) else "60 (km/h) is not in it"
+
+
+def _check_chinese(text: str) -> str | None:
+    letters = [c for c in text if not c.isspace()]
+    chinese = sum("\u4e00" <= c <= "\u9fff" for c in letters)
+    if len(letters) < 10 or chinese < 0.5 * len(letters):
+        return f"{chinese} of {len(letters)} characters are Chinese"
+    return None
+
+
+QUESTIONS = (
+    Question("completion", "The future of AI is", _check_english),
+    Question("arithmetic", "If a train travels 120 km in 2 hours, what is its average speed? Answer:", _check_sixty),
+    Question("Chinese", "请用中文介绍人工智能的基本概念:", _check_chinese, language="zh"),
+)
+
+
+def ask(base_url: str, model: str, question: Question, languages: tuple[str, ...] = ("en", "zh")) -> Answer:
+    """Ask a running OpenAI-compatible server one question, greedily, and time its tokens.
+
+    `languages` are those the model speaks; a question in another one is shown but not judged.
+    Raises:
+        BlockFp8Error: the server cannot be reached or refuses the request.
+    """
+    try:
+        import openai
+    except ImportError as error:
+        raise BlockFp8Error(
+            "the openai client is not installed", fix="pip install 'qwen3-fp8-ascend[verify]'"
+        ) from error
+
+    client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=600)
+    text, stamps = "", []
+    start = time.perf_counter()
+    try:
+        stream = client.completions.create(
+            model=model,
+            prompt=question.prompt,
+            max_tokens=question.max_tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"min_tokens": MIN_TOKENS},
+        )
+        for chunk in stream:
+            if chunk.choices and chunk.choices[0].text:
+                stamps.append(time.perf_counter())
+                text += chunk.choices[0].text
+    except openai.OpenAIError as error:
+        raise BlockFp8Error(
+            "the server did not answer",
+            where=f"{base_url}, model {model!r}",
+            got=f"{type(error).__name__}: {error}",
+            fix="check that the server is up and that the model's name is the one it serves (/v1/models)",
+        ) from error
+    end = time.perf_counter()
+    if question.language in languages:
+        reason = question.check(text)
+        verdict = "passed" if reason is None else "failed"
+    else:
+        verdict, reason = "not applicable", f"the model does not speak {question.title}"
+    ttft = (stamps[0] if stamps else end) - start
+    tpot = (stamps[-1] - stamps[0]) / (len(stamps) - 1) if len(stamps) > 1 else None
+    return Answer(question.title, question.prompt, text.strip(), verdict, reason, len(stamps), ttft, tpot)

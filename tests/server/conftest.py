@@ -1,0 +1,66 @@
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from qwen3_fp8_ascend.testing.logprobs import prompt_logprobs
+from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
+from qwen3_fp8_ascend.testing.server import Server, serve, serving_environment
+
+ROOT = Path(__file__).parent.parent.parent
+ASCEND = ("--quantization", "ascend")
+COMMON = ("--max-model-len", "1024")
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start a server for the length of a test: `start(model, *arguments, **environment)`."""
+    with ExitStack() as servers:
+
+        def started(model: Path, *arguments: str, **environment: str) -> Server:
+            log = tmp_path / "server.log"
+            return servers.enter_context(
+                serve(model, *COMMON, *arguments, log=log, environment=serving_environment(**environment))
+            )
+
+        yield started
+
+
+@pytest.fixture(scope="session")
+def logprobs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., np.ndarray]:
+    """Log-probabilities of the standard texts under a served model, in fp32 and eagerly unless said otherwise.
+
+    In bf16 one flipped bit in a large activation changes a whole group's codes, and runs that are exact
+    in themselves drift apart; fp32 shows what the linears contribute.
+    """
+
+    def run(model: Path, *arguments: str, **environment: str) -> np.ndarray:
+        log = tmp_path_factory.mktemp("server") / "server.log"
+        with serve(
+            model, *COMMON, "--dtype", "float32", *arguments, log=log, environment=serving_environment(**environment)
+        ) as server:
+            return prompt_logprobs(server)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def smollm2(cache: Path) -> Path:
+    """The demo's real model in block FP8; the bf16 one is beside it."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from prepare_demo_model import prepare
+
+    return prepare(cache / "models")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 in block FP8 (GQA, q/k norms, two layers); the bf16 one is beside it."""
+    return write_block_fp8_qwen3(tmp_path_factory.mktemp("models") / "qwen3")

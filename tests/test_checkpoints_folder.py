@@ -1,0 +1,218 @@
+"""Folders as they come from the internet: index, links, missing files, pickles."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwen3_fp8_ascend.checkpoints.folder import INDEX, find_quantization, read_checkpoint, survey_checkpoint
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from tests.support.checkpoint_folders import BLOCK_FP8, write_folder
+
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "model", {A: {"a": torch.ones(2), "b": torch.ones(3)}, B: {"c": torch.ones(4)}})
+
+
+def refuse(folder: Path, words: str) -> str:
+    with pytest.raises(BlockFp8Error, match=words) as caught:
+        read_checkpoint(folder)
+    return str(caught.value)
+
+
+def edit_index(folder: Path, **changes: str | None) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    for tensor, file in changes.items():
+        if file is None:
+            index["weight_map"].pop(tensor)
+        else:
+            index["weight_map"][tensor] = file
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def test_reads_shards_through_the_index(sharded: Path) -> None:
+    checkpoint = read_checkpoint(sharded)
+    assert {name: entry.file for name, entry in checkpoint.tensors.items()} == {"a": A, "b": A, "c": B}
+    assert list(checkpoint.tensors) == sorted(checkpoint.tensors)
+    assert checkpoint.has_index
+
+
+def test_reads_shards_without_an_index(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    assert set(read_checkpoint(sharded).tensors) == {"a", "b", "c"}
+    (sharded / A).unlink()
+    assert "no shard 1" in refuse(sharded, "weight files are missing")
+
+
+def test_a_single_file_wins_over_leftovers(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    write_folder(sharded, {"model.safetensors": {"z": torch.ones(1)}})
+    checkpoint = read_checkpoint(sharded)
+    assert set(checkpoint.tensors) == {"z"}
+    assert checkpoint.unused == (A, B)
+
+
+def test_files_beside_the_index_are_unused(sharded: Path) -> None:
+    write_folder(sharded, {"consolidated.safetensors": {"z": torch.ones(1)}})
+    assert read_checkpoint(sharded).unused == ("consolidated.safetensors",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.safetensors",
+        "/etc/passwd.safetensors",
+        "sub/x.safetensors",
+        "..\\x.safetensors",
+        "weights.bin",
+        "..",
+        "",
+    ],
+)
+def test_an_index_cannot_leave_the_folder(sharded: Path, name: str) -> None:
+    (sharded.parent / "secret.safetensors").write_bytes((sharded / A).read_bytes())
+    edit_index(sharded, a=name)
+    refuse(sharded, "not a plain")
+
+
+def test_links_of_a_download_cache_are_followed(sharded: Path) -> None:
+    blob = sharded.parent / "blobs" / "0123"
+    blob.parent.mkdir()
+    (sharded / A).rename(blob)
+    (sharded / A).symlink_to(Path("..") / "blobs" / "0123")
+    assert set(read_checkpoint(sharded).tensors) == {"a", "b", "c"}
+    blob.unlink()
+    refuse(sharded, "link leads nowhere")
+
+
+def test_a_missing_shard_is_named(sharded: Path) -> None:
+    (sharded / A).unlink()
+    message = refuse(sharded, "file that the index names is missing")
+    assert A in message
+    assert "2 tensors" in message
+
+
+def test_index_and_headers_must_agree(sharded: Path) -> None:
+    edit_index(sharded, b=B)
+    assert f"in {A}" in refuse(sharded, "not where the index says")
+    edit_index(sharded, b=A, d=B)
+    assert "in no readable file" in refuse(sharded, "not where the index says")
+
+
+def test_a_tensor_that_the_index_forgets_is_a_warning(sharded: Path) -> None:
+    edit_index(sharded, b=None)
+    (anomaly,) = survey_checkpoint(sharded).anomalies
+    assert (anomaly.severity, anomaly.tensor, anomaly.file) == ("warning", "b", A)
+    read_checkpoint(sharded)
+
+
+def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
+    write_folder(sharded, {B: {"a": torch.zeros(2), "c": torch.ones(4)}})
+    assert B in refuse(sharded, "in two files")
+
+
+def test_all_faulty_files_are_surveyed(sharded: Path) -> None:
+    for file in (A, B):
+        content = (sharded / file).read_bytes()
+        (sharded / file).write_bytes(content[:-1])
+    anomalies = survey_checkpoint(sharded).anomalies
+    assert [a.file for a in anomalies if "truncated" in a.what] == [A, B]
+    assert "and 1 more" in refuse(sharded, "truncated")
+
+
+def test_pickles_are_refused_and_not_opened(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/never'\ntR.")
+    refuse(folder, "never loaded")
+
+
+def test_gguf_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.gguf").write_bytes(b"GGUF")
+    assert "gguf_file=" in refuse(tmp_path / "model", "GGUF")
+    refuse(tmp_path / "model" / "model.gguf", "not a checkpoint folder")
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    assert "download" in refuse(tmp_path / "absent", "cannot be read")
+    refuse(tmp_path / "nul\0byte", "cannot be read")
+    refuse(tmp_path, "no config.json")
+    (tmp_path / "config.json").write_text("{}")
+    refuse(tmp_path, "no weights")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a":1,"a":2}', "[" * 5000, "\ud800", '{"a":' + "9" * 5000 + "}"])
+@pytest.mark.parametrize("file", ["config.json", INDEX])
+def test_broken_json_is_named(sharded: Path, file: str, text: str) -> None:
+    (sharded / file).write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert file in refuse(sharded, "JSON")
+
+
+@pytest.mark.parametrize(
+    "index", [{}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 3}}, {"weight_map": {"\x1b[2J": A}}]
+)
+def test_broken_indexes_are_named(sharded: Path, index: Any) -> None:
+    (sharded / INDEX).write_text(json.dumps(index))
+    assert INDEX in refuse(sharded, "index|name")
+
+
+def test_a_config_that_is_a_pipe_does_not_hang(sharded: Path) -> None:
+    import os
+
+    (sharded / "config.json").unlink()
+    os.mkfifo(sharded / "config.json")
+    refuse(sharded, "not a regular file")
+
+
+def test_an_enormous_config_is_not_read(sharded: Path) -> None:
+    with (sharded / "config.json").open("wb") as file:
+        file.truncate(1 << 30)
+    refuse(sharded, "too large")
+
+
+@pytest.mark.parametrize(
+    ("config", "where"),
+    [
+        ({"quantization_config": BLOCK_FP8}, "config.json: quantization_config"),
+        ({"text_config": {"quantization_config": BLOCK_FP8}}, "config.json: text_config.quantization_config"),
+        ({"compression_config": BLOCK_FP8}, "config.json: compression_config"),
+    ],
+)
+def test_finds_the_quantization_config(config: dict[str, Any], where: str) -> None:
+    assert find_quantization(config) == (BLOCK_FP8, where)
+
+
+def test_a_null_quantization_config_is_none() -> None:
+    assert find_quantization({"quantization_config": None, "text_config": []}) is None
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-3, 1 << 70), st.floats(), st.text(max_size=5), st.just(A)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from(["a", "c", "", A]), inner)),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(index=st.one_of(JSON, st.fixed_dictionaries({"weight_map": JSON})))
+def test_any_index_is_read_or_refused(sharded: Path, index: Any) -> None:
+    (sharded / INDEX).write_text(json.dumps(index))
+    started = time.monotonic()
+    try:
+        survey_checkpoint(sharded)
+    except BlockFp8Error as error:
+        assert INDEX in str(error) or A in str(error)
+    assert time.monotonic() - started < 1

@@ -1,0 +1,253 @@
+"""The header parser believes nothing: every lie is a BlockFp8Error, and what it accepts, safetensors accepts too."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from qwen3_fp8_ascend.checkpoints.header import DTYPE_BITS, read_header
+from qwen3_fp8_ascend.checkpoints.shard import TensorSpec, lay_out
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from tests.support.checkpoint_folders import raw_file, write_sparse
+
+VALID = save(
+    {
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(5, 3, dtype=torch.float8_e4m3fn),
+        "model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(1, 1),
+        "model.norm.weight": torch.ones(7, dtype=torch.bfloat16),
+        "empty": torch.ones(0, 4),
+        "scalar": torch.tensor(3),
+    },
+    {"format": "pt"},
+)
+
+
+def parse(tmp_path: Path, content: bytes) -> Any:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    return read_header(path)
+
+
+def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
+    header = parse(tmp_path, VALID)
+    assert [t.name for t in header.tensors] == sorted(t.name for t in header.tensors)
+    assert header.metadata == {"format": "pt"}
+    with safe_open(tmp_path / "model.safetensors", "pt") as judge:
+        assert {t.name: (t.dtype, list(t.shape)) for t in header.tensors} == {
+            name: (judge.get_slice(name).get_dtype(), judge.get_slice(name).get_shape())
+            for name in judge.keys()  # noqa: SIM118
+        }
+        for tensor in header.tensors:
+            want = judge.get_tensor(tensor.name).flatten().view(torch.uint8).numpy().tobytes()
+            assert VALID[tensor.begin : tensor.end] == want
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPE_BITS])
+def test_knows_every_dtype_of_the_format(tmp_path: Path, dtype: str) -> None:
+    entry = {"dtype": dtype, "shape": [4, 8], "data_offsets": [0, 4 * DTYPE_BITS[dtype]]}
+    header = parse(tmp_path, raw_file({"a": entry}, 4 * DTYPE_BITS[dtype]))
+    assert header.tensors[0].nbytes == 4 * DTYPE_BITS[dtype]
+    try:
+        with safe_open(tmp_path / "model.safetensors", "np") as judge:
+            assert judge.get_slice("a").get_dtype() == dtype
+    except SafetensorError as error:  # older safetensors know fewer dtypes
+        assert "unknown variant" in str(error)
+
+
+def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+LIES: dict[str, tuple[bytes, str]] = {
+    "empty file": (b"", "too short"),
+    "length only": (struct.pack("<Q", 2), "too short"),
+    "length beyond the file": (raw_file({"a": entry()}, 8, length=10_000), "truncated within its header"),
+    "length of 2^63": (struct.pack("<Q", 1 << 63) + b"{}", "no header length"),
+    "length beyond the limit": (struct.pack("<Q", 100_000_001) + b"{}", "no header length"),
+    "length zero": (struct.pack("<Q", 0) + b"{}", "no header length"),
+    "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
+    "not an object": (raw_file(b"[]", 0), "does not begin with"),
+    "html": (raw_file(b"<html>not found</html>", 0), "does not begin with"),
+    "not utf-8": (raw_file(b'{"\xff": 1}', 0), "not valid JSON"),
+    "not json": (raw_file(b"{nonsense}", 0), "not valid JSON"),
+    "garbage behind the object": (raw_file(b"{} {}", 0), "not valid JSON"),
+    "deep nesting": (raw_file(b'{"a":' + b"[" * 100_000, 0), "not valid JSON"),
+    "endless integer": (raw_file(b'{"a":' + b"9" * 100_000 + b"}", 0), "not valid JSON"),
+    "duplicate tensor": (raw_file(b'{"a":{},"a":{}}', 0), "twice"),
+    "too many elements": (raw_file(b'{"a":[' + b"0," * (1 << 20) + b"0,0]}", 0), "more elements"),
+    "metadata of numbers": (raw_file({"__metadata__": {"a": 1}}, 0), "object of strings"),
+    "entry no object": (raw_file({"a": 7}, 0), "other keys"),
+    "entry lacks a key": (raw_file({"a": {"dtype": "F32", "shape": []}}, 0), "other keys"),
+    "entry has one more key": (raw_file({"a": entry() | {"x": 1}}, 8), "other keys"),
+    "empty name": (raw_file({"": entry()}, 8), "name"),
+    "escape sequence in a name": (raw_file({"\x1b[31mred": entry()}, 8), "unprintable"),
+    "lone surrogate in a name": (raw_file(b'{"\\ud800":' + json.dumps(entry()).encode() + b"}", 8), "unprintable"),
+    "endless name": (raw_file({"a" * 5000: entry()}, 8), "too long"),
+    "unknown dtype": (raw_file({"a": entry("F8_E4M4")}, 8), "dtype"),
+    "dtype a list": (raw_file({"a": entry(["F32"])}, 8), "dtype"),
+    "shape negative": (raw_file({"a": entry(shape=(-2, -1))}, 8), "shape"),
+    "shape float": (raw_file({"a": entry(shape=(2.0,))}, 8), "shape"),
+    "shape bool": (raw_file({"a": entry("U8", (True,), (0, 1))}, 1), "shape"),
+    "shape a string": (raw_file({"a": entry(shape="2")}, 8), "shape"),
+    "rank absurd": (raw_file({"a": entry("U8", [1] * 100, (0, 1))}, 1), "shape"),
+    "shape product of 2^4000": (raw_file({"a": entry(shape=[(1 << 63) - 1] * 64)}, 8), "does not fit"),
+    "offsets reversed": (raw_file({"a": entry(offsets=(8, 0))}, 8), "does not fit"),
+    "offsets negative": (raw_file({"a": entry(offsets=(-8, 0))}, 8), "offsets"),
+    "offsets three": (raw_file({"a": entry(offsets=(0, 4, 8))}, 8), "offsets"),
+    "offsets null": (raw_file({"a": entry(offsets=None)}, 8), "offsets"),
+    "bytes do not fit the shape": (raw_file({"a": entry(shape=(3,))}, 8), "does not fit"),
+    "half a byte": (raw_file({"a": entry("F4", (3,), (0, 2))}, 2), "does not fit"),
+    "overlap": (raw_file({"a": entry(), "b": entry(offsets=(4, 12))}, 12), "overlap"),
+    "the same bytes twice": (raw_file({"a": entry(), "b": entry()}, 8), "overlap"),
+    "hole at the beginning": (raw_file({"a": entry(offsets=(4, 12))}, 12), "belong to no tensor"),
+    "hole in the middle": (raw_file({"a": entry(), "b": entry(offsets=(12, 20))}, 20), "belong to no tensor"),
+    "truncated data": (raw_file({"a": entry()}, 7), "truncated"),
+    "tensor far beyond the file": (raw_file({"a": entry("U8", (1 << 62,), (0, 1 << 62))}, 8), "truncated"),
+    "trailing bytes": (raw_file({"a": entry()}, 9), "trailing"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_every_lie_is_named(tmp_path: Path, lie: str) -> None:
+    content, words = LIES[lie]
+    started = time.monotonic()
+    with pytest.raises(BlockFp8Error) as caught:
+        parse(tmp_path, content)
+    assert words in str(caught.value)
+    assert "model.safetensors" in str(caught.value)
+    assert len(str(caught.value)) < 2000
+    assert time.monotonic() - started < 1
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert str(copy) == str(caught.value)
+
+
+def test_names_the_tensor_that_a_truncation_hits(tmp_path: Path) -> None:
+    with pytest.raises(BlockFp8Error, match="model.norm.weight|scalar|weight_scale_inv|up_proj"):
+        parse(tmp_path, VALID[:-1])
+
+
+def test_special_files_do_not_hang(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "zero.safetensors").symlink_to("/dev/zero")
+    (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "blob")
+    for name, words in (("pipe", "regular"), ("folder", "regular"), ("zero", "regular"), ("dangling", "leads nowhere")):
+        with pytest.raises(BlockFp8Error, match=words):
+            read_header(tmp_path / f"{name}.safetensors")
+    with pytest.raises(BlockFp8Error, match="cannot be read"):
+        read_header(tmp_path / "absent.safetensors")
+
+
+def test_a_symlink_to_a_blob_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(VALID)
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
+    assert read_header(tmp_path / "model.safetensors").file == "model.safetensors"
+
+
+def test_a_file_of_a_terabyte_is_read_by_its_header(tmp_path: Path) -> None:
+    try:
+        size = write_sparse(tmp_path / "model.safetensors", {"a": ("F32", (1 << 38,))})
+    except OSError as error:
+        pytest.skip(f"this file system cannot hold a sparse terabyte: {error}")
+    assert read_header(tmp_path / "model.safetensors").size == size
+
+
+def agrees_with_safetensors(path: Path) -> None:
+    """Our parser either refuses with our error, or safetensors reads the same names, dtypes and shapes."""
+    started = time.monotonic()
+    try:
+        header = read_header(path)
+    except BlockFp8Error as error:
+        assert str(error).isprintable() or "\n" in str(error)
+        return
+    finally:
+        assert time.monotonic() - started < 1
+    with safe_open(path, "np") as judge:
+        assert {t.name: (t.dtype, list(t.shape)) for t in header.tensors} == {
+            name: (judge.get_slice(name).get_dtype(), judge.get_slice(name).get_shape())
+            for name in judge.keys()  # noqa: SIM118
+        }
+
+
+FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZ
+@given(st.data())
+def test_mutated_bytes_never_surprise(tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(VALID)
+    for _ in range(data.draw(st.integers(1, 4))):
+        kind = data.draw(st.sampled_from(["flip", "cut", "insert", "repeat"]))
+        at = data.draw(st.integers(0, max(0, len(content) - 1)))
+        if kind == "flip" and content:
+            content[at] = data.draw(st.integers(0, 255))
+        elif kind == "cut":
+            del content[at : at + data.draw(st.integers(1, 64))]
+        elif kind == "insert":
+            content[at:at] = data.draw(st.binary(min_size=1, max_size=16))
+        else:
+            content[at:at] = content[at : at + data.draw(st.integers(1, 64))]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(content))
+    agrees_with_safetensors(path)
+
+
+NUMBERS = st.one_of(
+    st.integers(-2, 40),
+    st.sampled_from([1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, 0.5, 1e400, None, True, "8", [], {}]),
+)
+
+
+@FUZZ
+@given(st.data())
+def test_lying_headers_never_surprise(tmp_path: Path, data: st.DataObject) -> None:
+    names = st.sampled_from(["a", "b", "model.layers.0.mlp.up_proj.weight", "__metadata__", "", "\x00", "é", "\ud800"])
+    value = st.one_of(
+        st.fixed_dictionaries(
+            {
+                "dtype": st.sampled_from([*DTYPE_BITS, "F7", "", None, 3]),
+                "shape": st.one_of(NUMBERS, st.lists(NUMBERS, max_size=4)),
+                "data_offsets": st.one_of(NUMBERS, st.lists(NUMBERS, max_size=3)),
+            }
+        ),
+        NUMBERS,
+    )
+    header = data.draw(st.dictionaries(names, value, max_size=4))
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw_file(text, data.draw(st.integers(0, 64))))
+    agrees_with_safetensors(path)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=20),
+        st.tuples(st.sampled_from(["F32", "BF16", "F8_E4M3", "I64", "BOOL"]), st.lists(st.integers(0, 5), max_size=3)),
+        max_size=6,
+    )
+)
+def test_our_layout_is_safetensors(tmp_path: Path, tensors: dict[str, tuple[str, list[int]]]) -> None:
+    tensors.pop("__metadata__", None)
+    head, begin, size = lay_out([TensorSpec(n, d, tuple(s)) for n, (d, s) in tensors.items()], {"format": "pt"})
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(head + bytes(size - len(head)))
+    header = read_header(path)
+    assert {t.name: t.begin for t in header.tensors} == begin
+    assert all(t.begin % (DTYPE_BITS[t.dtype] // 8) == 0 for t in header.tensors), "tensors are aligned to their size"
+    with safe_open(path, "np") as judge:
+        assert sorted(judge.keys()) == sorted(tensors)
+        assert judge.metadata() == {"format": "pt"}

@@ -1,0 +1,78 @@
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize, ShardGrid, scale_shape
+
+QWEN3 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def test_qwen3_config() -> None:
+    config = BlockFp8Config.from_dict(QWEN3)
+    assert config == BlockFp8Config(BlockSize(128, 128), ())
+    assert config.to_dict() == QWEN3
+
+
+def test_both_spellings_of_ignored_layers() -> None:
+    config = BlockFp8Config.from_dict(QWEN3 | {"ignored_layers": ["a"], "modules_to_not_convert": ["a", "lm_head"]})
+    assert config.ignored == ("a", "lm_head")
+    assert BlockFp8Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"quant_method": "awq"}, "quant_method"),
+        ({"weight_block_size": None}, "weight_block_size"),
+        ({"weight_block_size": [128]}, "weight_block_size"),
+        ({"weight_block_size": [0, 128]}, "weight_block_size"),
+        ({"weight_block_size": [128.0, 128]}, "weight_block_size"),
+        ({"weight_block_size": [True, 128]}, "weight_block_size"),
+        ({"weight_block_size": "128"}, "weight_block_size"),
+        ({"activation_scheme": "static"}, "activation_scheme"),
+        ({"fmt": "e5m2"}, "fmt"),
+        ({"scale_fmt": "ue8m0"}, "scale_fmt"),
+        ({"ignored_layers": "lm_head"}, "ignored_layers"),
+        ({"modules_to_not_convert": [1]}, "modules_to_not_convert"),
+    ],
+)
+def test_refused_configs_name_the_key(change: dict, named: str) -> None:
+    config = {key: value for key, value in (QWEN3 | change).items() if value is not None}
+    with pytest.raises(BlockFp8Error, match=rf"quantization_config\.{named}"):
+        BlockFp8Config.from_dict(config)
+
+
+def test_error_survives_pickling_between_processes() -> None:
+    error = BlockFp8Error("what", where="here", expected=1, got=2, fix="do this")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert all(part in str(error) for part in ("what", "where: here", "expected: 1", "got: 2", "what to do: do this"))
+
+
+def test_merged_ragged_shards_have_their_own_blocks() -> None:
+    grid = ShardGrid((576, 192, 192), 576)
+    assert grid.scale_rows == (5, 2, 2)
+    assert grid.scale_shape == (9, 5)
+    starts = {span.start: span.scale_row for span in grid.spans()}
+    assert starts[0] == 0 and starts[576] == 5 and starts[576 + 192] == 7
+
+
+@given(
+    widths=st.lists(st.integers(0, 700), min_size=1, max_size=4),
+    k=st.integers(0, 700),
+    block=st.builds(BlockSize, st.integers(1, 300), st.integers(1, 300)),
+)
+def test_spans_cover_every_row_once_and_never_straddle(widths: list[int], k: int, block: BlockSize) -> None:
+    grid = ShardGrid(tuple(widths), k, block)
+    spans = list(grid.spans())
+    rows = [row for span in spans for row in range(span.start, span.start + span.rows)]
+    assert rows == list(range(grid.n))
+    assert [span.scale_row for span in spans] == list(range(grid.scale_shape[0]))
+    edges = {sum(widths[:i]) for i in range(len(widths) + 1)}
+    for span in spans:
+        assert 0 < span.rows <= block.n
+        assert not any(span.start < edge < span.start + span.rows for edge in edges)
+    if len(widths) == 1:
+        assert grid.scale_shape == scale_shape(widths[0], k, block)

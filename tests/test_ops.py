@@ -1,0 +1,153 @@
+"""The public operations: every backend against the oracle, and what they refuse."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3_fp8_ascend import ops, reference
+from qwen3_fp8_ascend.backends import available_backends, load_backend, select_backend
+from qwen3_fp8_ascend.backends.registry import ENVIRONMENT_VARIABLE
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
+from qwen3_fp8_ascend.testing.strategies import activations, problems
+
+BACKENDS = [
+    pytest.param(s.name, marks=pytest.mark.skipif(not s.usable, reason=f"{s.name}: {s.reason}"))
+    for s in available_backends()
+    if "cpu" in s.device_types
+]
+
+
+def linear(problem: Problem, backend: str, activation: str = "dynamic") -> torch.Tensor:
+    packed = ops.pack_weight(problem.weight, problem.scale, backend, problem.widths, block=problem.block)
+    return ops.block_linear(problem.x, packed, problem.bias, activation)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@given(problem=problems())
+def test_linear(backend: str, activation: str, problem: Problem) -> None:
+    assert_exact(linear(problem, backend, activation), problem, activation)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(x=activations(), block_k=st.sampled_from([128, 128, 64, 32]))
+def test_quantize_activation(backend: str, x: torch.Tensor, block_k: int) -> None:
+    codes, scale = ops.quantize_activation(x, block_k=block_k, backend=backend)
+    want_codes, want_scale = reference.quantize_activation(x, block_k)
+    assert torch.equal(scale.view(torch.int32), want_scale.view(torch.int32))
+    assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=30)
+@given(problem=problems(), dtype=st.sampled_from(ops.ACTIVATION_DTYPES))
+def test_dequantize_weight(backend: str, problem: Problem, dtype: torch.dtype) -> None:
+    got = ops.dequantize_weight(
+        problem.weight, problem.scale, dtype, widths=problem.widths, block=problem.block, backend=backend
+    )
+    want = reference.dequantize_weight(problem.weight, problem.scale, dtype, widths=problem.widths, block=problem.block)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_three_dimensions_and_bf16_scales(backend: str) -> None:
+    problem = random_problem(6, (96,), 160)
+    scale = problem.scale.bfloat16()
+    packed = ops.pack_weight(problem.weight, scale, backend)
+    flat = ops.block_linear(problem.x, packed)
+    assert torch.equal(ops.block_linear(problem.x.view(2, 3, 160), packed), flat.view(2, 3, 96))
+    upcast = ops.block_linear(problem.x, ops.pack_weight(problem.weight, scale.float(), backend))
+    assert torch.equal(flat, upcast)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_byte_a_weight(backend: str) -> None:
+    problem = random_problem(0, (576, 192, 192), 1536)
+    packed = ops.pack_weight(problem.weight, problem.scale, backend, problem.widths)
+    scales = problem.scale.numel() * 4
+    assert packed.nbytes <= problem.weight.numel() * 1.02 + 32 * scales
+    assert packed.nbytes >= problem.weight.numel()
+
+
+GOOD = random_problem(2, (40,), 130)
+
+
+def _pack(**changes: object) -> object:
+    arguments = {"weight": GOOD.weight, "scale": GOOD.scale, "backend": "reference"} | changes
+    return ops.pack_weight(**arguments)  # type: ignore[arg-type]
+
+
+def _with_code(code: int) -> torch.Tensor:
+    weight = GOOD.weight.clone()
+    weight.view(torch.uint8)[3, 5] = code
+    return weight
+
+
+def _with_scale(value: float) -> torch.Tensor:
+    scale = GOOD.scale.clone()
+    scale[0, 1] = value
+    return scale
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"weight": GOOD.weight.bfloat16()}, "not block FP8"),
+        ({"weight": GOOD.weight[0]}, "two dimensions"),
+        ({"weight": _with_code(0x7F)}, r"1 NaN of 5200"),
+        ({"weight": _with_code(0xFF)}, r"1 NaN of 5200"),
+        ({"scale": GOOD.scale[:, :1]}, r"expected: \(1, 2\)"),
+        ({"scale": GOOD.scale.half()}, "scale dtype"),
+        ({"scale": _with_scale(float("nan"))}, r"\(0, 1\): nan"),
+        ({"scale": _with_scale(float("inf"))}, r"\(0, 1\): inf"),
+        ({"scale": _with_scale(-1.0)}, r"\(0, 1\): -1"),
+        ({"widths": (30, 11)}, "do not add up"),
+        ({"backend": "nonsense"}, "unknown backend 'nonsense'"),
+        ({"activation": "static"}, "activation mode"),
+    ],
+)
+def test_refused_weights(changes: dict, said: str) -> None:
+    with pytest.raises(BlockFp8Error, match=said):
+        _pack(**changes)
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "said"),
+    [
+        (GOOD.x[:, :-1], None, r"expected: \(..., 130\)"),
+        (GOOD.x.int(), None, "activation dtype"),
+        (torch.tensor(1.0), None, "at least one dimension"),
+        (GOOD.x, torch.zeros(41), r"expected: \(40,\)"),
+    ],
+)
+def test_refused_activations(x: torch.Tensor, bias: torch.Tensor | None, said: str) -> None:
+    with pytest.raises(BlockFp8Error, match=said):
+        ops.block_linear(x, _pack(), bias)  # type: ignore[arg-type]
+
+
+def test_automatic_choice_is_logged_and_never_the_reference(caplog: pytest.LogCaptureFixture) -> None:
+    select_backend.cache_clear()
+    with caplog.at_level("INFO", logger="qwen3_fp8_ascend"):
+        assert select_backend(None, "cpu").name == "cpu"
+    assert any("backend cpu" in r.message for r in caplog.records)
+    with pytest.raises(BlockFp8Error, match="no backend can run block FP8 on meta"):
+        select_backend(None, "meta")
+
+
+def test_environment_chooses_and_is_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    select_backend.cache_clear()
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
+    assert select_backend(None, "cpu").name == "reference"
+    select_backend.cache_clear()
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "nonsense")
+    with pytest.raises(BlockFp8Error, match="unknown backend 'nonsense'"):
+        select_backend(None, "cpu")
+    select_backend.cache_clear()
+
+
+def test_a_backend_that_cannot_run_says_why() -> None:
+    with pytest.raises(BlockFp8Error, match="runs on cpu, not on cuda"):
+        select_backend("cpu", "cuda")
+    assert load_backend("reference").unusable() is None

@@ -1,0 +1,20 @@
+from collections.abc import Iterator
+
+import pytest
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def distributed() -> Iterator[None]:
+    """vLLM's layers ask for their place among the ranks, so there must be a (single-rank) group."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+
+    from qwen3_fp8_ascend.testing.server import free_port
+
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, "gloo")
+        initialize_model_parallel(1, 1)
+        yield
+    cleanup_dist_env_and_memory()

@@ -1,0 +1,309 @@
+"""vLLM's own linear layers with our linear method: loading of shards, results, memory, refusals."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+
+from qwen3_fp8_ascend import reference
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import BlockFp8Config, ShardGrid
+from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
+from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
+
+QKV = ["q_proj", "k_proj", "v_proj"]
+GATE_UP = ["gate_proj", "up_proj"]
+
+
+def config(ignored: tuple[str, ...] = ()) -> BlockFp8AscendConfig:
+    made = BlockFp8AscendConfig(BlockFp8Config(ignored=ignored))
+    made.packed_modules_mapping = {"qkv_proj": QKV, "gate_up_proj": GATE_UP}
+    return made
+
+
+def qkv_layer(quantization: BlockFp8AscendConfig, **changes: Any) -> QKVParallelLinear:
+    """SmolLM2-135M's attention: 576 = 4.5 blocks of queries, 192 = 1.5 blocks of keys and of values."""
+    arguments = {"hidden_size": 576, "head_size": 64, "total_num_heads": 9, "total_num_kv_heads": 3, "bias": False}
+    return QKVParallelLinear(
+        **(arguments | changes),
+        params_dtype=torch.bfloat16,
+        quant_config=quantization,
+        prefix="model.layers.0.self_attn.qkv_proj",
+    )
+
+
+def split(problem: Problem) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The checkpoint's tensors: weight and scale of each shard."""
+    assert problem.widths
+    grid = ShardGrid(problem.widths, problem.weight.shape[1])
+    weights = problem.weight.view(torch.uint8).split(problem.widths)
+    return [
+        (w.view(torch.float8_e4m3fn), s) for w, s in zip(weights, problem.scale.split(grid.scale_rows), strict=True)
+    ]
+
+
+def load(layer: torch.nn.Module, shards: list[tuple[Any, torch.Tensor, torch.Tensor]]) -> None:
+    for shard, weight, scale in shards:
+        arguments = () if shard is None else (shard,)
+        layer.weight.weight_loader(layer.weight, weight, *arguments)
+        layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale, *arguments)
+
+
+def finish(layer: torch.nn.Module) -> torch.nn.Module:
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def loaded_qkv(problem: Problem, **changes: Any) -> torch.nn.Module:
+    layer = qkv_layer(config(), **changes)
+    load(layer, [(name, *tensors) for name, tensors in zip("qkv", split(problem), strict=True)])
+    return layer
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+def test_ragged_qkv(scale_dtype: torch.dtype) -> None:
+    problem = random_problem(7, (576, 192, 192), 576)
+    problem = Problem(problem.x, problem.weight, problem.scale.to(scale_dtype), widths=problem.widths)
+    layer = finish(loaded_qkv(problem))
+    out, _ = layer(problem.x)
+    assert_exact(out, problem)
+
+
+def test_bias() -> None:
+    problem = random_problem(3, (576, 192, 192), 576, bias=True)
+    layer = loaded_qkv(problem, bias=True)
+    assert problem.bias is not None
+    for name, part in zip("qkv", problem.bias.split([576, 192, 192]), strict=True):
+        layer.bias.weight_loader(layer.bias, part, name)
+    out, _ = finish(layer)(problem.x)
+    assert_exact(out, problem)
+
+
+LAYERS: dict[str, tuple[Callable[..., torch.nn.Module], tuple[int, ...], list[Any]]] = {
+    "gate_up_proj": (lambda k, widths, **kw: MergedColumnParallelLinear(k, list(widths), **kw), (1536, 1536), [0, 1]),
+    "ragged_merge": (
+        lambda k, widths, **kw: MergedColumnParallelLinear(k, list(widths), **kw),
+        (100, 300, 28),
+        [0, 1, 2],
+    ),
+    "down_proj": (lambda k, widths, **kw: RowParallelLinear(k, widths[0], **kw), (576,), [None]),
+    "column": (lambda k, widths, **kw: ColumnParallelLinear(k, widths[0], **kw), (200,), [None]),
+    "replicated": (lambda k, widths, **kw: ReplicatedLinear(k, widths[0], **kw), (70,), [None]),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("k", [576, 200])
+def test_every_kind_of_linear_layer(name: str, k: int) -> None:
+    make, widths, shard_ids = LAYERS[name]
+    problem = random_problem(5, widths, k)
+    layer = make(
+        k, widths, bias=False, params_dtype=torch.bfloat16, quant_config=config(), prefix=f"model.layers.0.mlp.{name}"
+    )
+    load(layer, [(i, *tensors) for i, tensors in zip(shard_ids, split(problem), strict=True)])
+    out, _ = finish(layer)(problem.x)
+    assert_exact(out, problem)
+
+
+def test_a_whole_merged_tensor_on_disk() -> None:
+    problem = random_problem(5, (256, 128), 256)
+    layer = MergedColumnParallelLinear(
+        256,
+        [256, 128],
+        bias=False,
+        params_dtype=torch.bfloat16,
+        quant_config=config(),
+        prefix="model.layers.0.mlp.gate_up_proj",
+    )
+    load(layer, [(None, problem.weight, problem.scale)])
+    assert_exact(finish(layer)(problem.x)[0], problem)
+
+
+def test_compiled_with_a_dynamic_batch() -> None:
+    problem = random_problem(7, (576, 192, 192), 576)
+    layer = finish(loaded_qkv(problem))
+    compiled = torch.compile(lambda x: layer(x)[0] * 2, fullgraph=True, dynamic=True, backend="aot_eager")
+    for m in (1, 5, 7):
+        assert torch.equal(compiled(problem.x[:m]), layer(problem.x[:m])[0] * 2)
+
+
+def test_one_resident_copy_at_one_byte_a_weight() -> None:
+    problem = random_problem(1, (1536, 1536), 576)
+    layer = MergedColumnParallelLinear(
+        576,
+        [1536, 1536],
+        bias=False,
+        params_dtype=torch.bfloat16,
+        quant_config=config(),
+        prefix="model.layers.0.mlp.gate_up_proj",
+    )
+    load(layer, [(i, *tensors) for i, tensors in enumerate(split(problem))])
+    originals = [weakref.ref(t.untyped_storage()) for t in (layer.weight.data, layer.weight_scale_inv.data)]
+    finish(layer)
+    gc.collect()
+    assert [ref() for ref in originals] == [None, None]
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (*layer.packed_weight.tensors, *layer.parameters(), *layer.buffers())
+    }
+    weights = 2 * 1536 * 576
+    assert weights <= sum(storages.values()) <= 1.01 * weights + 64 * problem.scale.numel() * 4
+
+
+@pytest.mark.parametrize(
+    ("ignored", "quantized"),
+    [
+        ((), True),
+        (
+            ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"),
+            False,
+        ),
+        (("model.layers.0.self_attn.qkv_proj",), False),
+        (("lm_head",), True),
+    ],
+)
+def test_ignored_layers(ignored: tuple[str, ...], quantized: bool) -> None:
+    layer = qkv_layer(config(ignored))
+    assert isinstance(layer.quant_method, UnquantizedLinearMethod) is not quantized
+
+
+def test_mixture_of_experts_is_refused_by_name() -> None:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    experts = RoutedExperts.__new__(RoutedExperts)
+    with pytest.raises(BlockFp8Error, match=r"not supported yet\n  where: model\.layers\.3\.mlp\.experts"):
+        config().get_quant_method(experts, "model.layers.3.mlp.experts")
+
+
+def _spoiled(
+    shard: int, weight: Callable[[torch.Tensor], Any] | None = None, scale: Callable[[torch.Tensor], Any] | None = None
+) -> Any:
+    problem = random_problem(1, (576, 192, 192), 576)
+    parts = split(problem)
+    w, s = (t.clone() for t in parts[shard])
+    if weight:
+        w = weight(w)
+    if scale:
+        s = scale(s)
+    parts[shard] = (w, s)
+    layer = qkv_layer(config())
+    load(layer, [(name, *tensors) for name, tensors in zip("qkv", parts, strict=True) if tensors[0] is not None])
+    return finish(layer)
+
+
+def _set(value: float | int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        (tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor)[1, 2] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"shard": 1, "weight": _set(0x7F)}, r"self_attn\.k_proj\.weight\n.*\n  got: 1 NaN of 110592"),
+        ({"shard": 2, "weight": _set(0xFF)}, r"self_attn\.v_proj\.weight"),
+        ({"shard": 0, "scale": _set(float("inf"))}, r"self_attn\.q_proj\.weight_scale_inv"),
+        ({"shard": 1, "scale": _set(-1.0)}, r"self_attn\.k_proj\.weight_scale_inv"),
+        (
+            {"shard": 2, "weight": lambda w: w.bfloat16()},
+            r"qkv_proj\.weight, shard v\n  expected: float8_e4m3fn\n  got: bfloat16",
+        ),
+        ({"shard": 2, "weight": lambda w: w[:100]}, r"does not fit the layer\n  where: .*qkv_proj\.weight, shard v"),
+        (
+            {"shard": 1, "scale": lambda s: s[:1]},
+            r"does not fit the layer\n  where: .*qkv_proj\.weight_scale_inv, shard k",
+        ),
+        ({"shard": 1, "scale": lambda s: s.half()}, r"wrong dtype\n  where: .*qkv_proj\.weight_scale_inv, shard k"),
+    ],
+)
+def test_spoiled_tensors_are_named(arguments: dict, said: str) -> None:
+    with pytest.raises(BlockFp8Error, match=said):
+        _spoiled(**arguments)
+
+
+@pytest.mark.parametrize(("skip_weight", "skip_scale"), [(True, False), (False, True)])
+def test_missing_tensors_are_named(skip_weight: bool, skip_scale: bool) -> None:
+    layer = qkv_layer(config())
+    for name, (weight, scale) in zip("qkv", split(random_problem(1, (576, 192, 192), 576)), strict=True):
+        if not (skip_weight and name == "k"):
+            layer.weight.weight_loader(layer.weight, weight, name)
+        if not (skip_scale and name == "k"):
+            layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale, name)
+    with pytest.raises(BlockFp8Error, match=r"missing from the checkpoint.*\n  where: .*k_proj"):
+        finish(layer)
+
+
+def test_a_ragged_merged_tensor_on_disk_is_refused() -> None:
+    problem = random_problem(1, (576, 192, 192), 576)
+    layer = qkv_layer(config())
+    with pytest.raises(BlockFp8Error, match="merged on disk"):
+        layer.weight.weight_loader(layer.weight, problem.weight)
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Pretend to be rank `rank` of `size`, for layers made afterwards."""
+
+    def pretend(rank: int, size: int) -> None:
+        for module in ("layers.linear", "parameter"):
+            path = f"vllm.model_executor.{module}.get_tensor_model_parallel"
+            monkeypatch.setattr(f"{path}_rank", lambda: rank)
+            monkeypatch.setattr(f"{path}_world_size", lambda: size)
+
+    return pretend
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_tensor_parallel_shards_add_up(ranks: Callable[[int, int], None], size: int) -> None:
+    """Query heads are split, the two key/value heads are split over two ranks and shared by four."""
+    problem = random_problem(4, (1024, 256, 256), 512)
+    whole = reference.block_linear(problem.x, problem.weight, problem.scale, widths=problem.widths)
+    q, k, v = whole.split(problem.widths, dim=1)  # type: ignore[arg-type]
+    for rank in range(size):
+        ranks(rank, size)
+        layer = qkv_layer(config(), hidden_size=512, head_size=128, total_num_heads=8, total_num_kv_heads=2)
+        load(layer, [(name, *tensors) for name, tensors in zip("qkv", split(problem), strict=True)])
+        finish(layer)
+        out = layer.quant_method.apply(layer, problem.x)
+        kv_rank, kv_size = (rank, 2) if size == 2 else (rank // 2, 2)
+        want = torch.cat([q.chunk(size, 1)[rank], k.chunk(kv_size, 1)[kv_rank], v.chunk(kv_size, 1)[kv_rank]], 1)
+        assert (out == want).double().mean() > 0.995
+
+
+def test_row_parallel_shards_add_up(ranks: Callable[[int, int], None]) -> None:
+    problem = random_problem(4, (200,), 512, dtype=torch.float32)
+    total = torch.zeros(4, 200)
+    for rank in range(2):
+        ranks(rank, 2)
+        layer = RowParallelLinear(
+            512, 200, bias=False, params_dtype=torch.float32, quant_config=config(), prefix="down_proj"
+        )
+        load(layer, [(None, problem.weight, problem.scale)])
+        finish(layer)
+        total += layer.quant_method.apply(layer, problem.x[:, rank * 256 : (rank + 1) * 256])
+    assert_exact(total, problem)
+
+
+def test_splits_through_a_block_are_refused(ranks: Callable[[int, int], None]) -> None:
+    ranks(0, 2)
+    with pytest.raises(BlockFp8Error, match=r"cut through a block") as refused:
+        qkv_layer(config(), hidden_size=512, head_size=64, total_num_heads=6, total_num_kv_heads=2)
+    message = str(refused.value)
+    assert "qkv_proj" in message and "192 a rank (the whole layer has 384 + 128 + 128)" in message
+    assert "--tensor-parallel-size 1 " in message
+    with pytest.raises(BlockFp8Error, match=r"columns a rank in multiples of 128") as refused:
+        RowParallelLinear(1152, 200, bias=False, params_dtype=torch.bfloat16, quant_config=config(), prefix="down_proj")
+    assert "--tensor-parallel-size 1 or 3 or 9 " in str(refused.value)

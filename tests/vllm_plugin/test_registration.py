@@ -1,0 +1,136 @@
+"""`--quantization ascend` as vLLM sees it: registration, acceptance, refusal."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.config import ModelConfig
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.plugins import load_general_plugins
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.testing.models import qwen3_config
+from qwen3_fp8_ascend.vllm_plugin import versions
+
+BLOCK_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def model_config(folder: Path, quantization: str | None = "ascend", **changes: Any) -> ModelConfig:
+    config = qwen3_config(quantization_config=BLOCK_FP8 | changes)
+    config["quantization_config"] = {k: v for k, v in config["quantization_config"].items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return ModelConfig(str(folder), skip_tokenizer_init=True, quantization=quantization)  # type: ignore[arg-type]
+
+
+def quant_config(config: ModelConfig) -> Any:
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader.weight_utils import get_quant_config
+
+    return get_quant_config(config, LoadConfig())
+
+
+def test_importing_the_package_is_cheap() -> None:
+    code = "import sys, qwen3_fp8_ascend; print(sorted({'torch', 'vllm', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_vllm_finds_the_plugin_and_registering_again_changes_nothing() -> None:
+    from qwen3_fp8_ascend import register
+    from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
+
+    load_general_plugins()
+    assert get_quantization_config("ascend") is BlockFp8AscendConfig
+    register()
+    assert get_quantization_config("ascend") is BlockFp8AscendConfig
+
+
+def test_a_block_fp8_checkpoint_is_accepted(tmp_path: Path) -> None:
+    config = model_config(tmp_path, modules_to_not_convert=["lm_head"])
+    assert config.quantization == "ascend"
+    quantization = pickle.loads(pickle.dumps(quant_config(config)))
+    assert quantization.get_name() == "ascend"
+    assert quantization.weight_block_size == [128, 128]
+    assert quantization.ignored_layers == ["lm_head"]
+
+
+def test_without_the_flag_vllm_behaves_as_before(tmp_path: Path) -> None:
+    assert model_config(tmp_path, quantization=None).quantization == "fp8"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"weight_block_size": None}, "weight_block_size"),
+        ({"activation_scheme": "static"}, "activation_scheme"),
+        ({"scale_fmt": "ue8m0"}, "scale_fmt"),
+    ],
+)
+def test_other_fp8_checkpoints_are_refused_with_the_reason(tmp_path: Path, change: dict, named: str) -> None:
+    config = model_config(tmp_path, **change)
+    with pytest.raises(BlockFp8Error, match=rf"quantization_config\.{named}"):
+        quant_config(config)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_other_methods_are_not_taken_over(tmp_path: Path, method: str) -> None:
+    from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
+
+    assert BlockFp8AscendConfig.override_quantization_method({"quant_method": method}, "ascend") is None
+    assert BlockFp8AscendConfig.override_quantization_method(BLOCK_FP8, None) is None
+    assert BlockFp8AscendConfig.override_quantization_method(BLOCK_FP8, "fp8") is None
+
+
+def test_headers_are_looked_at_before_anything_is_loaded(tmp_path: Path) -> None:
+    config = model_config(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    with pytest.raises(BlockFp8Error, match=r"model\.safetensors"):
+        quant_config(config).maybe_update_config(config.model)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"qwen3_fp8_ascend": {"bakend": "cpu"}}, "unknown setting"),
+        ({"qwen3_fp8_ascend": {"activation": "static"}}, "unknown activation mode"),
+        ({"qwen3_fp8_ascend": {"backend": 1}}, "named by a string"),
+        ({"qwen3_fp8_ascend": 3}, "unknown setting"),
+    ],
+)
+def test_settings_are_checked(given: dict, said: str) -> None:
+    from qwen3_fp8_ascend.vllm_plugin.config import Settings
+
+    with pytest.raises(BlockFp8Error, match=said):
+        Settings.from_additional_config(given)
+    assert Settings.from_additional_config({"other": 1}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [
+        ("0.30.0", True),
+        ("0.32.0", True),
+        ("0.30.0rc2", False),
+        ("0.29.0", False),
+        ("0.33.0", False),
+        ("dev", False),
+        (None, False),
+    ],
+)
+def test_tested_range(version: str | None, tested: bool) -> None:
+    assert versions.is_tested(version) is tested
+
+
+def test_an_untested_vllm_is_warned_about_by_range(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import logging
+
+    monkeypatch.setattr(versions, "installed", lambda: "0.29.0")
+    monkeypatch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        versions.warn_if_untested()
+    assert "0.29.0" in caplog.text and str(versions.TESTED) in caplog.text
