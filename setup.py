@@ -97,7 +97,12 @@ class BuildLibraries(build_ext):
                 output_dir=self.build_temp,
                 include_dirs=[],
                 debug=self.debug,
-                extra_postargs=["-isystem", str(torch / "include"), *COMMON_FLAGS, *ISA_FLAGS.get(Path(source).name, [])],
+                extra_postargs=[
+                    "-isystem",
+                    str(torch / "include"),
+                    *COMMON_FLAGS,
+                    *ISA_FLAGS.get(Path(source).name, []),
+                ],
                 depends=ext.depends,
             )
         compiler.link_shared_object(

@@ -69,7 +69,7 @@ def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
     as_json: Json = False,
 ) -> None:
-    """Say what a checkpoint is, from its headers alone, and name every anomaly (exit 2)."""
+    """Say what a checkpoint is, from its headers alone, and name every anomaly (exit 2 if one is an error)."""
     from qwen3_fp8_ascend.checkpoints import inspect as inspection
 
     report = inspection.inspect_checkpoint(checkpoint)
@@ -77,7 +77,7 @@ def inspect(
         print(json.dumps(report.to_dict(), indent=2))
     else:
         inspection.render(report, out)
-    if report.anomalies:
+    if report.errors:
         raise typer.Exit(2)
 
 
@@ -93,6 +93,42 @@ def quantize(
 
     quantize_checkpoint(source, destination, ignore=tuple(ignore or ()), overwrite=overwrite)
     err.print(f"wrote {destination}", highlight=False)
+
+
+@app.command(epilog="Example: qwen3-fp8-ascend dequantize ./Qwen3-8B-FP8 ./Qwen3-8B-bf16")
+def dequantize(
+    source: Annotated[Path, typer.Argument(help="A block-FP8 checkpoint folder.")],
+    destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing destination.")] = False,
+) -> None:
+    """Turn a block-FP8 checkpoint into bf16, shard by shard; resumes where it was stopped."""
+    from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
+
+    dequantize_checkpoint(source, destination, overwrite=overwrite)
+    err.print(f"wrote {destination}", highlight=False)
+
+
+@app.command(epilog="Example: qwen3-fp8-ascend verify http://127.0.0.1:8000 --model qwen3-8b-fp8 --json")
+def verify(
+    url: Annotated[str, typer.Argument(help="Address of a running OpenAI-compatible server.")],
+    model: Annotated[str | None, typer.Option(help="The model's served name; default: the first it lists.")] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(help="A language the model speaks (en, zh); repeatable. Default: both.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a running server the three questions of the verification report; exit 1 if an answer fails."""
+    from qwen3_fp8_ascend import verify as verification
+
+    name = model or verification.served_model(url)
+    answers = [verification.ask(url, name, q, tuple(language or ("en", "zh"))) for q in verification.QUESTIONS]
+    if as_json:
+        print(json.dumps([answer.to_dict() for answer in answers], indent=2, ensure_ascii=False))
+    else:
+        for number, answer in enumerate(answers, 1):
+            verification.render(number, answer, out)
+    if any(answer.verdict == "failed" for answer in answers):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -156,7 +156,7 @@ class BlockFp8Config:
         ignored: list[str] = []
         for key in ("ignored_layers", "modules_to_not_convert"):
             names = config.get(key) or []
-            if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
                 raise refuse(key, "a list of module names", "correct the list in config.json")
             ignored += [name for name in names if name not in ignored]
         return cls(BlockSize(*sizes), tuple(ignored))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.console import Console
+
 from qwen3_fp8_ascend.errors import BlockFp8Error
 
 MIN_TOKENS = 4
@@ -71,6 +73,52 @@ QUESTIONS = (
 )
 
 
+MARKS = {"passed": "[green]passed[/]", "failed": "[bold red]failed[/]", "not applicable": "[yellow]not applicable[/]"}
+
+
+def render(number: int, answer: Answer, console: Console) -> None:
+    """Print one answer in the form of the verification report."""
+    reason = f": {answer.reason}" if answer.reason else ""
+    console.print(f"\n[bold]\\[Test {number}] {answer.title}[/] {MARKS[answer.verdict]}{reason}", highlight=False)
+    console.print(f"  {answer.prompt}", style="dim", highlight=False, markup=False)
+    console.print(f"  {answer.text}", highlight=False, markup=False)
+
+
+def served_model(base_url: str) -> str:
+    """The first model that a server lists.
+
+    Raises:
+        BlockFp8Error: the server cannot be reached or lists none.
+    """
+    openai, client = _client(base_url)
+    try:
+        models = client.models.list().data
+    except openai.OpenAIError as error:
+        raise _unanswered(base_url, error) from error
+    if not models:
+        raise BlockFp8Error("the server lists no model", where=base_url)
+    return models[0].id
+
+
+def _client(base_url: str) -> tuple[Any, Any]:
+    try:
+        import openai
+    except ImportError as error:
+        fix = "pip install 'qwen3-fp8-ascend[verify]'"
+        raise BlockFp8Error("the openai client is not installed", fix=fix) from error
+    root = base_url.rstrip("/").removesuffix("/v1")
+    return openai, openai.OpenAI(base_url=f"{root}/v1", api_key="none", max_retries=0, timeout=600)
+
+
+def _unanswered(base_url: str, error: Exception, model: str | None = None) -> BlockFp8Error:
+    return BlockFp8Error(
+        "the server did not answer",
+        where=base_url if model is None else f"{base_url}, model {model!r}",
+        got=f"{type(error).__name__}: {error}",
+        fix="check that the server is up and that the model's name is the one it serves (/v1/models)",
+    )
+
+
 def ask(base_url: str, model: str, question: Question, languages: tuple[str, ...] = ("en", "zh")) -> Answer:
     """Ask a running OpenAI-compatible server one question, greedily, and time its tokens.
 
@@ -78,14 +126,7 @@ def ask(base_url: str, model: str, question: Question, languages: tuple[str, ...
     Raises:
         BlockFp8Error: the server cannot be reached or refuses the request.
     """
-    try:
-        import openai
-    except ImportError as error:
-        raise BlockFp8Error(
-            "the openai client is not installed", fix="pip install 'qwen3-fp8-ascend[verify]'"
-        ) from error
-
-    client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=600)
+    openai, client = _client(base_url)
     text, stamps = "", []
     start = time.perf_counter()
     try:
@@ -102,12 +143,7 @@ def ask(base_url: str, model: str, question: Question, languages: tuple[str, ...
                 stamps.append(time.perf_counter())
                 text += chunk.choices[0].text
     except openai.OpenAIError as error:
-        raise BlockFp8Error(
-            "the server did not answer",
-            where=f"{base_url}, model {model!r}",
-            got=f"{type(error).__name__}: {error}",
-            fix="check that the server is up and that the model's name is the one it serves (/v1/models)",
-        ) from error
+        raise _unanswered(base_url, error, model) from error
     end = time.perf_counter()
     if question.language in languages:
         reason = question.check(text)

@@ -18,11 +18,10 @@ from rich.console import Console
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.testing.server import Server, serve
-from qwen3_fp8_ascend.verify import QUESTIONS, Answer, ask
+from qwen3_fp8_ascend.verify import QUESTIONS, ask, render
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
-MARKS = {"passed": "[green]passed[/]", "failed": "[bold red]failed[/]", "not applicable": "[yellow]not applicable[/]"}
 
 console = Console()
 
@@ -56,7 +55,7 @@ def demo(
             console.print(f"ready after {time.monotonic() - start:.0f} s; {backend_line(server)}", highlight=False)
             answers = [ask(server.url, name, question, languages) for question in QUESTIONS]
             for number, answer in enumerate(answers, 1):
-                print_answer(number, answer)
+                render(number, answer, console)
     tpots = [a.tpot for a in answers if a.tpot is not None]
     console.print(
         f"time to first token {1e3 * median(a.ttft for a in answers):.0f} ms, "
@@ -66,14 +65,6 @@ def demo(
     )
     if any(a.verdict == "failed" for a in answers):
         raise typer.Exit(1)
-
-
-def print_answer(number: int, answer: Answer) -> None:
-    """Print one answer in the form of the verification report."""
-    reason = f": {answer.reason}" if answer.reason else ""
-    console.print(f"\n[bold]\\[Test {number}] {answer.title}[/] {MARKS[answer.verdict]}{reason}", highlight=False)
-    console.print(f"  {answer.prompt}", style="dim", highlight=False, markup=False)
-    console.print(f"  {answer.text}", highlight=False, markup=False)
 
 
 def backend_line(server: Server) -> str:

@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("default")
 
-CACHE = Path(__file__).parent.parent / ".cache"
+ROOT = Path(__file__).parent.parent
+CACHE = ROOT / ".cache"
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +21,12 @@ def cache() -> Path:
     """Where models and downloads are kept from run to run."""
     CACHE.mkdir(exist_ok=True)
     return CACHE
+
+
+@pytest.fixture(scope="session")
+def smollm2(cache: Path) -> Path:
+    """The demo's real model in block FP8; the bf16 one is beside it."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from prepare_demo_model import prepare
+
+    return prepare(cache / "models")

@@ -12,14 +12,18 @@ namespace {
 constexpr int kTile = 16;       // rows of a tile register; 64 bytes each
 constexpr int kTileDepth = 32;  // k of a tile of bf16
 constexpr std::int64_t kAmxRows = 256;
-constexpr int kPrefetchBytes = 4096;
+constexpr std::int64_t kFewRows = 2;  // at most kMaxRegisterRows
+constexpr int kPrefetchBytes = 1024;
 
 constexpr DecodeTables kScaledTables = make_decode_tables(ArithmeticDecoder::kExponent);
 
-using DecodedRow = std::uint16_t[kTileColumns * 2];  // a pair of k of two panels
+// A B tile: 32 k (as 16 pairs) of half a panel.
+using WeightTile = std::uint16_t[kTile][2 * kHalf];
+constexpr int kStepTiles = 2 * kTilePanels;
+constexpr int kSteps = kChunk / kTileDepth;
 
 struct AmxScratch {
-  alignas(64) DecodedRow weights[2][kChunk / 2];
+  alignas(4096) WeightTile weights[2][kSteps][kStepTiles];
   alignas(64) float partial[4][kTile][kTile];
   alignas(64) float sums[kAmxRows][kTileColumns];
 };
@@ -46,136 +50,130 @@ class TileSession {
   TileSession& operator=(const TileSession&) = delete;
 };
 
-// Decodes a chunk of one or two panels quad by quad.
+// Decodes a chunk of one or two panels, a B tile at a time.
+//
+// A tile load waits for older stores whose address is the same modulo 4 KiB. Whole tiles are therefore written in the
+// order in which tiles are read, so that the stores still under way are those of other tiles.
 class ChunkDecoder {
  public:
-  explicit ChunkDecoder(const Weight& weight) : weight_(weight) {}
+  ChunkDecoder(const Weight& weight, std::int64_t end) : weight_(weight), end_(end) {}
 
-  void start(std::int64_t panel, int panels, std::int64_t chunk, DecodedRow* out) {
-    for (int p = 0; p < kTilePanels; ++p) {
-      const std::int64_t source = panel + (p < panels ? p : 0);
-      source_[p] = weight_.codes_of(source) + weight_.depth.start_of(chunk) * kPanelRows;
-      has_nan_[p] = weight_.panels[source].has_nan != 0;
+  // Chunk `chunk` of the panel and of the next one, if that is still in range.
+  void start(std::int64_t panel, std::int64_t chunk, WeightTile (*out)[kStepTiles]) {
+    panels_ = end_ - panel < kTilePanels ? 1 : kTilePanels;
+    for (int p = 0; p < panels_; ++p) {
+      source_[p] = weight_.codes_of(panel + p) + weight_.depth.start_of(chunk) * kPanelRows;
+      has_nan_[p] = weight_.panels[panel + p].has_nan != 0;
     }
-    panels_ = panels;
     out_ = out;
-    quad_ = 0;
     quads_ = (weight_.depth.length_of(chunk) + 3) / 4;
+    tile_ = 0;
+    tiles_ = (quads_ + kQuads - 1) / kQuads * 2 * panels_;
   }
 
-  std::int64_t quads() const { return quads_; }
+  std::int64_t tiles() const { return tiles_; }
 
   void advance(std::int64_t count) {
-    const std::int64_t end = quad_ + count < quads_ ? quad_ + count : quads_;
-    for (; quad_ < end; ++quad_) {
-      for (int p = 0; p < panels_; ++p) {
-        const std::uint8_t* source = source_[p] + quad_ * kQuadBytes;
-        _mm_prefetch(reinterpret_cast<const char*>(source + kPrefetchBytes), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(source + kPrefetchBytes + 64), _MM_HINT_T0);
-        if (has_nan_[p]) {
-          decode_quad(TableDecoder(kScaledTables), source, p);
-        } else {
-          decode_quad(arithmetic_, source, p);
-        }
+    const std::int64_t end = tile_ + count < tiles_ ? tile_ + count : tiles_;
+    for (; tile_ < end; ++tile_) {
+      const std::int64_t step = tile_ / (2 * panels_);
+      const std::int64_t column = tile_ % (2 * panels_);
+      const std::uint8_t* source = source_[column / 2] + step * kQuads * kQuadBytes + column % 2 * kQuadBytes / 2;
+      const std::int64_t quads = quads_ - step * kQuads < kQuads ? quads_ - step * kQuads : kQuads;
+      WeightTile& out = out_[step][column];
+      if (has_nan_[column / 2]) {
+        decode_tile(TableDecoder(kScaledTables), source, quads, out);
+      } else if (quads == kQuads) {
+        decode_tile(arithmetic_, source, kQuads, out);
+      } else {
+        decode_tile(arithmetic_, source, quads, out);
       }
     }
   }
 
-  // Tiles reach up to the next multiple of 32 k: what is behind the last quad must be zero, since 0 * NaN is NaN.
-  void finish() {
-    advance(quads_);
-    const std::int64_t first = 2 * quads_;
-    const std::int64_t last = (first + kTile - 1) / kTile * kTile;
-    if (first < last) std::memset(out_[first], 0, static_cast<std::size_t>(last - first) * sizeof(DecodedRow));
-  }
+  void finish() { advance(tiles_); }
 
  private:
+  static constexpr std::int64_t kQuads = kTileDepth / 4;
+
+  // What is behind the last quad becomes zero, since the tile reaches further and 0 * NaN is NaN.
   template <class Decoder>
-  void decode_quad(const Decoder& decode, const std::uint8_t* source, int p) {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const HalfQuad decoded = decode(source + half * kQuadBytes / 2);
-      const int column = (p * 2 + half) * 2 * kHalf;
-      _mm512_store_si512(out_[2 * quad_] + column, decoded.pair0);
-      _mm512_store_si512(out_[2 * quad_ + 1] + column, decoded.pair1);
+  static void decode_tile(const Decoder& decode, const std::uint8_t* source, std::int64_t quads, WeightTile& out) {
+    for (std::int64_t quad = 0; quad < quads; ++quad) {
+      _mm_prefetch(reinterpret_cast<const char*>(source + quad * kQuadBytes + kPrefetchBytes), _MM_HINT_T0);
+      const HalfQuad decoded = decode(source + quad * kQuadBytes);
+      _mm512_store_si512(out[2 * quad], decoded.pair0);
+      _mm512_store_si512(out[2 * quad + 1], decoded.pair1);
     }
+    for (std::int64_t pair = 2 * quads; pair < kTile; ++pair) _mm512_store_si512(out[pair], _mm512_setzero_si512());
   }
 
   const Weight& weight_;
+  const std::int64_t end_;
   const ArithmeticDecoder arithmetic_;
-  const std::uint8_t* source_[kTilePanels];
-  bool has_nan_[kTilePanels];
-  int panels_;
-  DecodedRow* out_;
-  std::int64_t quad_;
-  std::int64_t quads_;
+  const std::uint8_t* source_[kTilePanels] = {};
+  bool has_nan_[kTilePanels] = {};
+  int panels_ = 0;
+  WeightTile (*out_)[kStepTiles] = nullptr;
+  std::int64_t quads_ = 0;
+  std::int64_t tile_ = 0;
+  std::int64_t tiles_ = 0;
 };
 
-constexpr int kActivationStride = kChunk * 2;  // bytes
-constexpr int kWeightStride = sizeof(DecodedRow);
+constexpr int kActivationStride = kChunk * 2;  // bytes between rows
+constexpr int kTileStride = 64;
 
-// Brings the same 16 x 32 activations of the next chunk into L1: they are too far apart for the processor to guess.
-inline void prefetch_activations(const std::uint16_t* x, std::int64_t chunk_stride) {
-#pragma GCC unroll 16
-  for (int row = 0; row < kTile; ++row) {
-    _mm_prefetch(reinterpret_cast<const char*>(x + chunk_stride + row * kChunk), _MM_HINT_T0);
-  }
-}
-
-// Partial sums of up to 16 activation rows times two panels (tiles 0-3: their halves) over `steps` * 32 k.
-inline void multiply_16_rows(const std::uint16_t* x, std::int64_t chunk_stride, const DecodedRow* weights, std::int64_t steps, ChunkDecoder& next,
-                             std::int64_t slice, float (*out)[kTile][kTile]) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (std::int64_t step = 0; step < steps; ++step) {
-    const std::uint16_t* b = weights[step * kTile];
-    _tile_loadd(4, x + step * kTileDepth, kActivationStride);
-    _tile_loadd(6, b, kWeightStride);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + 2 * kTile, kWeightStride);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(6, b + 4 * kTile, kWeightStride);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_loadd(7, b + 6 * kTile, kWeightStride);
-    _tile_dpbf16ps(3, 4, 7);
-    prefetch_activations(x + step * kTileDepth, chunk_stride);
-    next.advance(slice);
-  }
-  _tile_stored(0, out[0], 64);
-  _tile_stored(1, out[1], 64);
-  _tile_stored(2, out[2], 64);
-  _tile_stored(3, out[3], 64);
-}
-
-// Partial sums of 32 activation rows (A tiles 4, 5) times one panel (tiles 0, 1 and 2, 3: their halves).
-inline void multiply_32_rows(const std::uint16_t* x, std::int64_t chunk_stride, const DecodedRow* weights, int panel, std::int64_t steps,
+// Partial sums of up to 16 activation rows times two panels (C tiles 0-3: their halves) over `steps` * 32 k.
+inline void multiply_16_rows(const std::uint16_t* x, const WeightTile (*weights)[kStepTiles], std::int64_t steps,
                              ChunkDecoder& next, std::int64_t slice, float (*out)[kTile][kTile]) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (std::int64_t step = 0; step < steps; ++step) {
-    const std::uint16_t* b = weights[step * kTile] + panel * kPanelRows * 2;
     _tile_loadd(4, x + step * kTileDepth, kActivationStride);
-    _tile_loadd(6, b, kWeightStride);
+    _tile_loadd(6, weights[step][0], kTileStride);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + 2 * kTile, kWeightStride);
+    next.advance(slice);
+    _tile_loadd(7, weights[step][1], kTileStride);
     _tile_dpbf16ps(1, 4, 7);
+    next.advance(slice);
+    _tile_loadd(6, weights[step][2], kTileStride);
+    _tile_dpbf16ps(2, 4, 6);
+    next.advance(slice);
+    _tile_loadd(7, weights[step][3], kTileStride);
+    _tile_dpbf16ps(3, 4, 7);
+    next.advance(slice);
+  }
+  _tile_stored(0, out[0], kTileStride);
+  _tile_stored(1, out[1], kTileStride);
+  _tile_stored(2, out[2], kTileStride);
+  _tile_stored(3, out[3], kTileStride);
+}
+
+// Partial sums of 32 activation rows (A tiles 4, 5) times one panel (C tiles 0, 1 and 2, 3: its halves).
+inline void multiply_32_rows(const std::uint16_t* x, const WeightTile (*weights)[kStepTiles], int panel,
+                             std::int64_t steps, ChunkDecoder& next, std::int64_t slice, float (*out)[kTile][kTile]) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (std::int64_t step = 0; step < steps; ++step) {
+    _tile_loadd(4, x + step * kTileDepth, kActivationStride);
+    _tile_loadd(6, weights[step][2 * panel], kTileStride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, weights[step][2 * panel + 1], kTileStride);
+    _tile_dpbf16ps(1, 4, 7);
+    next.advance(slice);
     _tile_loadd(5, x + kTile * kChunk + step * kTileDepth, kActivationStride);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
-    if (panel == 0) {
-      prefetch_activations(x + step * kTileDepth, chunk_stride);
-      prefetch_activations(x + kTile * kChunk + step * kTileDepth, chunk_stride);
-    }
     next.advance(slice);
   }
-  _tile_stored(0, out[0], 64);
-  _tile_stored(1, out[1], 64);
-  _tile_stored(2, out[2], 64);
-  _tile_stored(3, out[3], 64);
+  _tile_stored(0, out[0], kTileStride);
+  _tile_stored(1, out[1], kTileStride);
+  _tile_stored(2, out[2], kTileStride);
+  _tile_stored(3, out[3], kTileStride);
 }
 
 // sums += partial * x_scale * w_scale for `rows` <= 16 rows and the two halves of a panel.
@@ -194,53 +192,71 @@ inline void add_scaled(const float (*partial)[kTile][kTile], std::int64_t rows, 
   }
 }
 
-void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* memory) {
-  auto& scratch = *static_cast<AmxScratch*>(memory);
+// One chunk: all activation rows times two panels, while `next` decodes the chunk after it.
+void multiply_chunk(const Problem& problem, std::int64_t panel, int panels, std::int64_t chunk,
+                    const WeightTile (*weights)[kStepTiles], ChunkDecoder& next, AmxScratch& scratch) {
   const Weight& w = problem.weight;
   const Activation& x = problem.activation;
-  if (begin >= end) return;
+  const std::int64_t steps = (w.depth.length_of(chunk) + kTileDepth - 1) / kTileDepth;
+  const std::int64_t block = w.depth.block_of(chunk);
+  const float w_scale[kTilePanels] = {w.scales_of(panel)[block], w.scales_of(panel + panels - 1)[block]};
+  // The decoder gets its turn two (32 rows) or four times (16 rows) a step.
+  const std::int64_t turns = steps * (x.rows / 32 * panels * 2 + (x.rows % 32 + kTile - 1) / kTile * 4);
+  const std::int64_t slice = (next.tiles() + turns - 1) / turns;
+  std::int64_t row = 0;
+  for (; row + 2 * kTile <= x.rows; row += 2 * kTile) {
+    for (int p = 0; p < panels; ++p) {
+      multiply_32_rows(x.values_of(chunk, row), weights, p, steps, next, slice, scratch.partial);
+      const float* x_scale = x.scales_of(chunk, row);
+      add_scaled(scratch.partial, kTile, x_scale, w_scale[p], scratch.sums + row, p);
+      add_scaled(scratch.partial + 2, kTile, x_scale + kTile, w_scale[p], scratch.sums + row + kTile, p);
+    }
+  }
+  for (; row < x.rows; row += kTile) {
+    const std::int64_t rows = x.rows - row < kTile ? x.rows - row : kTile;
+    multiply_16_rows(x.values_of(chunk, row), weights, steps, next, slice, scratch.partial);
+    for (int p = 0; p < panels; ++p) {
+      add_scaled(scratch.partial + 2 * p, rows, x.scales_of(chunk, row), w_scale[p], scratch.sums + row, p);
+    }
+  }
+  next.finish();
+}
+
+// Few rows: the tiles' detour through memory costs more than it saves.
+void linear_of_few_rows(const Problem& problem, std::int64_t begin, std::int64_t end) {
+  bool has_nan = false;
+  for (std::int64_t panel = begin; panel < end; ++panel) has_nan |= problem.weight.panels[panel].has_nan != 0;
+  if (has_nan) {
+    linear_in_registers<kPrefetchBytes>(problem, begin, end, TableDecoder(kScaledTables));
+  } else {
+    linear_in_registers<kPrefetchBytes>(problem, begin, end, ArithmeticDecoder());
+  }
+}
+
+void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* memory) {
+  if (problem.activation.rows <= kFewRows) return linear_of_few_rows(problem, begin, end);
+  auto& scratch = *static_cast<AmxScratch*>(memory);
+  const Activation& x = problem.activation;
+  const std::int64_t chunks = problem.weight.depth.chunks;
   const TileSession session(x.rows < kTile ? x.rows : kTile);
-  ChunkDecoder next(w);
+  ChunkDecoder next(problem.weight, end);
   int buffer = 0;
-  if (w.depth.chunks > 0) {
-    next.start(begin, end - begin < kTilePanels ? 1 : kTilePanels, 0, scratch.weights[buffer]);
+  if (chunks > 0) {
+    next.start(begin, 0, scratch.weights[buffer]);
     next.finish();
   }
   for (std::int64_t panel = begin; panel < end; panel += kTilePanels) {
     const int panels = end - panel < kTilePanels ? 1 : kTilePanels;
     std::memset(scratch.sums, 0, static_cast<std::size_t>(x.rows) * sizeof scratch.sums[0]);
-    for (std::int64_t chunk = 0; chunk < w.depth.chunks; ++chunk) {
-      const DecodedRow* weights = scratch.weights[buffer];
+    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const WeightTile(*weights)[kStepTiles] = scratch.weights[buffer];
       buffer ^= 1;
-      const bool last_chunk = chunk + 1 == w.depth.chunks;
-      const std::int64_t next_panel = last_chunk ? panel + kTilePanels : panel;
-      const bool more = next_panel < end;
-      if (more) {
-        next.start(next_panel, end - next_panel < kTilePanels ? 1 : kTilePanels, last_chunk ? 0 : chunk + 1,
-                   scratch.weights[buffer]);
+      if (chunk + 1 < chunks) {
+        next.start(panel, chunk + 1, scratch.weights[buffer]);
+      } else if (panel + kTilePanels < end) {
+        next.start(panel + kTilePanels, 0, scratch.weights[buffer]);
       }
-      const std::int64_t steps = (w.depth.length_of(chunk) + kTileDepth - 1) / kTileDepth;
-      const std::int64_t units = x.rows / 32 * panels + (x.rows % 32 + kTile - 1) / kTile;
-      const std::int64_t slice = more ? (next.quads() + units * steps - 1) / (units * steps) : 0;
-      const std::int64_t block = w.depth.block_of(chunk);
-      const float w_scale[kTilePanels] = {w.scales_of(panel)[block], w.scales_of(panel + panels - 1)[block]};
-      std::int64_t row = 0;
-      for (; row + 2 * kTile <= x.rows; row += 2 * kTile) {
-        for (int p = 0; p < panels; ++p) {
-          multiply_32_rows(x.values_of(chunk, row), x.capacity * kChunk, weights, p, steps, next, slice, scratch.partial);
-          const float* x_scale = x.scales_of(chunk, row);
-          add_scaled(scratch.partial, kTile, x_scale, w_scale[p], scratch.sums + row, p);
-          add_scaled(scratch.partial + 2, kTile, x_scale + kTile, w_scale[p], scratch.sums + row + kTile, p);
-        }
-      }
-      for (; row < x.rows; row += kTile) {
-        const std::int64_t rows = x.rows - row < kTile ? x.rows - row : kTile;
-        multiply_16_rows(x.values_of(chunk, row), x.capacity * kChunk, weights, steps, next, slice, scratch.partial);
-        for (int p = 0; p < panels; ++p) {
-          add_scaled(scratch.partial + 2 * p, rows, x.scales_of(chunk, row), w_scale[p], scratch.sums + row, p);
-        }
-      }
-      if (more) next.finish();
+      multiply_chunk(problem, panel, panels, chunk, weights, next, scratch);
     }
     for (int p = 0; p < panels; ++p) {
       store_panel(problem, panel + p, scratch.sums[0] + p * kPanelRows, kTileColumns, 0, x.rows);

@@ -36,8 +36,8 @@ inline std::int32_t load_pair(const std::uint16_t* values) {
 }
 
 // All activation rows (exactly `Rows`) times `Panels` panels.
-template <int Rows, int Panels>
-void multiply_in_registers(const Problem& problem, std::int64_t panel, const TableDecoder& decode) {
+template <int Rows, int Panels, int Ahead, class Decoder>
+void multiply_in_registers(const Problem& problem, std::int64_t panel, const Decoder& decode) {
   const Weight& w = problem.weight;
   const Activation& x = problem.activation;
   alignas(64) float sums[Rows][Panels][kPanelRows] = {};
@@ -57,6 +57,10 @@ void multiply_in_registers(const Problem& problem, std::int64_t panel, const Tab
 #pragma GCC unroll 2
       for (int p = 0; p < Panels; ++p) {
         const std::uint8_t* source = codes[p] + offset + quad * kQuadBytes;
+        if constexpr (Ahead > 0) {
+          _mm_prefetch(reinterpret_cast<const char*>(source + Ahead), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(source + Ahead + kQuadBytes / 2), _MM_HINT_T0);
+        }
         const HalfQuad top = decode(source);
         const HalfQuad bottom = decode(source + kQuadBytes / 2);
 #pragma GCC unroll 8
@@ -88,14 +92,28 @@ void multiply_in_registers(const Problem& problem, std::int64_t panel, const Tab
   for (int p = 0; p < Panels; ++p) store_panel(problem, panel + p, sums[0][p], Panels * kPanelRows, 0, Rows);
 }
 
-template <int Rows>
-void linear_in_registers(const Problem& problem, std::int64_t begin, std::int64_t end) {
-  const TableDecoder decode{kDecodeTables};
+template <int Rows, int Ahead, class Decoder>
+void linear_of_rows(const Problem& problem, std::int64_t begin, std::int64_t end, const Decoder& decode) {
   std::int64_t panel = begin;
   if constexpr (Rows <= 4) {  // two panels at once hide the latency of the chain
-    for (; panel + 2 <= end; panel += 2) multiply_in_registers<Rows, 2>(problem, panel, decode);
+    for (; panel + 2 <= end; panel += 2) multiply_in_registers<Rows, 2, Ahead>(problem, panel, decode);
   }
-  for (; panel < end; ++panel) multiply_in_registers<Rows, 1>(problem, panel, decode);
+  for (; panel < end; ++panel) multiply_in_registers<Rows, 1, Ahead>(problem, panel, decode);
+}
+
+// At most kMaxRegisterRows rows. Codes are prefetched `Ahead` bytes before use, or left to the processor (0).
+template <int Ahead, class Decoder>
+void linear_in_registers(const Problem& problem, std::int64_t begin, std::int64_t end, const Decoder& decode) {
+  switch (problem.activation.rows) {
+    case 1: return linear_of_rows<1, Ahead>(problem, begin, end, decode);
+    case 2: return linear_of_rows<2, Ahead>(problem, begin, end, decode);
+    case 3: return linear_of_rows<3, Ahead>(problem, begin, end, decode);
+    case 4: return linear_of_rows<4, Ahead>(problem, begin, end, decode);
+    case 5: return linear_of_rows<5, Ahead>(problem, begin, end, decode);
+    case 6: return linear_of_rows<6, Ahead>(problem, begin, end, decode);
+    case 7: return linear_of_rows<7, Ahead>(problem, begin, end, decode);
+    default: return;
+  }
 }
 
 // Decodes a chunk of `panels` panels; the second of one panel is left as it was.
@@ -218,15 +236,10 @@ inline void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int
 }
 
 inline void linear_avx512(const Problem& problem, std::int64_t begin, std::int64_t end, void* scratch) {
-  switch (problem.activation.rows) {
-    case 1: return linear_in_registers<1>(problem, begin, end);
-    case 2: return linear_in_registers<2>(problem, begin, end);
-    case 3: return linear_in_registers<3>(problem, begin, end);
-    case 4: return linear_in_registers<4>(problem, begin, end);
-    case 5: return linear_in_registers<5>(problem, begin, end);
-    case 6: return linear_in_registers<6>(problem, begin, end);
-    case 7: return linear_in_registers<7>(problem, begin, end);
-    default: return linear_in_tiles(problem, begin, end, *static_cast<Avx512Scratch*>(scratch));
+  if (problem.activation.rows <= kMaxRegisterRows) {
+    linear_in_registers<0>(problem, begin, end, TableDecoder(kDecodeTables));
+  } else {
+    linear_in_tiles(problem, begin, end, *static_cast<Avx512Scratch*>(scratch));
   }
 }
 

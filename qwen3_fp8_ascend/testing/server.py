@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -150,18 +152,18 @@ def _wait_until_ready(
     )
 
 
+PREFIX = re.compile(r"^\(\w+ pid=\d+\) ?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
+"""What vLLM puts before each line: "(Worker pid=1) ERROR 11-22 14:00:00 [file.py:1] "."""
+
+
 def failure_in(log: Path) -> str:
-    """The first error message in a server's log with the lines that belong to it, or the log's end."""
-    lines = log.read_text(errors="replace").splitlines()
+    """The first exception in a server's log with the lines that belong to its message, or the log's end."""
+    lines = [PREFIX.sub("", line) for line in log.read_text(errors="replace").splitlines()]
     for index, line in enumerate(lines):
-        if "Error: " in line and "File " not in line:
-            return "\n".join(_without_prefix(part) for part in lines[index : index + 8])
+        if re.match(r"[\w.]*(Error|Exception)\b", line):
+            more = itertools.takewhile(lambda part: part.startswith(" "), lines[index + 1 : index + 12])
+            return "\n".join([line, *more])
     return "\n".join(lines[-15:])
-
-
-def _without_prefix(line: str) -> str:
-    """A log line without vLLM's "(Worker pid=1) ERROR 11-22 14:00:00 [file.py:1]"."""
-    return line.split("] ", 1)[-1] if line.startswith("(") else line
 
 
 def _last_line(log: Path) -> str:

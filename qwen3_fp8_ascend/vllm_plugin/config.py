@@ -12,10 +12,10 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.quantization.utils.quant_utils import is_layer_skipped
 
 from qwen3_fp8_ascend.backends.registry import COMPUTES
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
+from qwen3_fp8_ascend.checkpoints.layers import is_ignored
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockFp8Config
 from qwen3_fp8_ascend.vllm_plugin import logger
@@ -121,18 +121,38 @@ class BlockFp8AscendConfig(QuantizationConfig):
             )
         if not isinstance(layer, LinearBase):
             return None
-        if is_layer_skipped(prefix, self.ignored_layers, self.packed_modules_mapping):
+        if self._is_skipped(prefix):
             return UnquantizedLinearMethod()
         vllm_config = get_current_vllm_config()
         settings = Settings.from_additional_config(vllm_config.additional_config)
-        shards = self.packed_modules_mapping.get(prefix.rpartition(".")[2], [])
         dummy = vllm_config.load_config.load_format == "dummy"
         logger.debug("%s: block FP8, settings %s", prefix, settings)
         return BlockFp8LinearMethod(
             self.checkpoint.block,
             prefix=prefix,
-            shard_names=tuple(shards),
+            shard_names=self._shard_names(prefix),
             backend=settings.backend,
             activation=settings.activation,
             dummy=dummy,
         )
+
+    def _shard_names(self, prefix: str) -> tuple[str, ...]:
+        """Full names of the checkpoint's modules that vLLM merges into a layer; empty if it merges none."""
+        parent, dot, name = prefix.rpartition(".")
+        return tuple(f"{parent}{dot}{shard}" for shard in self.packed_modules_mapping.get(name, ()))
+
+    def _is_skipped(self, prefix: str) -> bool:
+        """Whether the checkpoint leaves a layer unquantized, by its own name or by those of all its shards."""
+        if is_ignored(prefix, self.ignored_layers):
+            return True
+        shards = self._shard_names(prefix)
+        skipped = [name for name in shards if is_ignored(name, self.ignored_layers)]
+        if skipped and len(skipped) < len(shards):
+            raise BlockFp8Error(
+                "vLLM merges layers of which the checkpoint quantizes only some",
+                where=prefix,
+                expected=f"all or none of {', '.join(shards)} in modules_to_not_convert",
+                got=", ".join(skipped),
+                fix="quantize the model again with these layers treated alike (`qwen3-fp8-ascend quantize --ignore`)",
+            )
+        return bool(skipped)

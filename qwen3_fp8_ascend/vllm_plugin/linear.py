@@ -21,7 +21,7 @@ UNWRITTEN_CODE = 0x7F
 class BlockFp8LinearMethod(LinearMethodBase):
     """Block-FP8 weights for every linear layer vLLM has, merged and tensor-parallel ones included.
 
-    prefix: the layer's full name. shard_names: names of the checkpoint's tensors that vLLM merged into it.
+    prefix: the layer's full name. shard_names: the checkpoint's modules that vLLM merged into it.
     dummy: weights are random (``--load-format dummy``), so their values are not checked.
     """
 
@@ -140,7 +140,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
 
     def _tensor_name(self, shard: int) -> str:
         if shard < len(self.shard_names):
-            return f"{self.prefix.rpartition('.')[0]}.{self.shard_names[shard]}"
+            return self.shard_names[shard]
         return self.prefix
 
     def _name_bad_tensor(self, weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> None:

@@ -1,4 +1,3 @@
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +11,6 @@ from qwen3_fp8_ascend.testing.logprobs import prompt_logprobs
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
 from qwen3_fp8_ascend.testing.server import Server, serve, serving_environment
 
-ROOT = Path(__file__).parent.parent.parent
 ASCEND = ("--quantization", "ascend")
 COMMON = ("--max-model-len", "1024")
 
@@ -49,15 +47,6 @@ def logprobs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., np.nd
             return prompt_logprobs(server)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def smollm2(cache: Path) -> Path:
-    """The demo's real model in block FP8; the bf16 one is beside it."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from prepare_demo_model import prepare
-
-    return prepare(cache / "models")
 
 
 @pytest.fixture(scope="session")

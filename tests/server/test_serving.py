@@ -35,17 +35,21 @@ def test_smollm2_speaks_english_through_the_compiled_model(start: Start, smollm2
 
 
 def test_smollm2_log_probabilities(smollm2: Path, logprobs_of: Run) -> None:
-    """The C++ kernels agree with the specification far more closely than FP8 agrees with bf16."""
-    ours = logprobs_of(smollm2, *ASCEND, EAGER)
-    spec = logprobs_of(smollm2, *ASCEND, EAGER, QWEN3_FP8_ASCEND_BACKEND="reference")
-    compiled = logprobs_of(smollm2, *ASCEND)
+    """The C++ kernels, through ragged merged shards and 30 layers, are where the specification is.
+
+    W8A16, because re-quantized activations amplify any difference in rounding to the size of a code within a few
+    layers, whoever computes them: `tests/test_model.py` measures that floor.
+    """
+    ours = logprobs_of(smollm2, *ASCEND, EAGER, *W8A16)
+    spec = logprobs_of(smollm2, *ASCEND, EAGER, *W8A16, QWEN3_FP8_ASCEND_BACKEND="reference")
+    compiled = logprobs_of(smollm2, *ASCEND, *W8A16)
     original = logprobs_of(smollm2.with_name("SmolLM2-135M-Instruct"), EAGER)
     fp8 = distance(spec, original)
-    print(f"\nnats a token, {len(ours)} tokens: FP8 against the original {fp8:.4f};")
-    print(f"  cpu against reference {distance(ours, spec):.6f}, compiled against eager {distance(compiled, ours):.6f}")
+    print(f"\nnats a token, {len(ours)} tokens: FP8 weights against the original {fp8:.4f};")
+    print(f"  cpu against reference {distance(ours, spec):.7f}, compiled against eager {distance(compiled, ours):.7f}")
     assert 0.01 < fp8 < 0.3
-    assert distance(ours, spec) < fp8 / 20
-    assert distance(compiled, ours) < fp8 / 20
+    assert distance(ours, spec) < fp8 / 1000
+    assert distance(compiled, ours) < fp8 / 1000
 
 
 def test_tiny_qwen3_log_probabilities(tiny_qwen3: Path, tmp_path: Path, logprobs_of: Run) -> None:

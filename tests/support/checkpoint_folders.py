@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -21,6 +22,15 @@ BLOCK_FP8 = {
     "weight_block_size": [128, 128],
     "modules_to_not_convert": ["lm_head"],
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny operations: a second thread on a busy machine only adds waiting. Import it to use it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def write_folder(
@@ -74,7 +84,12 @@ def linear_weights(layers: int, hidden: int, inner: int, kv: int) -> dict[str, t
 
 
 def random_model(
-    layers: int = 3, hidden: int = 192, inner: int = 320, kv: int = 72, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    layers: int = 3,
+    hidden: int = 192,
+    inner: int = 320,
+    kv: int = 72,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
 ) -> dict[str, torch.Tensor]:
     """A random decoder with ragged shapes: embedding, linears, norms, lm_head."""
     generator = torch.Generator().manual_seed(seed)
@@ -93,7 +108,9 @@ def random_model(
 
 def in_shards(tensors: Mapping[str, torch.Tensor], count: int) -> dict[str, dict[str, torch.Tensor]]:
     """Spread tensors over `count` shards with Hugging Face's names."""
-    shards: dict[str, dict[str, torch.Tensor]] = {f"model-{i + 1:05}-of-{count:05}.safetensors": {} for i in range(count)}
+    shards: dict[str, dict[str, torch.Tensor]] = {
+        f"model-{i + 1:05}-of-{count:05}.safetensors": {} for i in range(count)
+    }
     files = list(shards)
     for i, (name, tensor) in enumerate(sorted(tensors.items())):
         shards[files[i * count // len(tensors)]][name] = tensor

@@ -24,6 +24,7 @@ from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 GATE_UP = ["gate_proj", "up_proj"]
+ATTENTION = "model.layers.0.self_attn"
 
 
 def config(ignored: tuple[str, ...] = ()) -> BlockFp8AscendConfig:
@@ -169,13 +170,20 @@ def test_one_resident_copy_at_one_byte_a_weight() -> None:
             ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"),
             False,
         ),
-        (("model.layers.0.self_attn.qkv_proj",), False),
+        ((f"{ATTENTION}.qkv_proj",), False),
+        ((ATTENTION,), False),
+        (("qkv_proj",), False),
         (("lm_head",), True),
     ],
 )
 def test_ignored_layers(ignored: tuple[str, ...], quantized: bool) -> None:
     layer = qkv_layer(config(ignored))
     assert isinstance(layer.quant_method, UnquantizedLinearMethod) is not quantized
+
+
+def test_half_ignored_merged_layers_are_refused() -> None:
+    with pytest.raises(BlockFp8Error, match=r"only some\n  where: model\.layers\.0\.self_attn\.qkv_proj"):
+        qkv_layer(config((f"{ATTENTION}.q_proj",)))
 
 
 def test_mixture_of_experts_is_refused_by_name() -> None:

@@ -16,7 +16,14 @@ from qwen3_fp8_ascend.checkpoints.inspect import inspect_checkpoint
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint, quantize_weight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import scale_shape
-from tests.support.checkpoint_folders import BLOCK_FP8, digests, in_shards, random_model, write_folder
+from tests.support.checkpoint_folders import (  # noqa: F401
+    BLOCK_FP8,
+    digests,
+    in_shards,
+    one_thread,
+    random_model,
+    write_folder,
+)
 
 E4M3 = torch.float8_e4m3fn
 NAME = "model.layers.0.mlp.up_proj.weight"

@@ -53,7 +53,7 @@ def test_reads_what_safetensors_writes(tmp_path: Path) -> None:
             assert VALID[tensor.begin : tensor.end] == want
 
 
-@pytest.mark.parametrize("dtype", [d for d in DTYPE_BITS])
+@pytest.mark.parametrize("dtype", DTYPE_BITS)
 def test_knows_every_dtype_of_the_format(tmp_path: Path, dtype: str) -> None:
     entry = {"dtype": dtype, "shape": [4, 8], "data_offsets": [0, 4 * DTYPE_BITS[dtype]]}
     header = parse(tmp_path, raw_file({"a": entry}, 4 * DTYPE_BITS[dtype]))
@@ -133,8 +133,10 @@ def test_every_lie_is_named(tmp_path: Path, lie: str) -> None:
 
 
 def test_names_the_tensor_that_a_truncation_hits(tmp_path: Path) -> None:
-    with pytest.raises(BlockFp8Error, match="model.norm.weight|scalar|weight_scale_inv|up_proj"):
+    with pytest.raises(BlockFp8Error, match="truncated") as caught:
         parse(tmp_path, VALID[:-1])
+    last = max(parse(tmp_path, VALID).tensors, key=lambda t: t.end)
+    assert last.name in str(caught.value)
 
 
 def test_special_files_do_not_hang(tmp_path: Path) -> None:

@@ -20,7 +20,13 @@ from qwen3_fp8_ascend.checkpoints.inspect import CheckpointReport, check_checkpo
 from qwen3_fp8_ascend.checkpoints.layers import is_decoder_linear, is_ignored, layer_index
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import scale_shape
-from tests.support.checkpoint_folders import BLOCK_FP8, linear_weights, write_folder, write_sparse
+from tests.support.checkpoint_folders import (  # noqa: F401
+    BLOCK_FP8,
+    linear_weights,
+    one_thread,
+    write_folder,
+    write_sparse,
+)
 
 E4M3 = torch.float8_e4m3fn
 DOWN = "model.layers.1.mlp.down_proj"

@@ -19,7 +19,14 @@ from qwen3_fp8_ascend.checkpoints import rewrite, shard, workspace
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint, inspect_checkpoint
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from tests.support.checkpoint_folders import digests, in_shards, random_model, write_folder, write_sparse
+from tests.support.checkpoint_folders import (  # noqa: F401
+    digests,
+    in_shards,
+    one_thread,
+    random_model,
+    write_folder,
+    write_sparse,
+)
 
 SHARDS = 3
 
@@ -385,11 +392,13 @@ def test_peak_memory_is_bounded(tmp_path: Path) -> None:
         "dequantize_checkpoint(sys.argv[2], sys.argv[3], progress=False); print(before, after, peak())"
     )
     paths = [str(source), str(tmp_path / "fp8"), str(tmp_path / "bf16")]
-    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     before, after, after_dequantize = map(float, done.stdout.split())
     print(
-        f"shard {size / 1e6:.0f} MB: quantize +{after - before:.0f} MiB, dequantize {after_dequantize - before:+.0f} MiB"
+        f"shard {size / 1e6:.0f} MB: "
+        f"quantize {after - before:+.0f} MiB, dequantize {after_dequantize - before:+.0f} MiB"
     )
     assert after - before < size / 1e6
     assert after_dequantize - before < size / 1e6

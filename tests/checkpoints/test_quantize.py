@@ -19,7 +19,14 @@ from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
 from qwen3_fp8_ascend.checkpoints.quantize import CHUNK_ELEMENTS, quantize_checkpoint, quantize_weight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockSize, scale_shape
-from tests.support.checkpoint_folders import BLOCK_FP8, digests, in_shards, random_model, write_folder
+from tests.support.checkpoint_folders import (  # noqa: F401
+    BLOCK_FP8,
+    digests,
+    in_shards,
+    one_thread,
+    random_model,
+    write_folder,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
