@@ -54,7 +54,8 @@ def _check_english(text: str) -> str | None:
 
 
 def _check_sixty(text: str) -> str | None:
-    speed = r"(?<![\d.,])60(\.0+)?\s*(km|kilomet|公里|千米)|=\s*60\b|^\W*60\b"
+    sixty = r"(?<![\d.,])60(?:\.0+)?(?!\.?\d)"
+    speed = rf"{sixty}\s*(?:km|kilomet|公里|千米)|=\s*{sixty}|^\W*{sixty}"
     return None if re.search(speed, text.strip()) else "60 (km/h) is not in it"
 
 

@@ -50,13 +50,18 @@ def _load() -> str | None:
             f"it needs torch 2.10 or newer (here: {torch.__version__}) and the processor type it was built for"
         )
     _register_fakes()
+    return _choose_isa()
+
+
+def _choose_isa() -> str | None:
+    """Lower the instruction set if the environment asks for it; the reason why that cannot be, or None."""
     forced = os.environ.get(ENVIRONMENT_VARIABLE)
-    if forced:
-        if forced not in ISAS:
-            return f"{ENVIRONMENT_VARIABLE}={forced!r} is unknown; it can be {', '.join(isas())} on this machine"
-        if forced not in isas():
-            return f"{ENVIRONMENT_VARIABLE}={forced!r} is not available; this machine has {', '.join(isas())}"
-        set_isa(forced)
+    if not forced:
+        return None
+    if forced not in isas():
+        problem = "not available" if forced in ISAS else "unknown"
+        return f"{ENVIRONMENT_VARIABLE}={forced!r} is {problem}; this machine has {', '.join(isas())}"
+    set_isa(forced)
     return None
 
 
