@@ -31,6 +31,7 @@ COMMON_FLAGS = [
 
 AVX512_FLAGS = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vbmi2", "bf16")]
 AVX512_FLAGS += ["-mfma", "-mf16c", "-mprefer-vector-width=512"]
+AVX512_FLAGS += ["-Wno-maybe-uninitialized"]  # g++ 12 warns of its own intrinsics (GCC bug 105593)
 
 ISA_FLAGS = {
     "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],

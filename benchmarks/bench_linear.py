@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 from shapes import MODELS, ROWS
 
-from qwen3_fp8_ascend.backends import cpu
+from qwen3_fp8_ascend.backends import cpu, select_backend
 from qwen3_fp8_ascend.testing.judges import CALC_DIFF, Problem, calc_diff, random_problem
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,6 +49,7 @@ def bench(
             console.print(f"[yellow]not measured:[/] {peer.name}: {reason}")
         else:
             peers.append(peer)
+    select_backend("cpu", "cpu")
     facts = provenance() | {"model": model, "isa": cpu.isa()}
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
     found: list[dict[str, Any]] = []

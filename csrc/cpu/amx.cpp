@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kTile = 16;       // rows of a tile register; 64 bytes each
 constexpr int kTileDepth = 32;  // k of a tile of bf16
-constexpr std::int64_t kAmxRows = 256;
+constexpr std::int64_t kAmxRows = 512;
 constexpr std::int64_t kFewRows = 2;  // at most kMaxRegisterRows
 constexpr int kPrefetchBytes = 1024;
 
@@ -61,37 +61,41 @@ class ChunkDecoder {
   // Chunk `chunk` of the panel and of the next one, if that is still in range.
   void start(std::int64_t panel, std::int64_t chunk, WeightTile (*out)[kStepTiles]) {
     panels_ = end_ - panel < kTilePanels ? 1 : kTilePanels;
-    for (int p = 0; p < panels_; ++p) {
+    for (unsigned p = 0; p < panels_; ++p) {
       source_[p] = weight_.codes_of(panel + p) + weight_.depth.start_of(chunk) * kPanelRows;
       has_nan_[p] = weight_.panels[panel + p].has_nan != 0;
     }
     out_ = out;
     quads_ = (weight_.depth.length_of(chunk) + 3) / 4;
-    tile_ = 0;
-    tiles_ = (quads_ + kQuads - 1) / kQuads * 2 * panels_;
+    step_ = 0;
+    column_ = 0;
+    left_ = (quads_ + kQuads - 1) / kQuads * 2 * panels_;
   }
 
-  std::int64_t tiles() const { return tiles_; }
+  std::int64_t tiles_left() const { return left_; }
 
   void advance(std::int64_t count) {
-    const std::int64_t end = tile_ + count < tiles_ ? tile_ + count : tiles_;
-    for (; tile_ < end; ++tile_) {
-      const std::int64_t step = tile_ / (2 * panels_);
-      const std::int64_t column = tile_ % (2 * panels_);
-      const std::uint8_t* source = source_[column / 2] + step * kQuads * kQuadBytes + column % 2 * kQuadBytes / 2;
-      const std::int64_t quads = quads_ - step * kQuads < kQuads ? quads_ - step * kQuads : kQuads;
-      WeightTile& out = out_[step][column];
-      if (has_nan_[column / 2]) {
-        decode_tile(TableDecoder(kScaledTables), source, quads, out);
-      } else if (quads == kQuads) {
-        decode_tile(arithmetic_, source, kQuads, out);
-      } else {
+    for (count = count < left_ ? count : left_; count > 0; --count) {
+      const unsigned panel = column_ / 2;
+      const std::uint8_t* source = source_[panel] + step_ * kQuads * kQuadBytes + column_ % 2 * kQuadBytes / 2;
+      const std::int64_t quads = quads_ - step_ * kQuads;
+      WeightTile& out = out_[step_][column_];
+      if (has_nan_[panel]) {
+        decode_tile(TableDecoder(kScaledTables), source, quads < kQuads ? quads : kQuads, out);
+      } else if (quads < kQuads) {
         decode_tile(arithmetic_, source, quads, out);
+      } else {
+        decode_tile(arithmetic_, source, kQuads, out);
+      }
+      --left_;
+      if (++column_ == 2 * panels_) {
+        column_ = 0;
+        ++step_;
       }
     }
   }
 
-  void finish() { advance(tiles_); }
+  void finish() { advance(left_); }
 
  private:
   static constexpr std::int64_t kQuads = kTileDepth / 4;
@@ -113,11 +117,12 @@ class ChunkDecoder {
   const ArithmeticDecoder arithmetic_;
   const std::uint8_t* source_[kTilePanels] = {};
   bool has_nan_[kTilePanels] = {};
-  int panels_ = 0;
+  unsigned panels_ = 0;
   WeightTile (*out_)[kStepTiles] = nullptr;
   std::int64_t quads_ = 0;
-  std::int64_t tile_ = 0;
-  std::int64_t tiles_ = 0;
+  std::int64_t step_ = 0;
+  unsigned column_ = 0;
+  std::int64_t left_ = 0;
 };
 
 constexpr int kActivationStride = kChunk * 2;  // bytes between rows
@@ -151,6 +156,11 @@ inline void multiply_16_rows(const std::uint16_t* x, const WeightTile (*weights)
   _tile_stored(3, out[3], kTileStride);
 }
 
+inline void prefetch_kilobyte(const std::uint16_t* x) {
+#pragma GCC unroll 16
+  for (int line = 0; line < 16; ++line) _mm_prefetch(reinterpret_cast<const char*>(x + line * 32), _MM_HINT_T0);
+}
+
 // Partial sums of 32 activation rows (A tiles 4, 5) times one panel (C tiles 0, 1 and 2, 3: its halves).
 inline void multiply_32_rows(const std::uint16_t* x, const WeightTile (*weights)[kStepTiles], int panel,
                              std::int64_t steps, ChunkDecoder& next, std::int64_t slice, float (*out)[kTile][kTile]) {
@@ -168,6 +178,8 @@ inline void multiply_32_rows(const std::uint16_t* x, const WeightTile (*weights)
     _tile_loadd(5, x + kTile * kChunk + step * kTileDepth, kActivationStride);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
+    // Half of the 8 KiB of the next 32 rows for each panel: tiles read too scattered for the processor to guess.
+    prefetch_kilobyte(x + 2 * kTile * kChunk + (panel * kSteps + step) * 512);
     next.advance(slice);
   }
   _tile_stored(0, out[0], kTileStride);
@@ -202,7 +214,7 @@ void multiply_chunk(const Problem& problem, std::int64_t panel, int panels, std:
   const float w_scale[kTilePanels] = {w.scales_of(panel)[block], w.scales_of(panel + panels - 1)[block]};
   // The decoder gets its turn two (32 rows) or four times (16 rows) a step.
   const std::int64_t turns = steps * (x.rows / 32 * panels * 2 + (x.rows % 32 + kTile - 1) / kTile * 4);
-  const std::int64_t slice = (next.tiles() + turns - 1) / turns;
+  const std::int64_t slice = (next.tiles_left() + turns - 1) / turns;
   std::int64_t row = 0;
   for (; row + 2 * kTile <= x.rows; row += 2 * kTile) {
     for (int p = 0; p < panels; ++p) {

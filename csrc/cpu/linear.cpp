@@ -15,6 +15,9 @@ constexpr float kE4m3Max = 448.0f;
 constexpr float kAmaxFloor = 1e-10f;
 constexpr std::int64_t kPanelsAtOnce = 2;  // the most that a kernel takes at a time: ranges are cut between such pairs
 
+// From this many rows on, AMX reads whole tiles of as many.
+constexpr std::int64_t kTileRows = 16;
+
 // Less work than this is done by the caller alone: waking a thread costs a few microseconds.
 constexpr std::int64_t kLeastBytesPerThread = 1 << 17;
 constexpr std::int64_t kLeastNumbersPerThread = 1 << 15;
@@ -91,7 +94,7 @@ void linear_pass(const Kernels& kernels, const Rows& x, const Weight& weight, bo
   Activation prepared{};
   prepared.terms = terms_of(x.dtype, quantize);
   prepared.rows = x.rows * prepared.terms;
-  prepared.capacity = round_up(prepared.rows, 32);  // whole AMX tiles
+  prepared.capacity = prepared.rows < kTileRows ? prepared.rows : round_up(prepared.rows, kTileRows);
   const std::int64_t numbers = depth.chunks * prepared.capacity;
   auto* values = static_cast<std::uint16_t*>(
       prepared_memory.grow(static_cast<std::size_t>(numbers) * (kChunk * sizeof(std::uint16_t) + sizeof(float))));

@@ -144,16 +144,22 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[t
     return codes, scale.clone(), panels
 
 
+def _with_adjacent_columns(x: torch.Tensor) -> torch.Tensor:
+    """The kernels take rows any distance apart, but their columns side by side."""
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
 def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     codes, scales, panels = packed.tensors
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     grid = packed.grid
+    x = _with_adjacent_columns(x)
     return _OPS.cpu_block_linear(x, codes, scales, panels, bias, grid.n, grid.k, grid.block.k, activation == "dynamic")
 
 
 def _quantize(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _OPS.cpu_quantize_activation(x, block_k)
+    return _OPS.cpu_quantize_activation(_with_adjacent_columns(x), block_k)
 
 
 def _dequantize(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,22 +12,32 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from qwen3_fp8_ascend.backends.registry import COMPUTES
+from qwen3_fp8_ascend.checkpoints.folder import PICKLE_SUFFIXES, WEIGHTS_SUFFIX
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
 from qwen3_fp8_ascend.checkpoints.layers import is_ignored
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockFp8Config
 from qwen3_fp8_ascend.vllm_plugin import logger
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
+from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8LmHeadMethod
+
+WEIGHT_SUFFIXES = {WEIGHTS_SUFFIX, *PICKLE_SUFFIXES}
+LM_HEAD = ("checkpoint", "fp8")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user may set: ``--additional-config '{"qwen3_fp8_ascend": {"backend": ..., "activation": ...}}'``."""
+    """What the user may set: ``--additional-config '{"qwen3_fp8_ascend": {"backend": ..., "activation": ...}}'``.
+
+    lm_head: "checkpoint" leaves the output head as the checkpoint has it, "fp8" quantizes it at load (W8A16).
+    """
 
     backend: str | None = None
     activation: str = "dynamic"
+    lm_head: str = "checkpoint"
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> Settings:
@@ -38,7 +48,7 @@ class Settings:
         """
         where = "--additional-config: qwen3_fp8_ascend"
         given = additional_config.get("qwen3_fp8_ascend", {}) if isinstance(additional_config, Mapping) else {}
-        known = {"backend", "activation"}
+        known = {"backend", "activation", "lm_head"}
         if not isinstance(given, Mapping) or not set(given) <= known:
             raise BlockFp8Error("unknown setting", where=where, expected=f"an object with {sorted(known)}", got=given)
         settings = cls(**given)
@@ -46,6 +56,8 @@ class Settings:
             raise BlockFp8Error(
                 "unknown activation mode", where=where, expected=" or ".join(COMPUTES), got=settings.activation
             )
+        if settings.lm_head not in LM_HEAD:
+            raise BlockFp8Error("unknown lm_head", where=where, expected=" or ".join(LM_HEAD), got=settings.lm_head)
         if settings.backend is not None and not isinstance(settings.backend, str):
             raise BlockFp8Error("a backend is named by a string", where=where, got=settings.backend)
         return settings
@@ -106,11 +118,13 @@ class BlockFp8AscendConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Look at the headers of a local checkpoint before any process is started or weight is read.
 
+        A folder without any weights is let pass: ``--load-format dummy`` needs none.
         Raises:
             BlockFp8Error: the first anomaly found.
         """
-        if os.path.isdir(model_name):
-            check_checkpoint(model_name)
+        folder = Path(model_name)
+        if folder.is_dir() and any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):
+            check_checkpoint(folder)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
@@ -119,12 +133,14 @@ class BlockFp8AscendConfig(QuantizationConfig):
                 where=prefix,
                 fix="serve a dense block-FP8 model, or this one without `--quantization ascend`",
             )
+        vllm_config = get_current_vllm_config()
+        settings = Settings.from_additional_config(vllm_config.additional_config)
+        if isinstance(layer, ParallelLMHead) and settings.lm_head == "fp8":
+            return BlockFp8LmHeadMethod(self.checkpoint.block, settings.backend)
         if not isinstance(layer, LinearBase):
             return None
         if self._is_skipped(prefix):
             return UnquantizedLinearMethod()
-        vllm_config = get_current_vllm_config()
-        settings = Settings.from_additional_config(vllm_config.additional_config)
         dummy = vllm_config.load_config.load_format == "dummy"
         logger.debug("%s: block FP8, settings %s", prefix, settings)
         return BlockFp8LinearMethod(
