@@ -28,7 +28,7 @@ from qwen3_fp8_ascend.testing.judges import CALC_DIFF, Problem, calc_diff, rando
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "w8a8"
-console = Console()
+console = Console(width=max(140, Console().width))
 
 
 def bench(

@@ -1,0 +1,235 @@
+"""Time per output token in vLLM on this machine's CPU: FP8 against BF16 at equal layers, and where the time goes.
+
+Servers with random weights of the model's shape (`--load-format dummy`) run side by side; `vllm bench serve` asks them
+in turn, round after round, so that the machine's drift meets all alike. Each time is set against the time that
+reading all weights once would take at the memory's speed, measured in the same rounds.
+
+    python benchmarks/bench_serving.py                     # Qwen3-8B, a slice of 6 layers, fp8 / fp8 head / bf16
+    python benchmarks/bench_serving.py --layers 36 --only "fp8 head" --profile
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import psutil
+import torch
+import typer
+from measure import cache_bytes, provenance
+from rich.console import Console
+from rich.table import Table
+
+from qwen3_fp8_ascend.backends import select_backend
+from qwen3_fp8_ascend.format import BlockFp8Config
+from qwen3_fp8_ascend.testing.models import qwen3_config, qwen3_shapes, write_byte_tokenizer
+from qwen3_fp8_ascend.testing.server import Server, serve, serving_environment
+
+RESULTS = Path(__file__).parent / "results"
+QWEN3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+ASCEND = ["--quantization", "ascend"]
+FP8_HEAD = ["--additional-config", json.dumps({"qwen3_fp8_ascend": {"lm_head": "fp8"}})]
+SERVERS: dict[str, tuple[list[str], int, int]] = {
+    "fp8": (ASCEND, 1, 2),
+    "fp8 head": ([*ASCEND, *FP8_HEAD], 1, 1),
+    "bf16": ([], 2, 2),
+}
+"""Arguments for `vllm serve`, and bytes per weight of the decoder's linears and of the output head."""
+
+console = Console(width=max(120, Console().width))
+
+
+def bench(
+    layers: Annotated[
+        int, typer.Option(help="Decoder layers; Qwen3-8B has 36, two precisions of 8 fit in 24 GiB.")
+    ] = 8,
+    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SERVERS)}; repeatable.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds of all servers in turn.")] = 5,
+    input_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 32,
+    output_len: Annotated[int, typer.Option(help="Tokens of an answer.")] = 32,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
+    eager: Annotated[bool, typer.Option(help="No torch.compile.")] = False,
+    profile: Annotated[bool, typer.Option(help="Say where the time of a decode step goes.")] = False,
+) -> None:
+    """Measure and print; the CSV goes to benchmarks/results/."""
+    names = only or list(SERVERS)
+    shapes = qwen3_shapes(qwen3_config(**QWEN3_8B, num_hidden_layers=layers))
+    facts = provenance() | {"layers": str(layers), "concurrency": str(concurrency), "eager": str(eager)}
+    console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
+    memory = MemoryReader()
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        servers = {}
+        for name in names:
+            with console.status(f"starting the {name} server"):
+                servers[name] = stack.enter_context(_server(Path(folder), name, layers, eager, profile))
+            console.print(f"{name}: up, {_resident(servers[name]):.2f} GB resident", highlight=False)
+        for number in range(-1, rounds):  # the first is the warm-up
+            for name in names:
+                limit = memory.seconds(_bytes_a_token(shapes, name))
+                result = _ask(servers[name], Path(folder), input_len, output_len, concurrency)
+                if number >= 0:
+                    found.append({"server": name, "round": number, "limit_ms": limit * 1e3} | result)
+        for name in names:
+            rows = [row for row in found if row["server"] == name]
+            for row in rows:
+                row["resident_gb"] = _resident(servers[name])
+            if profile:
+                _print_profile(name, _profile(servers[name], output_len))
+    frame = pd.DataFrame(found)
+    for key, value in facts.items():
+        frame[key] = value
+    path = RESULTS / f"serving-qwen3-8b-{layers}-layers-{datetime.now():%Y%m%d-%H%M}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(path, index=False, float_format="%.6g")
+    _print(frame, names)
+    console.print(f"wrote {path}", highlight=False)
+
+
+def _server(folder: Path, name: str, layers: int, eager: bool, profile: bool) -> Any:
+    arguments, linear_bytes, _ = SERVERS[name]
+    model = folder / name.replace(" ", "-")
+    model.mkdir()
+    config = qwen3_config(**QWEN3_8B, num_hidden_layers=layers)
+    if linear_bytes == 1:
+        config["quantization_config"] = BlockFp8Config().to_dict()
+    (model / "config.json").write_text(json.dumps(config))
+    write_byte_tokenizer(model)
+    options = ["--load-format", "dummy", "--max-model-len", "1024", *arguments]
+    if eager:
+        options.append("--enforce-eager")
+    if profile:
+        where = {"profiler": "torch", "torch_profiler_dir": str(model), "torch_profiler_with_stack": False}
+        options += ["--profiler-config", json.dumps(where)]
+    log = folder / f"{model.name}.log"
+    return serve(model, *options, log=log, environment=serving_environment(), timeout=1800)
+
+
+class MemoryReader:
+    """Times a raw read with all threads of more memory than any cache holds."""
+
+    def __init__(self) -> None:
+        select_backend("cpu", "cpu")  # loads the operators
+        self.memory = torch.ones(2 * cache_bytes(), dtype=torch.uint8)
+
+    def seconds(self, size: int) -> float:
+        """What reading `size` bytes would take at the speed of this moment."""
+        start = time.perf_counter()
+        torch.ops.qwen3_fp8_ascend.cpu_read(self.memory)
+        return (time.perf_counter() - start) * size / self.memory.numel()
+
+
+def _bytes_a_token(shapes: dict[str, tuple[int, ...]], name: str) -> int:
+    """Bytes of the weights that one decode step reads: all matrices but the embedding."""
+    _, linear_bytes, head_bytes = SERVERS[name]
+    total = 0
+    for tensor, shape in shapes.items():
+        if len(shape) == 2 and "embed_tokens" not in tensor:
+            total += shape[0] * shape[1] * (head_bytes if tensor.startswith("lm_head") else linear_bytes)
+    return total
+
+
+def _ask(server: Server, folder: Path, input_len: int, output_len: int, concurrency: int) -> dict[str, float]:
+    """One round of `vllm bench serve`."""
+    result = folder / "result.json"
+    command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve", "--base-url", server.url]
+    command += ["--model", server.model, "--tokenizer", str(folder / "tokenizer"), "--dataset-name", "random"]
+    command += ["--random-input-len", str(input_len), "--random-output-len", str(output_len), "--ignore-eos"]
+    command += ["--num-prompts", str(2 * concurrency), "--max-concurrency", str(concurrency), "--disable-tqdm"]
+    command += ["--save-result", "--result-filename", str(result)]
+    if not (folder / "tokenizer").exists():
+        (folder / "tokenizer").mkdir()
+        write_byte_tokenizer(folder / "tokenizer")
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    measured = json.loads(result.read_text())
+    if measured["completed"] != 2 * concurrency:
+        raise RuntimeError(f"{measured['completed']} of {2 * concurrency} requests completed; see {server.log}")
+    return {
+        "tpot_ms": measured["median_tpot_ms"],
+        "ttft_ms": measured["median_ttft_ms"],
+        "requests_per_s": measured["request_throughput"],
+        "output_tokens_per_s": measured["output_throughput"],
+    }
+
+
+def _resident(server: Server) -> float:
+    """Resident memory of the server's processes together, in GB; shared pages are counted once."""
+    processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+    return sum(process.memory_full_info().pss for process in processes) / 1e9
+
+
+def _profile(server: Server, tokens: int) -> Counter[str]:
+    """Microseconds of the worker's main thread by operator, over one request's decode steps."""
+    traces = Path(server.log).with_suffix("")
+    urllib.request.urlopen(urllib.request.Request(f"{server.url}/start_profile", method="POST")).close()
+    server.post("/v1/completions", {"model": server.model, "prompt": "a", "max_tokens": tokens, "ignore_eos": True})
+    urllib.request.urlopen(urllib.request.Request(f"{server.url}/stop_profile", method="POST"), timeout=600).close()
+    times: Counter[str] = Counter()
+    for file in sorted(traces.glob("*.pt.trace.json*")):
+        opener = gzip.open if file.suffix == ".gz" else open
+        with opener(file, "rt") as stream:
+            events = [e for e in json.load(stream)["traceEvents"] if e.get("ph") == "X" and e.get("cat") == "cpu_op"]
+        times.update(_self_times(events))
+    return times
+
+
+def _self_times(events: list[dict[str, Any]]) -> Counter[str]:
+    """Time of each operator without that of the operators it calls."""
+    times: Counter[str] = Counter()
+    stack: list[dict[str, Any]] = []
+    for event in sorted(events, key=lambda e: (e["tid"], e["ts"], -e["dur"])):
+        while stack and (stack[-1]["tid"] != event["tid"] or stack[-1]["ts"] + stack[-1]["dur"] <= event["ts"]):
+            stack.pop()
+        times[event["name"]] += event["dur"]
+        if stack:
+            times[stack[-1]["name"]] -= event["dur"]
+        stack.append(event)
+    return times
+
+
+def _print_profile(name: str, times: Counter[str]) -> None:
+    table = Table("operator", "share", title=f"{name}: self time of a decode step (torch profiler)")
+    total = sum(times.values())
+    for operator, microseconds in times.most_common(12):
+        table.add_row(operator, f"{microseconds / total:.1%}")
+    console.print(table)
+
+
+def _print(frame: pd.DataFrame, names: list[str]) -> None:
+    medians = frame.groupby("server").median(numeric_only=True)
+    table = Table("server", "ms / token", "limit, ms", "of limit", "TTFT, ms", "requests/s", "GB resident", "x bf16")
+    for name in names:
+        row = medians.loc[name]
+        times = frame[frame.server == name].set_index("round")
+        of_limit = (times.tpot_ms / times.limit_ms).median()
+        faster = "-"
+        if "bf16" in names:
+            bf16 = frame[frame.server == "bf16"].set_index("round")
+            faster = f"{(bf16.tpot_ms / times.tpot_ms).median():.2f}"
+        cells = [f"{row[c]:.1f}" for c in ("tpot_ms", "limit_ms")] + [f"{of_limit:.2f}", f"{row.ttft_ms:.0f}"]
+        table.add_row(name, *cells, f"{row.requests_per_s:.2f}", f"{row.resident_gb:.2f}", faster)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(bench)
