@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,7 @@ def quantize_activation(
     if block_k < 1:
         raise BlockFp8Error("block_k must be positive", got=block_k)
     chosen = select_backend(backend, x.device.type)
-    codes, scale = chosen.quantize_activation(x.reshape(-1, x.shape[-1]), block_k)
+    codes, scale = chosen.quantize_activation(_as_rows(x), block_k)
     return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], scale.shape[-1])
 
 
@@ -114,7 +115,7 @@ def block_linear(
             expected=f"({packed.n},) on {x.device}",
             got=f"{tuple(bias.shape)} on {bias.device}",
         )
-    rows = x.reshape(-1, packed.k)
+    rows = _as_rows(x)
     out = LOADED[packed.backend].linear(rows, packed, bias, activation)
     return out.reshape(*x.shape[:-1], packed.n)
 
@@ -140,6 +141,12 @@ def check_scale_values(scale: torch.Tensor, where: object = None) -> None:
             got=f"{int(bad.sum())} of {bad.numel()} bad, the first at {first}: {float(scale[first])}",
             fix="the checkpoint is damaged; download or quantize it again",
         )
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """All tokens as one dimension, contiguous in the last: what a `Backend` is given."""
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

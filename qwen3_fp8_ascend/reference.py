@@ -6,6 +6,8 @@ dequantization, and in `block_linear` up to the order of fp32 additions.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, BlockSize, ShardGrid, ceil_div
@@ -84,7 +86,7 @@ def block_linear(
     n, k = weight.shape
     grid = ShardGrid(widths or (n,), k, block)
     w_scale = row_scales(scale, grid)
-    rows = x.reshape(-1, k)
+    rows = x.reshape(math.prod(x.shape[:-1]), k)
     if activation == "dynamic":
         codes, x_scale = quantize_activation(rows, block.k)
         rows = codes

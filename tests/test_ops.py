@@ -63,6 +63,26 @@ def test_three_dimensions_and_bf16_scales(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0), (2, 3, 0), (0, 0), (64,)])
+def test_empty_and_one_dimensional_activations(backend: str, shape: tuple[int, ...]) -> None:
+    k = shape[-1]
+    problem = random_problem(1, (40,), k)
+    packed = ops.pack_weight(problem.weight, problem.scale, backend)
+    out = ops.block_linear(torch.zeros(shape), packed)
+    assert out.shape == (*shape[:-1], 40) and not out.any()
+    codes, scale = ops.quantize_activation(torch.zeros(shape), backend=backend)
+    assert codes.shape == shape and scale.shape == (*shape[:-1], -(-k // 128))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activations_strided_in_every_dimension(backend: str) -> None:
+    problem = random_problem(6, (40,), 130)
+    packed = ops.pack_weight(problem.weight, problem.scale, backend)
+    strided = torch.empty(130, 6, dtype=problem.x.dtype).t().copy_(problem.x)
+    assert torch.equal(ops.block_linear(strided, packed), ops.block_linear(problem.x, packed))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_byte_a_weight(backend: str) -> None:
     problem = random_problem(0, (576, 192, 192), 1536)
     packed = ops.pack_weight(problem.weight, problem.scale, backend, problem.widths)

@@ -1,9 +1,9 @@
 // The kernels for AMX-BF16: one or two rows in registers as on AVX-512, more in tiles.
 //
-// A decoded chunk of a panel is already in the order of two B tiles per 32 k. C tiles hold one chunk's fp32 partial sums,
-// which AVX-512 then scales and adds up. The next chunk is decoded in slices between the tile operations of this one, so
-// that the decoder's instructions run while the tile unit is busy. On each of the two paths, the bits of an output depend
-// neither on the number of rows nor on the number of threads.
+// A decoded chunk of a panel is already in the order of two B tiles per 32 k. C tiles hold one chunk's fp32 partial
+// sums, which AVX-512 then scales and adds up. The next chunk is decoded in slices between the tile operations of this
+// one, so that the decoder's instructions run while the tile unit is busy. On each of the two paths, the bits of an
+// output depend neither on the number of rows nor on the number of threads.
 #include "linear_avx512.h"
 
 namespace qwen3_fp8_ascend::cpu {

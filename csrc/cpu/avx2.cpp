@@ -65,7 +65,9 @@ inline Lane repeat(const float* x) {
 inline __m128 add_pairs(__m256 v) {
   const __m128 low = _mm256_castps256_ps128(v);
   const __m128 high = _mm256_extractf128_ps(v, 1);
-  return _mm_add_ps(_mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0)), _mm_shuffle_ps(low, high, _MM_SHUFFLE(3, 1, 3, 1)));
+  const __m128 even = _mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0));
+  const __m128 odd = _mm_shuffle_ps(low, high, _MM_SHUFFLE(3, 1, 3, 1));
+  return _mm_add_ps(even, odd);
 }
 
 struct Scratch {
@@ -161,7 +163,9 @@ void multiply_rows(const Scratch& scratch, std::int64_t rows, std::int64_t quads
     for (; row + 2 <= rows; row += 2) {
       multiply_half<2>(scratch.weights, group, scratch.x + row, quads, x_scale + row, w_scale, sums + row);
     }
-    if (row < rows) multiply_half<1>(scratch.weights, group, scratch.x + row, quads, x_scale + row, w_scale, sums + row);
+    if (row < rows) {
+      multiply_half<1>(scratch.weights, group, scratch.x + row, quads, x_scale + row, w_scale, sums + row);
+    }
   }
 }
 

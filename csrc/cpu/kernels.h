@@ -59,9 +59,9 @@ struct Weight {
   const float* scales_of(std::int64_t panel) const { return scales + panels[panel].scale_row * depth.blocks; }
 };
 
-// Activations as bf16 terms: an output row is the sum of `terms` consecutive rows here. Behind the last k of a
-// chunk, values are zero up to the next multiple of 32. From 16 rows on, `capacity` is the next
-// multiple of 16; rows between them hold any number.
+// Activations as bf16 terms: an output row is the sum of `terms` consecutive rows here. Behind the last k of a chunk,
+// values are zero up to the next multiple of 32. From 16 rows on, `capacity` is the next multiple of 16; rows between
+// them hold any number.
 struct Activation {
   const std::uint16_t* values;  // [chunks][capacity][kChunk]
   const float* scales;          // [chunks][capacity]

@@ -65,7 +65,8 @@ void prepare_row(const Kernels& kernels, const void* x, Dtype dtype, bool quanti
     const std::int64_t begin = block * depth.block_k;
     const std::int64_t count = std::min(depth.block_k, depth.k - begin);
     const float amax = kernels.amax(at(x, dtype, begin), dtype, count);
-    const PowerScale power = quantize ? PowerScale{1.0f, group_scale(amax)} : power_scale(amax, kernels.weight_exponent);
+    const PowerScale power =
+        quantize ? PowerScale{1.0f, group_scale(amax)} : power_scale(amax, kernels.weight_exponent);
     const std::int64_t first = block * depth.chunks_per_block;
     for (std::int64_t chunk = first; chunk < first + ceil_div(count, kChunk); ++chunk) {
       const std::int64_t length = depth.length_of(chunk);

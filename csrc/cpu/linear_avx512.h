@@ -218,7 +218,8 @@ inline void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int
         const float* x_scale = x.scales_of(chunk, row0);
         std::int64_t row = 0;
         for (; row + kTileRows <= rows; row += kTileRows) {
-          const TileStep step{scratch.weights, values + row * kChunk, pairs, x_scale + row, w_scale, scratch.sums + row};
+          const TileStep step{scratch.weights, values + row * kChunk, pairs,
+                              x_scale + row,   w_scale,               scratch.sums + row};
           if (row == 0) {
             multiply_tile<kTileRows, true>(step, next);
           } else {
@@ -226,7 +227,8 @@ inline void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int
           }
         }
         multiply_rest(
-            {scratch.weights, values + row * kChunk, pairs, x_scale + row, w_scale, scratch.sums + row}, rows - row, next);
+            {scratch.weights, values + row * kChunk, pairs, x_scale + row, w_scale, scratch.sums + row}, rows - row,
+            next);
       }
       for (int p = 0; p < panels; ++p) {
         store_panel(problem, panel + p, scratch.sums[0] + p * kPanelRows, kTileColumns, row0, rows);
