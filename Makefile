@@ -35,7 +35,7 @@ lint: venv
 	$(PY) -m mypy
 
 bench: venv  ## CPU micro-benchmark: correctness, then interleaved medians against the peers
-	$(PY) benchmarks/bench_linear.py
+	$(PY) -m benchmarks.bench_linear
 
 wheel: venv  ## a wheel in dist/
 	$(PY) -m pip --disable-pip-version-check wheel -qq --no-build-isolation --no-deps --wheel-dir dist .

@@ -3,8 +3,8 @@
 Correctness first: nothing is timed before it agrees with the fp64 oracle. Then, per shape, batch and thread count,
 all implementations in turn in one process (`measure.interleave`); medians, and ratios of neighbours.
 
-    python benchmarks/bench_linear.py                          # Qwen3-8B, all batches, 1 thread and all threads
-    python benchmarks/bench_linear.py --rows 1 --threads 1     # the decode step's limit only
+    python -m benchmarks.bench_linear                          # Qwen3-8B, all batches, 1 thread and all threads
+    python -m benchmarks.bench_linear --rows 1 --threads 1     # the decode step's limit only
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 import typer
-from measure import Timing, cache_bytes, interleave, provenance
-from peers import PEERS, Weights
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from shapes import MODELS, ROWS
 
+from benchmarks.measure import Timing, cache_bytes, interleave, provenance
+from benchmarks.peers import PEERS, Weights
+from benchmarks.shapes import MODELS, ROWS
 from qwen3_fp8_ascend.backends import cpu, select_backend
 from qwen3_fp8_ascend.testing.judges import CALC_DIFF, Problem, calc_diff, random_problem
 

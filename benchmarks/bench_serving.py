@@ -4,8 +4,8 @@ Servers with random weights of the model's shape (`--load-format dummy`) run sid
 in turn, round after round, so that the machine's drift meets all alike. Each time is set against the time that
 reading all weights once would take at the memory's speed, measured in the same rounds.
 
-    python benchmarks/bench_serving.py                     # Qwen3-8B, a slice of 6 layers, fp8 / fp8 head / bf16
-    python benchmarks/bench_serving.py --layers 36 --only "fp8 head" --profile
+    python -m benchmarks.bench_serving                     # Qwen3-8B, a slice of 6 layers, fp8 / fp8 head / bf16
+    python -m benchmarks.bench_serving --layers 36 --only "fp8 head" --profile
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import pandas as pd
 import psutil
 import torch
 import typer
-from measure import cache_bytes, provenance
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measure import cache_bytes, provenance
 from qwen3_fp8_ascend.backends import select_backend
 from qwen3_fp8_ascend.format import BlockFp8Config
 from qwen3_fp8_ascend.testing.models import qwen3_config, qwen3_shapes, write_byte_tokenizer
