@@ -64,7 +64,9 @@ def bench(
                 prepared[peer.name] = peer.prepare(weights)
             for m in batches:
                 x = problem.x[:m].contiguous()
-                errors = {c: _error(problem, x, prepared[c](x), c) for c in ("w8a8", "w8a16") if c in prepared}
+                errors: dict[str, float] = {
+                    c: _error(problem, x, prepared[c](x), c) for c in ("w8a8", "w8a16") if c in prepared
+                }
                 for count in counts:
                     progress.update(task, description=f"{name} m={m} threads={count}")
                     torch.set_num_threads(count)

@@ -16,6 +16,11 @@ ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Servers last: they take minutes, and what breaks them is mostly found sooner."""
+    items.sort(key=lambda item: item.get_closest_marker("server") is not None)
+
+
 @pytest.fixture(scope="session")
 def cache() -> Path:
     """Where models and downloads are kept from run to run."""
