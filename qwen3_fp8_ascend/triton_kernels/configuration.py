@@ -1,0 +1,129 @@
+"""Static launch configuration, per architecture and shape class. No autotuning: a decision is a line in a table.
+
+`@triton.autotune` needs a device when a kernel is defined, and measures inside the first request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import ceil_div
+
+INDEX_LIMIT = 2**31 - 1
+"""Kernels compute element offsets in int32."""
+
+SPLIT_K_LIMIT = 8
+MIN_BLOCKS_PER_SPLIT = 4
+"""A split of fewer K blocks costs more in partial sums than it gains in balance."""
+
+ROW_TILES = ((16, 16), (32, 32))
+"""(largest m, BLOCK_M); above the last one BLOCK_M is `LARGE_ROW_TILE`. The cube's smallest tile has 16 rows."""
+
+LARGE_ROW_TILE = 64
+"""128 rows overflow UB on Ascend 950 once the fp32 tile of the exact path is double-buffered."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a launch needs to know about a chip.
+
+    names: prefixes of the names under which the chip is known (`torch.npu.get_device_name`, `--target=`).
+    keeps_subnormals: whether fp16 subnormals are known to survive arithmetic, which makes decoding cheaper;
+        None where nobody has looked, and then the device is asked once (`backends/triton.py`).
+    bind_sub_block: whether the compiler may split a cube-and-vector kernel over both vector cores.
+    linear_options: compiler options for `block_linear_kernel`.
+    """
+
+    names: tuple[str, ...]
+    keeps_subnormals: bool | None
+    quantize_rows: int = 32
+    value_rows: int = 16
+    dequantize_rows: int = 64
+    bind_sub_block: bool = True
+    linear_options: tuple[tuple[str, int], ...] = ()
+
+
+ASCEND_A2_A3 = Architecture(names=("Ascend910B", "Ascend910_93"), keeps_subnormals=None)
+
+ASCEND_950 = Architecture(
+    names=("Ascend950", "Ascend910_95"),
+    keeps_subnormals=None,
+    bind_sub_block=False,  # ascendnpu-ir 1.1.0 crashes on any kernel whose cube operand comes from a vector core
+)
+
+NVIDIA = Architecture(
+    names=("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:103", "cuda:120"),
+    keeps_subnormals=True,  # PTX: fp16 arithmetic supports subnormals, and so does mma
+    quantize_rows=16,
+    linear_options=(("num_warps", 8), ("num_stages", 3)),
+)
+
+INTERPRETER = Architecture(names=("interpreter",), keeps_subnormals=True, quantize_rows=16)
+
+ARCHITECTURES = (ASCEND_A2_A3, ASCEND_950, NVIDIA, INTERPRETER)
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """How one (m, n, k) is cut up. All sizes are in tiles or blocks of 128, but for BLOCK_M's rows."""
+
+    block_m: int
+    m_tiles: int
+    split_k: int
+
+    @property
+    def m_padded(self) -> int:
+        return self.m_tiles * self.block_m
+
+
+def architecture(name: str) -> Architecture:
+    """The configuration of a chip.
+
+    Raises:
+        BlockFp8Error: there is none; the message names those that exist.
+    """
+    for candidate in ARCHITECTURES:
+        if name.startswith(candidate.names) and (not name.startswith("cuda") or name in candidate.names):
+            return candidate
+    known = ", ".join(prefix for candidate in ARCHITECTURES for prefix in candidate.names)
+    raise BlockFp8Error(
+        "the Triton kernels have no configuration for this chip",
+        expected=f"a name that begins with one of: {known}",
+        got=repr(name),
+        fix="choose another backend, or add the chip to triton_kernels/configuration.py and run its tests",
+    )
+
+
+def linear_shape(m: int, n_tiles: int, k_blocks: int, cores: int) -> LinearShape:
+    """Row tile and split of K for a linear of m rows.
+
+    The split is the smallest that keeps the cores busiest: a matrix of 32 tiles on 20 cores leaves 8 of them
+    idle half of the time, five stretches of K each leave none.
+    """
+    block_m = next((rows for limit, rows in ROW_TILES if m <= limit), LARGE_ROW_TILE)
+    m_tiles = ceil_div(m, block_m)
+    tiles = m_tiles * n_tiles
+
+    def busy(split: int) -> float:
+        return tiles * split / (ceil_div(tiles * split, cores) * cores)
+
+    allowed = [s for s in range(1, SPLIT_K_LIMIT + 1) if s == 1 or ceil_div(k_blocks, s) >= MIN_BLOCKS_PER_SPLIT]
+    best = max(busy(split) for split in allowed)
+    # A twentieth of the time is about what another round of partial sums costs.
+    return LinearShape(block_m, m_tiles, next(split for split in allowed if busy(split) >= best - 0.05))
+
+
+def check_index_range(what: str, elements: int) -> None:
+    """Refuse a tensor whose offsets do not fit the kernels' int32.
+
+    Raises:
+        BlockFp8Error: with the size and the limit.
+    """
+    if elements > INDEX_LIMIT:
+        raise BlockFp8Error(
+            f"{what} is too large for the Triton kernels' 32-bit offsets",
+            expected=f"at most {INDEX_LIMIT} elements",
+            got=elements,
+            fix="split the tensor, or choose another backend",
+        )
