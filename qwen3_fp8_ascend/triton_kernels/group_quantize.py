@@ -37,9 +37,18 @@ def _minimum(x, y):
 
 
 @triton.jit
+def _amax(x):
+    """The largest magnitude in each row, (rows, 128) fp32 -> (rows,) fp32; NaN if there is one.
+
+    Patterns of magnitudes are ordered as the magnitudes are, NaN above infinity; tl.max on floats drops NaN.
+    """
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _e4m3_scale(x):
     """The scale of each row of x, (rows, 128) fp32 -> (rows,) fp32."""
-    amax = tl.max(tl.abs(x), axis=1)
+    amax = _amax(x)
     return tl.div_rn(_maximum(amax, _AMAX_FLOOR), tl.full(amax.shape, _E4M3_MAX, tl.float32))
 
 
@@ -128,7 +137,7 @@ def group_values_kernel(
             value = _e4m3_value(_divide_and_clamp(x, scale))
         else:
             # The largest magnitude lands in [2^14, 2^15); 2^-100 keeps the reciprocal of the scale finite.
-            amax = _maximum(tl.max(tl.abs(x), axis=1), 7.888609052210118e-31)
+            amax = _maximum(_amax(x), 7.888609052210118e-31)
             exponent = amax.to(tl.int32, bitcast=True) & 0x7F800000
             scale = (exponent - (14 << 23)).to(tl.float32, bitcast=True)
             reciprocal = (((254 + 14) << 23) - exponent).to(tl.float32, bitcast=True)
