@@ -54,7 +54,7 @@ def packed_dequantize_kernel(
     lanes_ptr,
     scale_ptr,
     out_ptr,
-    n_tiles,
+    n,
     k_blocks,
     ROWS: tl.constexpr,
     KEEPS_SUBNORMALS: tl.constexpr,
@@ -62,29 +62,21 @@ def packed_dequantize_kernel(
 ):
     """code * scale of a packed weight: what a prefill needs that multiplies with the stock matmul.
 
-    Shapes: lanes (n_tiles, k_blocks / 2, 128, 128) int16, scale (n_tiles, k_blocks) fp32
-        -> out (128 n_tiles, 128 k_blocks), any floating type. ROWS divides 128.
+    Shapes: lanes (k_blocks / 2, n, 128) int16, scale (k_blocks, n) fp32 -> out (n, 128 k_blocks), any floating type.
+        ROWS divides n.
     Semantics: `packed_dequantize_specification`, bit for bit; each lane is read once.
     """
-    steps: tl.constexpr = BLOCK // ROWS
-    pairs = k_blocks // 2
-    for step in range(tl.program_id(0), n_tiles * pairs * steps, CORES):
-        tile = step // steps
-        n_tile = tile // pairs
-        pair = tile % pairs
-        row = (step % steps) * ROWS + tl.arange(0, ROWS)
+    row_tiles = n // ROWS
+    for step in range(tl.program_id(0), row_tiles * (k_blocks // 2), CORES):
+        pair = step // row_tiles
+        row = (step % row_tiles) * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, BLOCK)
-        lane = tl.load(lanes_ptr + tile * (BLOCK * BLOCK) + row[:, None] * BLOCK + column[None, :])
+        lane = tl.load(lanes_ptr + (pair * n + row)[:, None] * BLOCK + column[None, :])
         even = decode_lane(lane << 8, KEEPS_SUBNORMALS).to(tl.float32)
         odd = decode_lane(lane, KEEPS_SUBNORMALS).to(tl.float32)
-        scale_at = scale_ptr + n_tile * k_blocks + 2 * pair
-        even = even * tl.load(scale_at)
-        odd = odd * tl.load(scale_at + 1)
-        to = (
-            out_ptr
-            + (n_tile * BLOCK + row)[:, None] * (k_blocks * BLOCK)
-            + (2 * pair * BLOCK + column)[None, :]
-        )
+        even = even * tl.load(scale_ptr + 2 * pair * n + row)[:, None]
+        odd = odd * tl.load(scale_ptr + (2 * pair + 1) * n + row)[:, None]
+        to = out_ptr + row[:, None] * (k_blocks * BLOCK) + (2 * pair * BLOCK + column)[None, :]
         tl.store(to, even.to(out_ptr.dtype.element_ty))
         tl.store(to + BLOCK, odd.to(out_ptr.dtype.element_ty))
 
@@ -101,7 +93,7 @@ def block_dequantize_specification(codes: torch.Tensor, scale: torch.Tensor, dty
 def packed_dequantize_specification(lanes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What `packed_dequantize_kernel` computes.
 
-    Shapes: lanes (n_tiles, k_blocks / 2, 128, 128) int16, scale (n_tiles, k_blocks) fp32
-        -> (128 n_tiles, 128 k_blocks) `dtype`.
+    Shapes: lanes (k_blocks / 2, n, 128) int16, scale (k_blocks, n) fp32 -> (n, 128 k_blocks) `dtype`.
     """
-    return block_dequantize_specification(unpack_lanes(lanes).contiguous(), scale, dtype)
+    values = unpack_lanes(lanes).view(torch.float8_e4m3fn).float()
+    return (values * scale.T.repeat_interleave(LANE_BLOCK, dim=1)).to(dtype)

@@ -23,6 +23,9 @@ ROW_TILES = ((16, 16), (32, 32))
 LARGE_ROW_TILE = 64
 """128 rows overflow UB on Ascend 950 once the fp32 tile of the exact path is double-buffered."""
 
+N_ALIGNMENT = 256
+"""A packed weight's rows are padded to this, the widest BLOCK_N."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -32,6 +35,8 @@ class Architecture:
     keeps_subnormals: whether fp16 subnormals are known to survive arithmetic, which makes decoding cheaper;
         None where nobody has looked, and then the device is asked once (`backends/triton.py`).
     bind_sub_block: whether the compiler may split a cube-and-vector kernel over both vector cores.
+    wide_rows, wide_rows_subnormals: up to which BLOCK_M a tile is 256 weight rows wide instead of 128, without and
+        with subnormals: the wider it is, the less the fixed cost of a vector instruction weighs, as far as UB goes.
     linear_options: compiler options for `block_linear_kernel`.
     """
 
@@ -40,11 +45,19 @@ class Architecture:
     quantize_rows: int = 32
     value_rows: int = 16
     dequantize_rows: int = 64
+    packed_rows: int = 32
     bind_sub_block: bool = True
+    wide_rows: int = 0
+    wide_rows_subnormals: int = 0
     linear_options: tuple[tuple[str, int], ...] = ()
 
 
-ASCEND_A2_A3 = Architecture(names=("Ascend910B", "Ascend910_93"), keeps_subnormals=None)
+ASCEND_A2_A3 = Architecture(
+    names=("Ascend910B", "Ascend910_93"),
+    keeps_subnormals=None,
+    wide_rows=16,
+    wide_rows_subnormals=32,
+)
 
 ASCEND_950 = Architecture(
     names=("Ascend950", "Ascend910_95"),
@@ -66,15 +79,12 @@ ARCHITECTURES = (ASCEND_A2_A3, ASCEND_950, NVIDIA, INTERPRETER)
 
 @dataclass(frozen=True)
 class LinearShape:
-    """How one (m, n, k) is cut up. All sizes are in tiles or blocks of 128, but for BLOCK_M's rows."""
+    """How one (m, n, k) is cut up."""
 
     block_m: int
-    m_tiles: int
+    block_n: int
     split_k: int
-
-    @property
-    def m_padded(self) -> int:
-        return self.m_tiles * self.block_m
+    m_padded: int
 
 
 def architecture(name: str) -> Architecture:
@@ -95,15 +105,29 @@ def architecture(name: str) -> Architecture:
     )
 
 
-def linear_shape(m: int, n_tiles: int, k_blocks: int, cores: int) -> LinearShape:
-    """Row tile and split of K for a linear of m rows.
+def row_tile(m: int) -> int:
+    """BLOCK_M for an activation of m rows."""
+    return next((rows for limit, rows in ROW_TILES if m <= limit), LARGE_ROW_TILE)
 
-    The split is the smallest that keeps the cores busiest: a matrix of 32 tiles on 20 cores leaves 8 of them
-    idle half of the time, five stretches of K each leave none.
+
+def column_tile(block_m: int, chip: Architecture, keeps_subnormals: bool) -> int:
+    """BLOCK_N that goes with a BLOCK_M."""
+    wide = chip.wide_rows_subnormals if keeps_subnormals else chip.wide_rows
+    return 256 if block_m <= wide else 128
+
+
+def linear_shape(
+    m: int, n_padded: int, k_blocks: int, cores: int, chip: Architecture, keeps_subnormals: bool
+) -> LinearShape:
+    """Tiles and split of K for a linear of m rows.
+
+    The split is the smallest that keeps the cores about busiest: 16 tiles on 20 cores leave a fifth of them idle,
+    five stretches of K each leave none.
     """
-    block_m = next((rows for limit, rows in ROW_TILES if m <= limit), LARGE_ROW_TILE)
+    block_m = row_tile(m)
+    block_n = column_tile(block_m, chip, keeps_subnormals)
     m_tiles = ceil_div(m, block_m)
-    tiles = m_tiles * n_tiles
+    tiles = m_tiles * (n_padded // block_n)
 
     def busy(split: int) -> float:
         return tiles * split / (ceil_div(tiles * split, cores) * cores)
@@ -111,7 +135,8 @@ def linear_shape(m: int, n_tiles: int, k_blocks: int, cores: int) -> LinearShape
     allowed = [s for s in range(1, SPLIT_K_LIMIT + 1) if s == 1 or ceil_div(k_blocks, s) >= MIN_BLOCKS_PER_SPLIT]
     best = max(busy(split) for split in allowed)
     # A twentieth of the time is about what another round of partial sums costs.
-    return LinearShape(block_m, m_tiles, next(split for split in allowed if busy(split) >= best - 0.05))
+    split_k = next(split for split in allowed if busy(split) >= best - 0.05)
+    return LinearShape(block_m, block_n, split_k, m_tiles * block_m)
 
 
 def check_index_range(what: str, elements: int) -> None:

@@ -140,7 +140,7 @@ def group_values_kernel(
             amax = _maximum(_amax(x), 7.888609052210118e-31)
             exponent = amax.to(tl.int32, bitcast=True) & 0x7F800000
             scale = (exponent - (14 << 23)).to(tl.float32, bitcast=True)
-            reciprocal = (((254 + 14) << 23) - exponent).to(tl.float32, bitcast=True)
+            reciprocal = (((254 << 23) - exponent) + (14 << 23)).to(tl.float32, bitcast=True)
             value = x * reciprocal[:, None]
             if KIND == RESIDUAL:
                 value = value - value.to(tl.float16).to(tl.float32)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 LANE_BLOCK = 128
-"""Rows of a weight tile, and columns of a K block; the checkpoint format's block is the same size."""
+"""Columns of a K block: the checkpoint format's own block."""
 
 _CODE_MASK = tl.constexpr(-16512)  # 0xBF80: the sign, and the seven bits below the unused bit 14
 _SIGN_MASK = tl.constexpr(-32768)
@@ -51,28 +51,26 @@ def decode_lane(lane, KEEPS_SUBNORMALS: tl.constexpr):
 @triton.jit
 def half_selector(k_block):
     """The int16 factor that brings the code of `k_block` into the high byte of its pair's lane: 256 or 1."""
-    return (256 - 255 * (k_block % 2)).to(tl.int16)
+    return tl.full((1, 1), 256 - 255 * (k_block % 2), tl.int16)
 
 
 def pack_lanes(codes: torch.Tensor) -> torch.Tensor:
-    """Lay codes out as lanes, tile after tile, each tile contiguous so that one copy fetches it.
+    """Lay codes out as lanes; the rows of one tile and one pair of K blocks are contiguous, so that one copy fetches them.
 
-    Shapes: codes (n, k) int8, n a multiple of 128, k a multiple of 256
-        -> (n / 128, k / 256, 128, 128) int16.
+    Shapes: codes (n, k) int8, k a multiple of 256 -> (k / 256, n, 128) int16.
     """
     n, k = codes.shape
-    tiles = codes.view(n // LANE_BLOCK, LANE_BLOCK, k // (2 * LANE_BLOCK), 2, LANE_BLOCK)
-    return tiles.permute(0, 2, 1, 4, 3).contiguous().view(torch.int16).squeeze(-1)
+    pairs = codes.reshape(n, k // (2 * LANE_BLOCK), 2, LANE_BLOCK)
+    return pairs.permute(1, 0, 3, 2).contiguous().view(torch.int16).squeeze(-1)
 
 
 def unpack_lanes(lanes: torch.Tensor) -> torch.Tensor:
     """The inverse of `pack_lanes`.
 
-    Shapes: lanes (n / 128, k / 256, 128, 128) int16 -> (n, k) int8.
+    Shapes: lanes (k / 256, n, 128) int16 -> (n, k) int8.
     """
-    n_tiles, pairs = lanes.shape[:2]
-    codes = lanes.unsqueeze(-1).view(torch.int8).permute(0, 2, 1, 4, 3)
-    return codes.reshape(n_tiles * LANE_BLOCK, pairs * 2 * LANE_BLOCK)
+    pairs, n, _ = lanes.shape
+    return lanes.unsqueeze(-1).view(torch.int8).permute(1, 0, 3, 2).reshape(n, pairs * 2 * LANE_BLOCK)
 
 
 def decode_lane_specification(lane: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import triton.language as tl
 
 from qwen3_fp8_ascend.triton_kernels.block_dequantize import block_dequantize_kernel, packed_dequantize_kernel
-from qwen3_fp8_ascend.triton_kernels.block_linear import block_linear_kernel
+from qwen3_fp8_ascend.triton_kernels.block_linear import block_linear_folded_kernel, block_linear_kernel
 from qwen3_fp8_ascend.triton_kernels.configuration import (
     ASCEND_A2_A3,
     LARGE_ROW_TILE,
     ROW_TILES,
     Architecture,
     architecture,
+    column_tile,
 )
 from qwen3_fp8_ascend.triton_kernels.group_quantize import (
     CODE_VALUES,
@@ -77,31 +78,42 @@ def packed_dequantize_case(
     return KernelCase(
         f"packed_dequantize[{out},{_form(keeps_subnormals)}]",
         packed_dequantize_kernel,
-        {"lanes_ptr": "*i16", "scale_ptr": "*fp32", "out_ptr": f"*{out}", "n_tiles": "i32", "k_blocks": "i32"}
+        {"lanes_ptr": "*i16", "scale_ptr": "*fp32", "out_ptr": f"*{out}", "n": "i32", "k_blocks": "i32"}
         | dict.fromkeys(("ROWS", "KEEPS_SUBNORMALS", "CORES"), _CONSTANT),
-        {"ROWS": configuration.dequantize_rows, "KEEPS_SUBNORMALS": keeps_subnormals, "CORES": cores},
+        {"ROWS": configuration.packed_rows, "KEEPS_SUBNORMALS": keeps_subnormals, "CORES": cores},
     )
 
 
 def linear_case(
-    block_m: int, folded: bool, keeps_subnormals: bool, cores: int, out: str = "fp32", split_k: int = 1
+    block_m: int, keeps_subnormals: bool, cores: int, out: str = "fp32", split_k: int = 1, block_n: int = 0
 ) -> KernelCase:
     """`block_linear_kernel`; the same for w8a8 and w8a16, whose activations differ before it."""
+    block_n = block_n or column_tile(block_m, ASCEND_A2_A3, keeps_subnormals)
     return KernelCase(
-        f"block_linear[m{block_m},{'folded' if folded else 'exact'},{_form(keeps_subnormals)}]",
+        f"block_linear[m{block_m},n{block_n},{_form(keeps_subnormals)}]",
         block_linear_kernel,
-        {"a_ptr": "*fp16", "a_scale_ptr": "*fp32", "lanes_ptr": "*i16", "w_scale_ptr": "*fp32", "out_ptr": f"*{out}"}
-        | dict.fromkeys(("m_tiles", "n_tiles", "k_blocks"), "i32")
-        | dict.fromkeys(("BLOCK_M", "SPLIT_K", "FOLDED", "KEEPS_SUBNORMALS", "DOT", "CORES"), _CONSTANT),
-        {
-            "BLOCK_M": block_m,
-            "SPLIT_K": split_k,
-            "FOLDED": folded,
-            "KEEPS_SUBNORMALS": keeps_subnormals,
-            "DOT": tl.float16,
-            "CORES": cores,
-        },
+        _linear_signature(out) | dict.fromkeys(("BLOCK_M", "BLOCK_N", "SPLIT_K", *_LINEAR_CONSTANTS), _CONSTANT),
+        {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT_K": split_k}
+        | {"KEEPS_SUBNORMALS": keeps_subnormals, "DOT": tl.float16, "CORES": cores},
     )
+
+
+def folded_case(block_m: int, keeps_subnormals: bool, cores: int, out: str = "fp32") -> KernelCase:
+    """`block_linear_folded_kernel`."""
+    return KernelCase(
+        f"block_linear_folded[m{block_m},n128,{_form(keeps_subnormals)}]",
+        block_linear_folded_kernel,
+        _linear_signature(out) | dict.fromkeys(("BLOCK_M", *_LINEAR_CONSTANTS), _CONSTANT),
+        {"BLOCK_M": block_m, "KEEPS_SUBNORMALS": keeps_subnormals, "DOT": tl.float16, "CORES": cores},
+    )
+
+
+_LINEAR_CONSTANTS = ("KEEPS_SUBNORMALS", "DOT", "CORES")
+
+
+def _linear_signature(out: str) -> dict[str, str]:
+    pointers = {"a_ptr": "*fp16", "a_scale_ptr": "*fp32", "lanes_ptr": "*i16", "w_scale_ptr": "*fp32"}
+    return pointers | {"out_ptr": f"*{out}"} | dict.fromkeys(("m", "n", "k_blocks"), "i32")
 
 
 def _form(keeps_subnormals: bool) -> str:
@@ -121,9 +133,10 @@ def all_cases(architecture_name: str) -> list[KernelCase]:
         for out in ("bf16", "fp16", "fp32"):
             cases += [dequantize_case(out, keeps, vector, configuration)]
             cases += [packed_dequantize_case(out, keeps, vector, configuration)]
-        for folded in (False, True):
-            for block_m in (*(rows for _, rows in ROW_TILES), LARGE_ROW_TILE):
-                cases += [linear_case(block_m, folded, keeps, cube, "bf16")]
+        for block_m in (*(rows for _, rows in ROW_TILES), LARGE_ROW_TILE):
+            block_n = column_tile(block_m, configuration, keeps)
+            cases += [linear_case(block_m, keeps, cube, "bf16", block_n=block_n)]
+            cases += [folded_case(block_m, keeps, cube, "bf16")]
     return cases
 
 

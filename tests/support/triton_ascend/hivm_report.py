@@ -137,8 +137,9 @@ def read_hivm(module: str) -> HivmReport:
             space = _SPACE.search(match[3])
             assert space is not None
             elements, element = _elements(_shape(match[3]))
-            end = constants[match[2]] + elements * ELEMENT_BYTES[element]
-            memory[core.name][space[1]] = max(memory[core.name].get(space[1], 0), end)
+            if match[2] in constants:  # 950's modules compute some addresses
+                end = constants[match[2]] + elements * ELEMENT_BYTES[element]
+                memory[core.name][space[1]] = max(memory[core.name].get(space[1], 0), end)
         elif match := re.match(r"(?:func\.)?call @(\w+)\((.*?)\) :", text):
             operands = [types[name] for name in match[2].split(", ") if name in types]
             if operands:
