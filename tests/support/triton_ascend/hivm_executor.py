@@ -19,7 +19,7 @@ from collections import Counter
 from typing import Any
 
 from tests.support.triton_ascend.compiler import run_passes
-from tests.support.triton_ascend.hivm_intrinsics import intrinsic
+from tests.support.triton_ascend.hivm_intrinsics import allow, intrinsic
 from tests.support.triton_ascend.native import NativeModule, kernel_arguments, memref_arguments, to_llvm_ir
 
 L1_BYTES, L0C_BYTES, UB_BYTES = 512 << 10, 128 << 10, 192 << 10
@@ -258,6 +258,7 @@ class HivmKernel:
 
         Raises:
             ExecutionError: a deadlock, or flags left over at the end of a block.
+            OutOfBounds: memory was touched that is not the kernel's.
         """
         grid = (*grid, 1, 1)[:3]
         blocks = grid[0] * grid[1] * grid[2]
@@ -265,6 +266,11 @@ class HivmKernel:
         lock, types = memref_arguments(0, 0)
         space, _ = memref_arguments(ctypes.addressof(workspace), len(workspace))
         flat, flat_types = kernel_arguments(arguments)
+        ranges = [(self._memory, self._memory + CHIP_BYTES)]
+        ranges.append((ctypes.addressof(workspace), ctypes.addressof(workspace) + len(workspace)))
+        for tensor in (value for value in arguments if hasattr(value, "data_ptr")):
+            ranges.append((tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()))
+        allow(ranges)
         values = [0, *lock, *space, *flat, *grid]
         kinds = [ctypes.c_int64, *types, *types, *flat_types, *([ctypes.c_int32] * 3)]
         functions = {name: self._module.function(name, None, kinds) for name in self.kernels}

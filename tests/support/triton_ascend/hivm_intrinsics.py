@@ -42,6 +42,18 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+class OutOfBounds(RuntimeError):
+    """A kernel touched memory that is neither an argument, nor the workspace, nor the chip's."""
+
+
+_allowed: list[tuple[int, int]] = []
+
+
+def allow(ranges: list[tuple[int, int]]) -> None:
+    """Set the address ranges, first byte and end, that library functions may touch; for the whole process."""
+    _allowed[:] = ranges
+
+
 def view(descriptor: int, rank: int, element: str) -> Array:
     """The memory behind an MLIR memref descriptor: allocated, aligned, offset, sizes, strides."""
     dtype = ELEMENT[element]
@@ -50,7 +62,10 @@ def view(descriptor: int, rank: int, element: str) -> Array:
     if 0 in shape:
         return np.empty(shape, dtype)
     extent = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + dtype.itemsize
-    memory = (ctypes.c_char * extent).from_address(fields[1] + fields[2] * dtype.itemsize)
+    start = fields[1] + fields[2] * dtype.itemsize
+    if not any(first <= start and start + extent <= end for first, end in _allowed):
+        raise OutOfBounds(f"{extent} bytes at {start:#x}, shape {tuple(shape)} of {element}")
+    memory = (ctypes.c_char * extent).from_address(start)
     return np.ndarray(tuple(shape), dtype, memory, 0, tuple(strides))
 
 
