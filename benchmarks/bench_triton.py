@@ -37,12 +37,12 @@ COLUMNS = (
 def find_device() -> torch.device | None:
     """An NVIDIA GPU or an NPU, whichever is there."""
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda:0")
     try:
         import torch_npu  # noqa: F401
     except ImportError:
         return None
-    return torch.device("npu") if torch.npu.is_available() else None
+    return torch.device("npu:0") if getattr(torch, "npu").is_available() else None  # noqa: B009
 
 
 def device_name(device: torch.device) -> str:
@@ -78,7 +78,9 @@ def vllm_block_kernel() -> Callable[..., Any] | None:
     return run
 
 
-def contenders(n: int, k: int, m: int, device: torch.device) -> tuple[dict[str, Callable[[int], Any]], dict[str, float]]:
+def contenders(
+    n: int, k: int, m: int, device: torch.device
+) -> tuple[dict[str, Callable[[int], Any]], dict[str, float]]:
     """What is timed for one shape, and the error of each; every one is checked here.
 
     Raises:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.documents import insert_table
 from qwen3_fp8_ascend.triton_kernels.configuration import architecture
 from tests.support.triton_ascend.cases import ASCEND_ARCHITECTURES, all_cases
 from tests.support.triton_ascend.compiler import IR_VERSIONS, CompileError, compile_to_hivm, lower_to_linalg
@@ -103,15 +103,6 @@ def decode_table(rows: list[dict[str, Any]]) -> str:
             )
     lines.append("| prior art (sgl-kernel-npu softfp8_w8a16_matmul, published) | 20 | - | - | - |")
     return "\n".join(lines)
-
-
-def insert_table(document: Path, name: str, table: str) -> None:
-    """Replace what stands between the markers of that name."""
-    text = document.read_text()
-    pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end of table -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"{document} has no markers for the table {name!r}")
-    document.write_text(pattern.sub(lambda match: match[1] + table + match[2], text))
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ host and never waits for the device, so it can be captured in a CUDA or ACL grap
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from typing import Any
@@ -56,8 +57,15 @@ def _unsupported(block: BlockSize) -> str | None:
     return None
 
 
+def _device_module(device_type: str) -> Any:
+    """torch.cuda or torch.npu; the latter is there once torch_npu has been imported."""
+    if device_type == "npu":
+        importlib.import_module("torch_npu")
+    return getattr(torch, device_type)
+
+
 def _has_npu() -> bool:
-    return importlib.util.find_spec("torch_npu") is not None and hasattr(torch, "npu") and torch.npu.is_available()
+    return importlib.util.find_spec("torch_npu") is not None and _device_module("npu").is_available()
 
 
 def _current_device_type() -> str:
@@ -77,7 +85,7 @@ def _chip(device_type: str) -> Architecture:
     if device_type == "cuda":
         major, minor = torch.cuda.get_device_capability()
         return architecture(f"cuda:{major}{minor}")
-    return architecture(torch.npu.get_device_name())
+    return architecture(_device_module(device_type).get_device_name())
 
 
 @functools.cache
@@ -133,7 +141,9 @@ def keeps_subnormals(device_type: str, index: int | None) -> bool:
             raise BlockFp8Error(f"{KEEPS_SUBNORMALS_VARIABLE} is 0 or 1", got=repr(forced))
         return forced == "1"
     known = _chip(device_type).keeps_subnormals
-    return _probe_subnormals(torch.device(device_type, index)) if known is None else known
+    if known is not None:
+        return known
+    return _probe_subnormals(torch.device(device_type if index is None else f"{device_type}:{index}"))
 
 
 def _probe_subnormals(device: torch.device) -> bool:
@@ -155,9 +165,34 @@ def _check_operand(what: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, .
         raise BlockFp8Error(f"{what} has the wrong dtype", expected=" or ".join(map(str, dtypes)), got=tensor.dtype)
     if tensor.device != device:
         raise BlockFp8Error(f"{what} is on the wrong device", expected=device, got=tensor.device)
+    if device.type in ("cuda", "npu") and device.index != (current := _device_module(device.type).current_device()):
+        raise BlockFp8Error(
+            f"{what} is not on the current device, on which Triton launches",
+            expected=f"{device.type}:{current}",
+            got=device,
+            fix=f"call it within torch.{device.type}.device({device.index})",
+        )
     if tensor.dim() != 2:
         raise BlockFp8Error(f"{what} has two dimensions", got=tuple(tensor.shape))
     check_index_range(what, tensor.numel())
+
+
+def _check_packed(lanes: torch.Tensor, w_scale: torch.Tensor, k: int) -> None:
+    """Refuse operands of the operator that `_pack` did not make."""
+    pairs = ceil_div(k, 2 * _BLOCK)
+    n = w_scale.shape[-1]
+    shapes = {"lanes": (pairs, n, _BLOCK), "w_scale": (2 * pairs, n)}
+    for (what, shape), tensor, dtype in zip(
+        shapes.items(), (lanes, w_scale), (torch.int16, torch.float32), strict=True
+    ):
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous() or n % N_ALIGNMENT:
+            raise BlockFp8Error(
+                f"{what} is not a packed weight's",
+                where="triton_block_linear",
+                expected=f"contiguous {dtype} {shape}, rows a multiple of {N_ALIGNMENT}",
+                got=f"{'' if tensor.is_contiguous() else 'strided '}{tensor.dtype} {tuple(tensor.shape)}",
+                fix="pass the tensors of ops.pack_weight(..., backend='triton') for this k",
+            )
 
 
 _ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
@@ -189,9 +224,7 @@ def _quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, t
     return codes[:, :k].contiguous().view(torch.float8_e4m3fn), scale
 
 
-def _dequantize_weight(
-    weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype
-) -> torch.Tensor:
+def _dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:
     codes = _as_int8(weight)
     _check_operand("the weight", codes, (torch.int8,), weight.device)
     _check_operand("the weight's scale", scale, (torch.float32,), weight.device)
@@ -251,7 +284,9 @@ def unpack_dequantize(packed: PackedWeight, out: torch.Tensor) -> None:
     expected = (n, 2 * pairs * _BLOCK)
     _check_operand("the scratch", out, _ACTIVATIONS, lanes.device)
     if tuple(out.shape) != expected or not out.is_contiguous():
-        raise BlockFp8Error("the scratch does not fit the packed weight", expected=f"contiguous {expected}", got=out.shape)
+        raise BlockFp8Error(
+            "the scratch does not fit the packed weight", expected=f"contiguous {expected}", got=out.shape
+        )
     chip, device = _chip(lanes.device.type), lanes.device
     cores = min(_cores(device.type, device.index)[1], n // chip.packed_rows * pairs)
     _kernels().packed_dequantize[(cores,)](
@@ -328,6 +363,7 @@ def triton_block_linear(
     Shapes: x (m, k), lanes and w_scale as `_pack` returns them -> (m, n) in x.dtype.
     """
     _check_operand("the activation", x, _ACTIVATIONS, lanes.device)
+    _check_packed(lanes, w_scale, x.shape[1])
     m = x.shape[0]
     if m == 0:
         return x.new_empty(0, n)

@@ -17,11 +17,8 @@ SPLIT_K_LIMIT = 8
 MIN_BLOCKS_PER_SPLIT = 4
 """A split of fewer K blocks costs more in partial sums than it gains in balance."""
 
-ROW_TILES = ((16, 16), (32, 32))
-"""(largest m, BLOCK_M); above the last one BLOCK_M is `LARGE_ROW_TILE`. The cube's smallest tile has 16 rows."""
-
-LARGE_ROW_TILE = 64
-"""128 rows overflow UB on Ascend 950 once the fp32 tile of the exact path is double-buffered."""
+ROW_TILES = (16, 32, 64)
+"""Choices of BLOCK_M, beside a chip's `large_rows`. The cube's smallest tile has 16 rows."""
 
 N_ALIGNMENT = 256
 """A packed weight's rows are padded to this, the widest BLOCK_N."""
@@ -34,6 +31,7 @@ class Architecture:
     names: prefixes of the names under which the chip is known (`torch.npu.get_device_name`, `--target=`).
     keeps_subnormals: whether fp16 subnormals are known to survive arithmetic, which makes decoding cheaper;
         None where nobody has looked, and then the device is asked once (`backends/triton.py`).
+    large_rows: the largest BLOCK_M.
     bind_sub_block: whether the compiler may split a cube-and-vector kernel over both vector cores.
     wide_rows, wide_rows_subnormals: up to which BLOCK_M a tile is 256 weight rows wide instead of 128, without and
         with subnormals: the wider it is, the less the fixed cost of a vector instruction weighs, as far as UB goes.
@@ -46,6 +44,7 @@ class Architecture:
     value_rows: int = 16
     dequantize_rows: int = 64
     packed_rows: int = 32
+    large_rows: int = 64
     bind_sub_block: bool = True
     wide_rows: int = 0
     wide_rows_subnormals: int = 0
@@ -55,13 +54,15 @@ class Architecture:
 ASCEND_A2_A3 = Architecture(
     names=("Ascend910B", "Ascend910_93"),
     keeps_subnormals=None,
-    wide_rows=16,
-    wide_rows_subnormals=32,
+    large_rows=128,
+    wide_rows=32,
+    wide_rows_subnormals=64,
 )
 
 ASCEND_950 = Architecture(
     names=("Ascend950", "Ascend910_95"),
     keeps_subnormals=None,
+    # 128 rows overflow UB here; the fp32 tile of the products is double-buffered.
     bind_sub_block=False,  # ascendnpu-ir 1.1.0 crashes on any kernel whose cube operand comes from a vector core
 )
 
@@ -105,9 +106,9 @@ def architecture(name: str) -> Architecture:
     )
 
 
-def row_tile(m: int) -> int:
+def row_tile(m: int, chip: Architecture) -> int:
     """BLOCK_M for an activation of m rows."""
-    return next((rows for limit, rows in ROW_TILES if m <= limit), LARGE_ROW_TILE)
+    return next((rows for rows in ROW_TILES if m <= rows <= chip.large_rows), chip.large_rows)
 
 
 def column_tile(block_m: int, chip: Architecture, keeps_subnormals: bool) -> int:
@@ -124,7 +125,7 @@ def linear_shape(
     The split is the smallest that keeps the cores about busiest: 16 tiles on 20 cores leave a fifth of them idle,
     five stretches of K each leave none.
     """
-    block_m = row_tile(m)
+    block_m = row_tile(m, chip)
     block_n = column_tile(block_m, chip, keeps_subnormals)
     m_tiles = ceil_div(m, block_m)
     tiles = m_tiles * (n_padded // block_n)

@@ -55,7 +55,7 @@ def half_selector(k_block):
 
 
 def pack_lanes(codes: torch.Tensor) -> torch.Tensor:
-    """Lay codes out as lanes; the rows of one tile and one pair of K blocks are contiguous, so that one copy fetches them.
+    """Lay codes out as lanes; a tile of rows is contiguous within a pair of K blocks, so that one copy fetches it.
 
     Shapes: codes (n, k) int8, k a multiple of 256 -> (k / 256, n, 128) int16.
     """

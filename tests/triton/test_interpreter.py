@@ -118,16 +118,16 @@ def test_dequantize_is_bit_exact_nan_codes_included(widths, k, dtype, form):
 
 @pytest.mark.parametrize("activation", ["dynamic", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "widths", "k"), [(0, (128,), 128), (1, (200, 72), 300), (17, (64,), 640), (70, (96,), 1)])
+@pytest.mark.parametrize(
+    ("m", "widths", "k"), [(0, (128,), 128), (1, (200, 72), 300), (17, (64,), 640), (70, (96,), 1)]
+)
 def test_linear(m, widths, k, dtype, activation, form):
     weight, scale = random_weight(widths, k)
     x = torch.randn(m, k).to(dtype)
     bias = torch.randn(sum(widths)).to(dtype)
     packed = ops.pack_weight(weight, scale, backend="triton", widths=widths)
     out = ops.block_linear(x, packed, None, activation)
-    oracle = reference.block_linear(
-        x, weight, scale, widths=widths, activation=activation, compute_dtype=torch.float64
-    )
+    oracle = reference.block_linear(x, weight, scale, widths=widths, activation=activation, compute_dtype=torch.float64)
     assert out.shape == (m, sum(widths)) and out.dtype == dtype
     if m == 0:
         return
@@ -231,6 +231,17 @@ def test_bad_input_is_refused_before_any_launch(monkeypatch):
         backend.triton_block_linear(x.double(), *packed.tensors, 128, "dynamic")
     with pytest.raises(BlockFp8Error, match="two dimensions"):
         backend.triton_block_linear(x[0], *packed.tensors, 128, "dynamic")
+    lanes_there, w_scale = packed.tensors
+    for bad in (
+        (x[:, :100], lanes_there[:0], w_scale),
+        (x, lanes_there.int(), w_scale),
+        (x, lanes_there, w_scale.half()),
+        (x, lanes_there.transpose(0, 1), w_scale),
+        (x, lanes_there[:, :128].contiguous(), w_scale[:, :128].contiguous()),
+        (torch.randn(2, 257), lanes_there, w_scale),
+    ):
+        with pytest.raises(BlockFp8Error, match="is not a packed weight's"):
+            backend.triton_block_linear(*bad, 128, "dynamic")
     with pytest.raises(BlockFp8Error, match="groups of one size"):
         ops.quantize_activation(x, block_k=64, backend="triton")
     with pytest.raises(BlockFp8Error, match="blocks of 128x128"):

@@ -8,7 +8,6 @@ from qwen3_fp8_ascend.triton_kernels.block_dequantize import block_dequantize_ke
 from qwen3_fp8_ascend.triton_kernels.block_linear import block_linear_folded_kernel, block_linear_kernel
 from qwen3_fp8_ascend.triton_kernels.configuration import (
     ASCEND_A2_A3,
-    LARGE_ROW_TILE,
     ROW_TILES,
     Architecture,
     architecture,
@@ -133,10 +132,11 @@ def all_cases(architecture_name: str) -> list[KernelCase]:
         for out in ("bf16", "fp16", "fp32"):
             cases += [dequantize_case(out, keeps, vector, configuration)]
             cases += [packed_dequantize_case(out, keeps, vector, configuration)]
-        for block_m in (*(rows for _, rows in ROW_TILES), LARGE_ROW_TILE):
+        for block_m in sorted({*ROW_TILES, configuration.large_rows}):
             block_n = column_tile(block_m, configuration, keeps)
             cases += [linear_case(block_m, keeps, cube, "bf16", block_n=block_n)]
-            cases += [folded_case(block_m, keeps, cube, "bf16")]
+            if block_m <= 64:
+                cases += [folded_case(block_m, keeps, cube, "bf16")]
     return cases
 
 

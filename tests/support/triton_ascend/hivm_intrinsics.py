@@ -16,7 +16,7 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-ELEMENT = {
+ELEMENT: dict[str, np.dtype[Any]] = {
     "float": np.dtype(np.float32),
     "half": np.dtype(np.float16),
     "bfloat16_t": np.dtype(np.uint16),  # as its bits
@@ -66,7 +66,7 @@ def view(descriptor: int, rank: int, element: str) -> Array:
     if not any(first <= start and start + extent <= end for first, end in _allowed):
         raise OutOfBounds(f"{extent} bytes at {start:#x}, shape {tuple(shape)} of {element}")
     memory = (ctypes.c_char * extent).from_address(start)
-    return np.ndarray(tuple(shape), dtype, memory, 0, tuple(strides))
+    return np.ndarray(tuple(shape), dtype, memoryview(memory), 0, tuple(strides))
 
 
 def read(descriptor: int, rank: int, element: str) -> Array:

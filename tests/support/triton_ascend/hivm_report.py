@@ -148,12 +148,12 @@ def read_hivm(module: str) -> HivmReport:
         elif re.match(r"(%\S+ = )?memref\.(load|store) ", text):
             if depth and "address_space<ub>" in text:
                 core.scalar_accesses.append(text)
-        elif match := re.match(r"(%\S+) = memref\.cast %\S+ : (.*) to ", text):
-            types[match[1]] = _shape(match[2])
-        elif match := re.match(r"(%\S+) = .*(memref<.*)$", text):
+        elif (match := re.match(r"(%\S+) = memref\.cast %\S+ : (.*) to ", text)) or (
+            match := re.match(r"(%\S+) = .*(memref<.*)$", text)
+        ):
             types[match[1]] = _shape(match[2])
         if text.startswith("}"):
-            kind, first = stack.pop() if stack else ("", 0)
+            _, first = stack.pop() if stack else ("", 0)
             if "unlikely_condition" in text:
                 del core.calls[first:]
             if "limit_sub_block_id0" in text:
