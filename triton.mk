@@ -49,9 +49,9 @@ test-triton-ascend: $(TRITON_ASCEND_STAMP)
 	.venv-triton-ascend/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_ascend tests/triton_ascend
 
 test-triton: $(TRITON_STAMP)
-	TRITON_INTERPRET=1 .venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton \
-		tests/triton/test_configuration.py tests/triton/test_interpreter.py
-	.venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton tests/triton/test_sm90.py
+	TRITON_INTERPRET=1 .venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels \
+		tests/triton_kernels/test_configuration.py tests/triton_kernels/test_interpreter.py
+	.venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels tests/triton_kernels/test_sm90.py
 
 triton-tables: $(TRITON_ASCEND_STAMP)
 	.venv-triton-ascend/bin/python -m benchmarks.triton_hivm

@@ -13,7 +13,7 @@ serial L2    the vector cores' stores and the cube's loads take turns: the lower
 
 BF16 is at its own limit: HBM or the cube. Assumptions beside the chips' figures: HBM and L2 sustain them, kernels
 are captured in a graph, and the extra kernel that prepares activations costs a fixed time (--fixed-us).
-Above one row tile (m > 128) weights are decoded once for each tile; decoding them once into a bf16 scratch for the
+Above one row tile (m > 64) weights are decoded once for each tile; decoding them once into a bf16 scratch for the
 stock matmul, at three bytes of HBM a weight, is predicted as well, and "best" is the better of the two.
 """
 

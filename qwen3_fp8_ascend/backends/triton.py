@@ -40,7 +40,8 @@ _CODE_VALUES, _SCALED, _RESIDUAL = 0, 1, 2  # `triton_kernels.group_quantize`, w
 
 @functools.cache
 def _unusable() -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    # A folder that happens to be called `triton` on sys.path is a package too, but an empty one.
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.language") is None:
         return "triton is not installed (triton-ascend on an NPU)"
     if _INTERPRETED:
         return None

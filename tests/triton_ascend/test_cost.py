@@ -10,14 +10,14 @@ PRIOR_ART = 20  # softfp8_w8a16_matmul of sgl-kernel-npu: 10 operations per 128 
 
 
 @pytest.mark.parametrize("ir_version", IR_VERSIONS)
-@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
+@pytest.mark.parametrize("block_m", [16, 32, 64])
 def test_decode_with_subnormals_takes_at_most_ten_operations(block_m, ir_version):
     cost = decode_cost(read_hivm(compile_case(linear_case(block_m, True, 20), "Ascend910B3", ir_version)))
     assert cost.decode == 8
 
 
 @pytest.mark.parametrize("ir_version", IR_VERSIONS)
-@pytest.mark.parametrize("block_m", [16, 32, 64, 128])
+@pytest.mark.parametrize("block_m", [16, 32, 64])
 def test_decode_without_subnormals_takes_less_than_the_prior_art(block_m, ir_version):
     cost = decode_cost(read_hivm(compile_case(linear_case(block_m, False, 20), "Ascend910B3", ir_version)))
     assert cost.decode == 18 < PRIOR_ART

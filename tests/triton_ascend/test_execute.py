@@ -125,7 +125,7 @@ def relative(out, expected):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("subnormals", [False, True])
-@pytest.mark.parametrize(("block_m", "m", "split_k"), [(16, 32, 2), (32, 32, 1), (64, 64, 3), (128, 128, 1)])
+@pytest.mark.parametrize(("block_m", "m", "split_k"), [(16, 32, 2), (32, 32, 1), (64, 64, 3)])
 def test_linear(block_m, m, split_k, subnormals, form):
     n, k_blocks = 512, 6
     operands = linear_operands(m, n, k_blocks)
