@@ -43,7 +43,7 @@ class Architecture:
 
     names: tuple[str, ...]
     keeps_subnormals: bool | None
-    quantize_rows: int = 32
+    quantize_rows: int = 16
     value_rows: int = 16
     dequantize_rows: int = 32
     packed_rows: int = 32
@@ -69,11 +69,10 @@ ASCEND_950 = Architecture(
 NVIDIA = Architecture(
     names=("cuda:80", "cuda:86", "cuda:89", "cuda:90", "cuda:100", "cuda:103", "cuda:120"),
     keeps_subnormals=True,  # PTX: fp16 arithmetic supports subnormals, and so does mma
-    quantize_rows=16,
     linear_options=(("num_warps", 8), ("num_stages", 3)),
 )
 
-INTERPRETER = Architecture(names=("interpreter",), keeps_subnormals=True, quantize_rows=16)
+INTERPRETER = Architecture(names=("interpreter",), keeps_subnormals=True)
 
 ARCHITECTURES = (ASCEND_A2_A3, ASCEND_950, NVIDIA, INTERPRETER)
 
