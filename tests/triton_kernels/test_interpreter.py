@@ -1,0 +1,259 @@
+"""The kernels and the backend in upstream Triton's interpreter, against the specification."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="upstream Triton lives in .venv-triton: `make test-triton`")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("the interpreter is chosen by TRITON_INTERPRET=1: `make test-triton`", allow_module_level=True)
+
+import torch
+import triton
+import triton.language as tl
+
+from qwen3_fp8_ascend import ops, reference
+from qwen3_fp8_ascend.backends import triton as backend
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import ShardGrid
+from qwen3_fp8_ascend.triton_kernels import block_linear, group_quantize, lanes
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["subnormals", "no-subnormals"])
+def form(request, monkeypatch):
+    """Both forms of decoding."""
+    monkeypatch.setenv(backend.KEEPS_SUBNORMALS_VARIABLE, "1" if request.param == "subnormals" else "0")
+    backend.keeps_subnormals.cache_clear()
+    yield request.param == "subnormals"
+    backend.keeps_subnormals.cache_clear()
+
+
+def wide_range(m, k, dtype):
+    x = torch.randn(m, k) * torch.exp2(torch.randint(-14, 3, (m, k)).float())
+    return (x * torch.logspace(-5, 3, max(m, 1))[:m, None]).to(dtype)
+
+
+def random_weight(widths, k):
+    grid = ShardGrid(tuple(widths), k)
+    codes = torch.randint(0, 256, (grid.n, k), dtype=torch.uint8)
+    codes[(codes & 0x7F) == 0x7F] = 0x80
+    return codes.view(torch.float8_e4m3fn), torch.rand(grid.scale_shape) * 0.01 + 1e-4
+
+
+@triton.jit
+def _decode_all(lanes_ptr, out_ptr, KEEPS_SUBNORMALS: tl.constexpr):
+    offset = tl.program_id(0) * 4096 + tl.arange(0, 4096)
+    tl.store(out_ptr + offset, lanes.decode_lane(tl.load(lanes_ptr + offset), KEEPS_SUBNORMALS).to(tl.float32))
+
+
+@pytest.mark.parametrize("subnormals", [False, True])
+def test_every_lane_decodes_exactly_whatever_the_other_half_holds(subnormals):
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    out = torch.empty(1 << 16)
+    _decode_all[(16,)](every, out, KEEPS_SUBNORMALS=subnormals)
+    expected = lanes.decode_lane_specification(every)
+    finite = ~expected.isnan()
+    assert torch.equal(out[finite], expected[finite]) and int(finite.sum()) == 254 * 256
+
+
+def test_lanes_round_trip():
+    codes = torch.randint(-128, 128, (40, 512), dtype=torch.int8)
+    packed = lanes.pack_lanes(codes)
+    assert packed.shape == (2, 40, 128) and torch.equal(lanes.unpack_lanes(packed), codes)
+    assert torch.equal(packed[1, 7] & 0xFF, codes[7, 256:384].to(torch.int16) & 0xFF)
+    assert torch.equal(packed[1, 7] >> 8, codes[7, 384:].to(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k"), [(0, 128), (1, 1), (3, 300), (33, 128)])
+def test_quantize_is_bit_exact(m, k, dtype):
+    x = wide_range(m, k, dtype)
+    if m > 2:
+        x[0], x[1, 5], x[2, 6] = 0.0, float("nan"), float("-inf")
+    codes, scale = ops.quantize_activation(x, backend="triton")
+    expected, expected_scale = reference.quantize_activation(x)
+    assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(scale.view(torch.int32), expected_scale.view(torch.int32)) or torch.allclose(
+        scale, expected_scale, rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_quantize_ties_and_every_code():
+    every = torch.arange(0, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (every[1:] + every[:-1]) / 2
+    for values in (every, middles, torch.nextafter(middles, every[1:]), torch.nextafter(middles, every[:-1])):
+        x = torch.cat([values, torch.tensor([448.0]), torch.zeros(127 - len(values))])[None]
+        for signed in (x, -x):
+            codes, scale = ops.quantize_activation(signed, backend="triton")
+            expected, _ = reference.quantize_activation(signed)
+            assert scale.item() == 1.0 and torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_values_match_their_specification(kind):
+    x = wide_range(21, 384, torch.float32 if kind == 2 else torch.bfloat16)
+    x[4] = 0.0
+    values, scale = backend._values(x, kind, 4, 32)
+    expected, expected_scale = group_quantize.group_values_specification(x, 32, 4, kind)
+    assert torch.equal(values, expected) and torch.equal(scale, expected_scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("widths", "k"), [((200, 72, 130), 300), ((1,), 1), ((256,), 256)])
+def test_dequantize_is_bit_exact_nan_codes_included(widths, k, dtype, form):
+    weight, scale = random_weight(widths, k)
+    weight.view(torch.uint8)[0, 0] = 0xFF
+    out = ops.dequantize_weight(weight, scale, dtype, widths=widths, backend="triton")
+    expected = reference.dequantize_weight(weight, scale, dtype, widths=widths)
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "widths", "k"), [(0, (128,), 128), (1, (200, 72), 300), (17, (64,), 640), (70, (96,), 1)]
+)
+def test_linear(m, widths, k, dtype, activation, form):
+    weight, scale = random_weight(widths, k)
+    x = torch.randn(m, k).to(dtype)
+    bias = torch.randn(sum(widths)).to(dtype)
+    packed = ops.pack_weight(weight, scale, backend="triton", widths=widths)
+    out = ops.block_linear(x, packed, None, activation)
+    oracle = reference.block_linear(x, weight, scale, widths=widths, activation=activation, compute_dtype=torch.float64)
+    assert out.shape == (m, sum(widths)) and out.dtype == dtype
+    if m == 0:
+        return
+    if dtype == torch.float32:
+        assert (out - oracle).norm() / oracle.norm() <= 1e-6
+    else:
+        assert (out == oracle.to(dtype)).float().mean() >= 0.995
+    assert torch.equal(ops.block_linear(x, packed, bias, activation), out + bias)
+
+
+def test_linear_survives_extreme_scales(form):
+    weight, scale = random_weight((128,), 256)
+    x = torch.randn(4, 256) * torch.tensor([1e-20, 1e-6, 1.0, 1e20])[:, None]
+    for factor in (1e-20, 1e15):
+        packed = ops.pack_weight(weight, scale * factor, backend="triton")
+        oracle = reference.block_linear(x, weight, scale * factor, compute_dtype=torch.float64)
+        out = ops.block_linear(x, packed)
+        assert ((out - oracle).norm(dim=1) <= 1e-6 * oracle.norm(dim=1)).all()
+
+
+def test_fp32_activations_keep_their_precision_in_w8a16():
+    """Without the residual pass fp16 alone would miss this by three orders of magnitude."""
+    weight, scale = random_weight((128,), 256)
+    x = torch.randn(8, 256)
+    oracle = reference.block_linear(x, weight, scale, activation="none", compute_dtype=torch.float64)
+    out = ops.block_linear(x, ops.pack_weight(weight, scale, backend="triton"), None, "none")
+    assert (out - oracle).norm() / oracle.norm() <= 1e-6
+
+
+def test_split_k_adds_up_to_the_same():
+    weight, scale = random_weight((256,), 1024)
+    a, a_scale = group_quantize.group_values_specification(torch.randn(16, 1024), 16, 8, 0)
+    packed, w_scale = backend._pack(weight, scale, ShardGrid((256,), 1024))
+    expected = block_linear.block_linear_specification(a, a_scale, packed, w_scale, 3)
+    cut = backend.LinearShape(16, 128, 3, 16)
+    out = backend._launch_linear(a, a_scale, packed, w_scale, cut, torch.float32, True)
+    assert out.shape == (3, 16, 256) and (out - expected).norm() / expected.norm() <= 1e-6
+
+
+def test_folded_kernel_matches_its_specification_and_the_oracle_less_well():
+    weight, scale = random_weight((128,), 512)
+    a, a_scale = group_quantize.group_values_specification(torch.randn(16, 512), 16, 4, 0)
+    packed, w_scale = backend._pack(weight[:128], scale, ShardGrid((128,), 512))
+    packed, w_scale = packed[:, :128].contiguous(), w_scale[:, :128].contiguous()
+    out = torch.empty(16, 128)
+    block_linear.block_linear_folded_kernel[(1,)](
+        a, a_scale, packed, w_scale, out, 16, 128, 4, BLOCK_M=16, KEEPS_SUBNORMALS=True, DOT=tl.float32, CORES=1
+    )
+    folded = block_linear.block_linear_folded_specification(a, a_scale, packed, w_scale)
+    exact = block_linear.block_linear_specification(a, a_scale, packed, w_scale, 1)[0]
+    assert (out - folded).norm() / folded.norm() <= 1e-6
+    assert 1e-6 < (folded - exact).norm() / exact.norm() <= 5e-4
+
+
+def test_packed_weight_is_one_byte_a_weight_and_a_scale_per_row():
+    weight, scale = random_weight((512,), 1024)
+    packed = ops.pack_weight(weight, scale, backend="triton")
+    assert packed.nbytes == 512 * 1024 * (1 + 4 / 128)
+    scratch = torch.empty(512, 1024)
+    backend.unpack_dequantize(packed, scratch)
+    assert torch.equal(scratch, reference.dequantize_weight(weight, scale, torch.float32))
+
+
+def test_operator_is_traceable():
+    weight, scale = random_weight((128,), 256)
+    packed = ops.pack_weight(weight, scale, backend="triton")
+    torch.library.opcheck(
+        backend.triton_block_linear,
+        (torch.randn(3, 256), *packed.tensors, 128, "dynamic"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_probe_finds_subnormals_kept_here():
+    assert backend._probe_subnormals(torch.device("cpu"))
+
+
+def test_probe_notices_a_device_that_flushes(monkeypatch):
+    """A device whose decoded subnormals come out as zero must fail the probe."""
+    honest = backend._launch_linear
+
+    def flushing(*arguments, **named):
+        out = honest(*arguments, **named)
+        return torch.where(out.abs() < 2.0**-6, 0.0, out)
+
+    monkeypatch.setattr(backend, "_launch_linear", flushing)
+    assert not backend._probe_subnormals(torch.device("cpu"))
+
+
+def test_bad_input_is_refused_before_any_launch(monkeypatch):
+    weight, scale = random_weight((128,), 256)
+    packed = ops.pack_weight(weight, scale, backend="triton")
+    grid = ShardGrid((128,), 256)
+
+    def launched(*_, **__):
+        raise AssertionError("a kernel was launched")
+
+    monkeypatch.setattr(backend, "_launch_linear", launched)
+    x = torch.randn(2, 256)
+    with pytest.raises(BlockFp8Error, match="wrong dtype"):
+        backend.triton_block_linear(x.double(), *packed.tensors, 128, "dynamic")
+    with pytest.raises(BlockFp8Error, match="two dimensions"):
+        backend.triton_block_linear(x[0], *packed.tensors, 128, "dynamic")
+    lanes_there, w_scale = packed.tensors
+    for bad in (
+        (x[:, :100], lanes_there[:0], w_scale),
+        (x, lanes_there.int(), w_scale),
+        (x, lanes_there, w_scale.half()),
+        (x, lanes_there.transpose(0, 1), w_scale),
+        (x, lanes_there[:, :128].contiguous(), w_scale[:, :128].contiguous()),
+        (torch.randn(2, 257), lanes_there, w_scale),
+    ):
+        with pytest.raises(BlockFp8Error, match="is not a packed weight's"):
+            backend.triton_block_linear(*bad, 128, "dynamic")
+    with pytest.raises(BlockFp8Error, match="groups of one size"):
+        ops.quantize_activation(x, block_k=64, backend="triton")
+    with pytest.raises(BlockFp8Error, match="blocks of 128x128"):
+        ops.pack_weight(weight, torch.rand(2, 4), block=(64, 64), backend="triton")
+    with pytest.raises(BlockFp8Error, match="wrong device"):
+        backend._pack(weight, scale.to("meta"), grid)
+    with pytest.raises(BlockFp8Error, match="does not fit the packed weight"):
+        backend.unpack_dequantize(packed, torch.empty(128, 256))
+    with pytest.raises(BlockFp8Error, match="32-bit"):
+        backend._check_operand("x", torch.empty(1 << 16, 1 << 16, device="meta"), DTYPES, torch.device("meta"))
+    monkeypatch.setenv(backend.KEEPS_SUBNORMALS_VARIABLE, "perhaps")
+    backend.keeps_subnormals.cache_clear()
+    with pytest.raises(BlockFp8Error, match="0 or 1"):
+        backend.keeps_subnormals("cpu", None)
+    backend.keeps_subnormals.cache_clear()

@@ -1,0 +1,57 @@
+# Triton without a device. Two environments, since triton-ascend and upstream Triton are both called `triton`
+# and neither may sit beside vLLM's CPU build.
+#
+#   make test-triton-ascend   compiles every kernel for every chip through BiShengIR and executes it on x86
+#   make test-triton          upstream Triton's interpreter, and a compile for sm_90
+#   make triton-tables        the tables in docs/triton.md and benchmarks/results/triton_hivm.csv
+
+TRITON_PYTHON ?= python3.11
+TRITON_TORCH ?= 2.13.0
+TRITON_ASCEND_VERSION := 3.2.0
+TRITON_VERSION := 3.9.0
+ASCENDNPU_IR_VERSIONS := 1.1.0 1.2.0
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+TRITON_TEST_PACKAGES := "pytest>=8.3" "pytest-timeout>=2.3"
+TRITON_PYTEST = -m pytest -q -p no:cacheprovider --durations=5
+
+# CPU torch from wherever pip already looks, else from PyTorch's public CPU index.
+define install_cpu_torch
+	$(1)/bin/python -m pip install -q "torch==$(TRITON_TORCH)+cpu" || \
+	$(1)/bin/python -m pip install -q "torch==$(TRITON_TORCH)+cpu" --extra-index-url $(TORCH_CPU_INDEX)
+endef
+
+# The stamp's name holds the versions, so that changing one makes the environment anew.
+TRITON_ASCEND_STAMP := .venv-triton-ascend/.ready-$(TRITON_ASCEND_VERSION)-torch$(TRITON_TORCH)
+TRITON_STAMP := .venv-triton/.ready-$(TRITON_VERSION)-torch$(TRITON_TORCH)
+
+$(TRITON_ASCEND_STAMP):
+	rm -rf .venv-triton-ascend
+	$(TRITON_PYTHON) -m venv .venv-triton-ascend
+	.venv-triton-ascend/bin/python -m pip install -q triton-ascend==$(TRITON_ASCEND_VERSION) pybind11 llvmlite \
+		"numpy<2.4" $(TRITON_TEST_PACKAGES)
+	$(call install_cpu_torch,.venv-triton-ascend)
+	for version in $(ASCENDNPU_IR_VERSIONS); do \
+		.venv-triton-ascend/bin/python -m pip install -q --no-deps \
+			--target .venv-triton-ascend/ascendnpu-ir/$$version ascendnpu-ir==$$version || exit 1; \
+	done
+	touch $@
+
+$(TRITON_STAMP):
+	rm -rf .venv-triton
+	$(TRITON_PYTHON) -m venv .venv-triton
+	$(call install_cpu_torch,.venv-triton)
+	.venv-triton/bin/python -m pip install -q triton==$(TRITON_VERSION) numpy $(TRITON_TEST_PACKAGES)
+	touch $@
+
+.PHONY: test-triton-ascend test-triton triton-tables
+
+test-triton-ascend: $(TRITON_ASCEND_STAMP)
+	.venv-triton-ascend/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_ascend tests/triton_ascend
+
+test-triton: $(TRITON_STAMP)
+	TRITON_INTERPRET=1 .venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels \
+		tests/triton_kernels/test_configuration.py tests/triton_kernels/test_interpreter.py
+	.venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels tests/triton_kernels/test_sm90.py
+
+triton-tables: $(TRITON_ASCEND_STAMP)
+	.venv-triton-ascend/bin/python -m benchmarks.triton_hivm
