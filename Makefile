@@ -7,7 +7,7 @@ MODEL ?=
 .PHONY: help venv demo test test-fast lint bench wheel clean
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt scripts/create_venv.sh tools/vllm_metadata/setup.py
 	PYTHON=$(PYTHON) scripts/create_venv.sh $(VENV)
@@ -23,7 +23,7 @@ venv: $(VENV)/.built  ## create .venv and build the package into it
 demo: venv  ## serve a block-FP8 model with vLLM and ask it three questions (MODEL=... for another one)
 	$(PY) scripts/demo.py $(if $(MODEL),--model '$(MODEL)')
 
-test: lint  ## everything that needs no accelerator: lint, types, tests
+test: lint test-triton-ascend test-triton  ## everything that needs no accelerator: lint, types, tests
 	$(PY) -m pytest
 
 test-fast: venv  ## the tests that start no server
@@ -42,3 +42,5 @@ wheel: venv  ## a wheel in dist/
 
 clean:
 	rm -rf build dist *.egg-info qwen3_fp8_ascend/*.so
+
+include triton.mk

@@ -5,8 +5,7 @@
 #   make test-triton          upstream Triton's interpreter, and a compile for sm_90
 #   make triton-tables        the tables in docs/triton.md and benchmarks/results/triton_hivm.csv
 
-TRITON_PYTHON ?= python3.11
-TRITON_TORCH ?= 2.13.0
+TRITON_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRITON_ASCEND_VERSION := 3.2.0
 TRITON_VERSION := 3.9.0
 ASCENDNPU_IR_VERSIONS := 1.1.0 1.2.0
@@ -16,8 +15,8 @@ TRITON_PYTEST = -m pytest -q -p no:cacheprovider --durations=5
 
 # CPU torch from wherever pip already looks, else from PyTorch's public CPU index.
 define install_cpu_torch
-	$(1)/bin/python -m pip install -q "torch==$(TRITON_TORCH)+cpu" || \
-	$(1)/bin/python -m pip install -q "torch==$(TRITON_TORCH)+cpu" --extra-index-url $(TORCH_CPU_INDEX)
+	$(1)/bin/python -m pip install -qq "torch==$(TRITON_TORCH)+cpu" || \
+	$(1)/bin/python -m pip install -qq "torch==$(TRITON_TORCH)+cpu" --extra-index-url $(TORCH_CPU_INDEX)
 endef
 
 # The stamp's name holds the versions, so that changing one makes the environment anew.
@@ -26,29 +25,29 @@ TRITON_STAMP := .venv-triton/.ready-$(TRITON_VERSION)-torch$(TRITON_TORCH)
 
 $(TRITON_ASCEND_STAMP):
 	rm -rf .venv-triton-ascend
-	$(TRITON_PYTHON) -m venv .venv-triton-ascend
-	.venv-triton-ascend/bin/python -m pip install -q triton-ascend==$(TRITON_ASCEND_VERSION) pybind11 llvmlite \
+	$(PYTHON) -m venv .venv-triton-ascend
+	.venv-triton-ascend/bin/python -m pip install -qq triton-ascend==$(TRITON_ASCEND_VERSION) pybind11 llvmlite \
 		"numpy<2.4" $(TRITON_TEST_PACKAGES)
 	$(call install_cpu_torch,.venv-triton-ascend)
 	for version in $(ASCENDNPU_IR_VERSIONS); do \
-		.venv-triton-ascend/bin/python -m pip install -q --no-deps \
+		.venv-triton-ascend/bin/python -m pip install -qq --no-deps \
 			--target .venv-triton-ascend/ascendnpu-ir/$$version ascendnpu-ir==$$version || exit 1; \
 	done
 	touch $@
 
 $(TRITON_STAMP):
 	rm -rf .venv-triton
-	$(TRITON_PYTHON) -m venv .venv-triton
+	$(PYTHON) -m venv .venv-triton
 	$(call install_cpu_torch,.venv-triton)
-	.venv-triton/bin/python -m pip install -q triton==$(TRITON_VERSION) numpy $(TRITON_TEST_PACKAGES)
+	.venv-triton/bin/python -m pip install -qq triton==$(TRITON_VERSION) numpy $(TRITON_TEST_PACKAGES)
 	touch $@
 
 .PHONY: test-triton-ascend test-triton triton-tables
 
-test-triton-ascend: $(TRITON_ASCEND_STAMP)
+test-triton-ascend: $(TRITON_ASCEND_STAMP)  ## compile the Triton kernels for every Ascend chip and execute them on x86
 	.venv-triton-ascend/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_ascend tests/triton_ascend
 
-test-triton: $(TRITON_STAMP)
+test-triton: $(TRITON_STAMP)  ## the Triton kernels in the interpreter, and for sm_90
 	TRITON_INTERPRET=1 .venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels \
 		tests/triton_kernels/test_configuration.py tests/triton_kernels/test_interpreter.py
 	.venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels tests/triton_kernels/test_sm90.py
