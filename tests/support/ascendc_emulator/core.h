@@ -151,13 +151,13 @@ private:
             block.reads[current_pipe] = sequence();
             return;
         }
-        if (!ordered(block.write, false)) complain(memory, index, "writes", block.write, "wrote");
         for (int pipe = 0; pipe < kPipes; ++pipe) {
             // One pipe reads and writes in the order of its instructions, so only other pipes' reads matter.
             const Access read{block.reads[pipe] ? id : -1, pipe, block.reads[pipe]};
             if (!ordered(read, true)) complain(memory, index, "writes", read, "reads");
             block.reads[pipe] = 0;
         }
+        if (!ordered(block.write, false)) complain(memory, index, "writes", block.write, "wrote");
         block.write = {id, current_pipe, sequence()};
         block.initialised = true;
     }
