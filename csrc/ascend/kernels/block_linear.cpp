@@ -5,15 +5,16 @@
 //   AIV  HBM -> UB, decode to fp16, UB -> workspace (L2)                    sets kReady
 //   AIC  workspace -> L1 -> L0, product with the activations, one for each block of k, L0C -> workspace   sets kPartial
 //   AIV  partial products * x_scale * w_scale, added up in fp32
-// Each exists twice, so that the AIV decode stage s + 1 while the AIC multiplies stage s.
+// The AIVs are up to two stages ahead of the products they collect, and three slots of the workspace stand between the two
+// kinds of cores, so that neither waits for the other's way through L2.
 //
 // Both scales are applied in fp32 to the product of one block of k, as the specification says, so the only roundings are
-// those of fp32. Folding the scales into fp16 operands instead would save the partial products' way through L2 (m * 8
-// bytes for each 128 weights of a column) and cost a relative error of 2e-4; at m = 16 that way is a fifth of the traffic.
+// those of fp32. Folding the scales into fp16 operands instead would save the partial products' way through L2 (8 bytes for
+// each row and 128 weights of a column, which is docs/ascendc.md's table) and cost a relative error of 2e-4.
 //
-// Order: kReady(s) tells the AIC that slot s % 2 of the weights is written and that the AIVs have read the partial products
-// of stage s - 2 from theirs. kPartial(s) tells the AIVs that the products of stage s are written, hence that the AIC has
-// read the weights of stage s.
+// Order, with S slots: kReady(s) tells the AIC that slot s % S of the weights is written, and that the AIVs have read the
+// partial products of stage s - S from theirs. kPartial(s) tells the AIVs that the products of stage s are written, hence
+// that the AIC has read the weights of stage s.
 #include "kernel_operator.h"
 
 #include "decode.h"
@@ -57,7 +58,7 @@ public:
                                  static_cast<uint64_t>(tiling.tiles) * tiling.parts * tiling.m * kBlock);
         pipe.InitBuffer(input_, 2, kLanes * sizeof(int16_t));
         pipe.InitBuffer(decoded_, 2, kUnit * sizeof(half));
-        pipe.InitBuffer(products_, 2, kMaxShare * kBlock * sizeof(float));
+        pipe.InitBuffer(products_, 1, kStageUnits * kMaxShare * kBlock * sizeof(float));
         pipe.InitBuffer(scales_, 2, kStageUnits * (kMaxShare + 1) * kBroadcast * sizeof(float));
         pipe.InitBuffer(sums_, 1, kMaxShare * kBlock * sizeof(float));
         pipe.InitBuffer(factors_, kStageUnits * kMaxShare * kBroadcast * sizeof(float));
@@ -70,22 +71,26 @@ public:
         StageWalk walk(tiling_, core_, kStageUnits), ahead(tiling_, core_, kStageUnits);
         load_next(ahead);
         load_next(ahead);
-        uint32_t slot = 0;
-        Stage before{};
-        bool started = false;
-        while (!walk.done()) {
-            const Stage stage = walk.next();
-            decode(stage, slot, ahead);
-            AscendC::CrossCoreSetFlag<kWithinCore, PIPE_MTE3>(kReady);
-            if (started) {
-                accumulate(before, slot ^ 1);
+        Stage stages[kStageSlots];
+        uint32_t decoded = 0, collected = 0;
+        while (collected < decoded || !walk.done()) {
+            const bool more = !walk.done();
+            const bool collect = decoded - collected == kStageLag || !more;
+            const uint32_t oldest = collected % kStageSlots;
+            if (collect) {
+                fetch(stages[oldest], oldest);
             }
-            before = stage;
-            started = true;
-            slot ^= 1;
-        }
-        if (started) {
-            accumulate(before, slot ^ 1);
+            if (more) {
+                const uint32_t slot = decoded % kStageSlots;
+                stages[slot] = walk.next();
+                decode(stages[slot], slot, ahead);
+                AscendC::CrossCoreSetFlag<kWithinCore, PIPE_MTE3>(kReady);
+                ++decoded;
+            }
+            if (collect) {
+                accumulate(stages[oldest]);
+                ++collected;
+            }
         }
     }
 
@@ -126,26 +131,43 @@ private:
         }
     }
 
-    __aicore__ inline void accumulate(const Stage &stage, uint32_t slot) {
+    // Starts the transfer of a stage's partial products and scales, so that it runs while the next stage is decoded.
+    __aicore__ inline void fetch(const Stage &stage, uint32_t slot) {
         using namespace AscendC;
+        CrossCoreWaitFlag(kPartial);
         if (rows_ == 0) {
-            CrossCoreWaitFlag(kPartial);
             return;
         }
-        load_scales(stage);
-        CrossCoreWaitFlag(kPartial);
+        LocalTensor<float> scales = scales_.AllocTensor<float>();  // [unit][row][8] of x, then [unit][8] of w
+        DataCopy(scales, x_scale_[(static_cast<uint64_t>(stage.k_block) * tiling_.rows_padded + first_row_) * kBroadcast],
+                 DataCopyParams(static_cast<uint16_t>(stage.units), static_cast<uint16_t>(scale_rows_),
+                                static_cast<uint16_t>(tiling_.rows_padded - scale_rows_), 0));
+        DataCopy(scales[stage.units * scale_rows_ * kBroadcast],
+                 w_scale_[(static_cast<uint64_t>(stage.tile) * tiling_.k_blocks + stage.k_block) * kBroadcast], stage.units * kBroadcast);
+        scales_.EnQue(scales);
+        constexpr uint32_t row_blocks = kBlock * sizeof(float) / 32;
+        LocalTensor<float> products = products_.AllocTensor<float>();  // [unit][row][128]
+        DataCopy(products, partials_[(slot_unit(slot, 0) * tiling_.m + first_row_) * kBlock],
+                 DataCopyParams(static_cast<uint16_t>(stage.units), static_cast<uint16_t>(rows_ * row_blocks),
+                                static_cast<uint16_t>((tiling_.m - rows_) * row_blocks), 0));
+        products_.EnQue(products);
+    }
+
+    __aicore__ inline void accumulate(const Stage &stage) {
+        using namespace AscendC;
+        if (rows_ == 0) {
+            return;
+        }
+        multiply_scales(stage);
+        LocalTensor<float> products = products_.DeQue<float>();
         if (stage.opens) {
             sum_ = sums_.AllocTensor<float>();
         }
-        multiply_scales(stage);
         const LocalTensor<float> factors = factors_.Get<float>();
         const uint64_t mask = kFloatLanes;
         const BinaryRepeatParams by_row(1, 1, 0, 16, 16, 1);  // a row has two repeats of 64; its factor is one DataBlock
         for (uint32_t unit = 0; unit < stage.units; ++unit) {
-            LocalTensor<float> product = products_.AllocTensor<float>();
-            DataCopy(product, partials_[(slot_unit(slot, unit) * tiling_.m + first_row_) * kBlock], rows_ * kBlock);
-            products_.EnQue(product);
-            product = products_.DeQue<float>();
+            const LocalTensor<float> product = products[unit * rows_ * kBlock];
             const LocalTensor<float> factor = factors[unit * scale_rows_ * kBroadcast];
             for (uint32_t part = 0; part < kBlock; part += kFloatLanes) {
                 if (stage.opens && unit == 0) {
@@ -155,8 +177,8 @@ private:
                 }
             }
             vector_barrier();
-            products_.FreeTensor(product);
         }
+        products_.FreeTensor(products);
         if (stage.closes) {
             sums_.EnQue(sum_);
             sum_ = sums_.DeQue<float>();
@@ -167,18 +189,6 @@ private:
         // kReady is set on MTE3: it must not overtake the reading of the partial products, even if this core decodes
         // nothing in the next stage.
         order<HardEvent::V_MTE3>(*pipe_);
-    }
-
-    // [unit][row][8] of x, then [unit][8] of w.
-    __aicore__ inline void load_scales(const Stage &stage) {
-        using namespace AscendC;
-        LocalTensor<float> scales = scales_.AllocTensor<float>();
-        DataCopy(scales, x_scale_[(static_cast<uint64_t>(stage.k_block) * tiling_.rows_padded + first_row_) * kBroadcast],
-                 DataCopyParams(static_cast<uint16_t>(stage.units), static_cast<uint16_t>(scale_rows_),
-                                static_cast<uint16_t>(tiling_.rows_padded - scale_rows_), 0));
-        DataCopy(scales[stage.units * scale_rows_ * kBroadcast],
-                 w_scale_[(static_cast<uint64_t>(stage.tile) * tiling_.k_blocks + stage.k_block) * kBroadcast], stage.units * kBroadcast);
-        scales_.EnQue(scales);
     }
 
     __aicore__ inline void multiply_scales(const Stage &stage) {
@@ -196,7 +206,8 @@ private:
     }
 
     AscendC::TPipe *pipe_ = nullptr;
-    AscendC::TQue<AscendC::TPosition::VECIN, 2> input_, products_, scales_;
+    AscendC::TQue<AscendC::TPosition::VECIN, 2> input_, scales_;
+    AscendC::TQue<AscendC::TPosition::VECIN, 1> products_;
     AscendC::TQue<AscendC::TPosition::VECOUT, 2> decoded_;
     AscendC::TQue<AscendC::TPosition::VECOUT, 1> sums_;
     AscendC::TBuf<AscendC::TPosition::VECCALC> factors_, mask_;
@@ -230,7 +241,7 @@ public:
 
     __aicore__ inline void process() {
         uint32_t slot = 0;
-        for (StageWalk walk(tiling_, core_, kStageUnits); !walk.done(); slot ^= 1) {
+        for (StageWalk walk(tiling_, core_, kStageUnits); !walk.done(); slot = (slot + 1) % kStageSlots) {
             const Stage stage = walk.next();
             AscendC::CrossCoreWaitFlag(kReady);
             load(stage, slot);

@@ -131,7 +131,7 @@ public:
         const double l2 = core.is_cube() ? PathCost::l2_read_cube : PathCost::l2_read_vector;
         if (!buffer.streamed) return bytes / l2;
         const double share = chip.hbm_gb_per_s * 1e9 / (chip.mhz * 1e6) / readers(core.kind);
-        return bytes / std::min({l2, PathCost::ddr_per_core, share});
+        return bytes / std::min(l2, share);
     }
 
 private:

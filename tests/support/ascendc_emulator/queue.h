@@ -50,8 +50,10 @@ public:
     template <class T>
     LocalTensor<T> AllocTensor() {
         ascendc_emulator::Core &core = ascendc_emulator::current_core();
-        for (Buffer &buffer : buffers_) {
+        for (size_t step = 0; step < buffers_.size(); ++step) {  // in turn, so that two buffers do overlap
+            Buffer &buffer = buffers_[(next_ + step) % buffers_.size()];
             if (buffer.allocation->state != ascendc_emulator::Allocation::State::free) continue;
+            next_ = (next_ + step + 1) % buffers_.size();
             buffer.allocation->state = ascendc_emulator::Allocation::State::held;
             if (buffer.used) core.learn(producer_pipe<position>(), buffer.released);
             buffer.used = true;
@@ -133,6 +135,7 @@ private:
     }
 
     std::deque<Buffer> buffers_;
+    size_t next_ = 0;
     std::deque<Buffer *> queued_;
 };
 
