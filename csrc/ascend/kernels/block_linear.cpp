@@ -5,8 +5,8 @@
 //   AIV  HBM -> UB, decode to fp16, UB -> workspace (L2)                    sets kReady
 //   AIC  workspace -> L1 -> L0, product with the activations, one for each block of k, L0C -> workspace   sets kPartial
 //   AIV  partial products * x_scale * w_scale, added up in fp32
-// The AIVs are up to two stages ahead of the products they collect, and three slots of the workspace stand between the two
-// kinds of cores, so that neither waits for the other's way through L2.
+// The AIVs run up to kStageLag stages ahead of the products they collect: the way of a stage through both kinds of cores and
+// L2 takes about three times as long as its decoding (the emulator's estimate), so with fewer the cores would wait in turn.
 //
 // Both scales are applied in fp32 to the product of one block of k, as the specification says, so the only roundings are
 // those of fp32. Folding the scales into fp16 operands instead would save the partial products' way through L2 (8 bytes for
@@ -56,9 +56,11 @@ public:
         partials_.SetGlobalBuffer(reinterpret_cast<__gm__ float *>(workspace + tiling.partials), slots * tiling.m * kBlock);
         results_.SetGlobalBuffer(reinterpret_cast<__gm__ float *>(workspace + tiling.results),
                                  static_cast<uint64_t>(tiling.tiles) * tiling.parts * tiling.m * kBlock);
-        pipe.InitBuffer(input_, 2, kLanes * sizeof(int16_t));
+        // A third block on its way hides the latency of HBM; above 32 rows the partial products need its place.
+        inputs_ = tiling.m <= kMaxShare ? 3 : 2;
+        pipe.InitBuffer(input_, inputs_, kLanes * sizeof(int16_t));
         pipe.InitBuffer(decoded_, 2, kUnit * sizeof(half));
-        pipe.InitBuffer(products_, 1, kStageUnits * kMaxShare * kBlock * sizeof(float));
+        pipe.InitBuffer(products_, 1, kStageUnits * (rows_ ? rows_ : 1) * kBlock * sizeof(float));
         pipe.InitBuffer(scales_, 2, kStageUnits * (kMaxShare + 1) * kBroadcast * sizeof(float));
         pipe.InitBuffer(sums_, 1, kMaxShare * kBlock * sizeof(float));
         pipe.InitBuffer(factors_, kStageUnits * kMaxShare * kBroadcast * sizeof(float));
@@ -69,8 +71,9 @@ public:
 
     __aicore__ inline void process() {
         StageWalk walk(tiling_, core_, kStageUnits), ahead(tiling_, core_, kStageUnits);
-        load_next(ahead);
-        load_next(ahead);
+        for (uint8_t i = 0; i < inputs_; ++i) {
+            load_next(ahead);
+        }
         Stage stages[kStageSlots];
         uint32_t decoded = 0, collected = 0;
         while (collected < decoded || !walk.done()) {
@@ -95,7 +98,7 @@ public:
     }
 
 private:
-    // Blocks of a stage alternate between the two vector cores. Loads run two blocks ahead, so that they are under way
+    // Blocks of a stage alternate between the two vector cores. Loads run some blocks ahead, so that they are under way
     // while this core waits for a flag, which stops the issue of further instructions.
     __aicore__ inline void load_next(StageWalk &ahead) {
         while (next_in_stage_ >= loading_.units) {
@@ -206,7 +209,8 @@ private:
     }
 
     AscendC::TPipe *pipe_ = nullptr;
-    AscendC::TQue<AscendC::TPosition::VECIN, 2> input_, scales_;
+    AscendC::TQue<AscendC::TPosition::VECIN, 3> input_;
+    AscendC::TQue<AscendC::TPosition::VECIN, 2> scales_;
     AscendC::TQue<AscendC::TPosition::VECIN, 1> products_;
     AscendC::TQue<AscendC::TPosition::VECOUT, 2> decoded_;
     AscendC::TQue<AscendC::TPosition::VECOUT, 1> sums_;
@@ -218,6 +222,7 @@ private:
     LinearTiling tiling_;
     Stage loading_{};
     uint32_t next_in_stage_ = 0;
+    uint8_t inputs_ = 2;
     uint32_t core_ = 0, sub_ = 0, first_row_ = 0, rows_ = 0, scale_rows_ = 0;
 };
 
@@ -233,7 +238,7 @@ public:
         weights_.SetGlobalBuffer(reinterpret_cast<__gm__ half *>(workspace + tiling.weights), slots * kUnit);
         partials_.SetGlobalBuffer(reinterpret_cast<__gm__ float *>(workspace + tiling.partials), slots * tiling.m * kBlock);
         pipe.InitBuffer(x_l1_, 2, kMaxRows * kStageUnits * kBlock * sizeof(half));
-        pipe.InitBuffer(w_l1_, 2, kStageUnits * kUnit * sizeof(half));
+        pipe.InitBuffer(w_l1_, kWeightBuffers, kUnit * sizeof(half));
         pipe.InitBuffer(x_l0_, 2, kMaxRows * kBlock * sizeof(half));
         pipe.InitBuffer(w_l0_, 2, kUnit * sizeof(half));
         pipe.InitBuffer(product_, 2, kMaxRows * kBlock * sizeof(float));
@@ -251,6 +256,8 @@ public:
     }
 
 private:
+    static constexpr uint32_t kWeightBuffers = kStageUnits + 2;  // with two for activations, all 8 events of this path
+
     __aicore__ inline uint64_t slot_unit(uint32_t slot, uint32_t unit) const {
         return (static_cast<uint64_t>(core_) * kStageSlots + slot) * kStageUnits + unit;
     }
@@ -258,9 +265,6 @@ private:
     // Decoded weights are in NZ order already; activations are rows and become NZ on the way.
     __aicore__ inline void load(const Stage &stage, uint32_t slot) {
         using namespace AscendC;
-        LocalTensor<half> w = w_l1_.AllocTensor<half>();
-        DataCopy(w, weights_[slot_unit(slot, 0) * kUnit], stage.units * kUnit);
-        w_l1_.EnQue(w);
         LocalTensor<half> x = x_l1_.AllocTensor<half>();
         Nd2NzParams rows;
         rows.ndNum = 1;
@@ -273,13 +277,20 @@ private:
         rows.dstNzMatrixStride = 0;
         DataCopy(x, x_[stage.k_block * kBlock], rows);
         x_l1_.EnQue(x);
+        for (uint32_t unit = 0; unit < stage.units; ++unit) {  // one by one, so that the product starts with the first
+            LocalTensor<half> w = w_l1_.AllocTensor<half>();
+            DataCopy(w, weights_[slot_unit(slot, unit) * kUnit], kUnit);
+            w_l1_.EnQue(w);
+        }
     }
 
     __aicore__ inline void multiply(const Stage &stage, uint32_t slot) {
         using namespace AscendC;
-        LocalTensor<half> x = x_l1_.DeQue<half>(), w = w_l1_.DeQue<half>();
+        LocalTensor<half> x = x_l1_.DeQue<half>();
         for (uint32_t unit = 0; unit < stage.units; ++unit) {
-            load_operands(x, w[unit * kUnit], unit);
+            LocalTensor<half> w = w_l1_.DeQue<half>();
+            load_operands(x, w, unit);
+            w_l1_.FreeTensor(w);
             LocalTensor<half> left = x_l0_.DeQue<half>(), right = w_l0_.DeQue<half>();
             LocalTensor<float> product = product_.AllocTensor<float>();
             MmadParams shape;
@@ -304,7 +315,6 @@ private:
             product_.FreeTensor(product);
         }
         x_l1_.FreeTensor(x);
-        w_l1_.FreeTensor(w);
     }
 
     __aicore__ inline void load_operands(const AscendC::LocalTensor<half> &x, const AscendC::LocalTensor<half> &w, uint32_t unit) {
@@ -332,7 +342,7 @@ private:
     }
 
     AscendC::TQue<AscendC::TPosition::A1, 2> x_l1_;
-    AscendC::TQue<AscendC::TPosition::B1, 2> w_l1_;
+    AscendC::TQue<AscendC::TPosition::B1, kWeightBuffers> w_l1_;
     AscendC::TQue<AscendC::TPosition::A2, 2> x_l0_;
     AscendC::TQue<AscendC::TPosition::B2, 2> w_l0_;
     AscendC::TQue<AscendC::TPosition::CO1, 2> product_;
