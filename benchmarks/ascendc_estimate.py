@@ -71,7 +71,8 @@ class Row:
 def build(folder: Path) -> Path:
     """The kernels on the emulator, optimized and without sanitizers."""
     executable = folder / "run_kernel"
-    sources = [*(SOURCES / "kernels" / f"{name}.cpp" for name in KERNELS), ROOT / "tests" / "ascendc" / "run_kernel.cpp"]
+    sources = [SOURCES / "kernels" / f"{name}.cpp" for name in KERNELS]
+    sources.append(ROOT / "tests" / "ascendc" / "run_kernel.cpp")
     command = ["g++", "-std=c++17", "-O2", "-march=native", f"-I{EMULATOR}", f"-I{SOURCES}", *map(str, sources)]
     subprocess.run([*command, "-o", str(executable), "-pthread"], check=True)
     return executable
@@ -132,7 +133,10 @@ def markdown(rows: Sequence[Row], chip: str) -> Iterator[str]:
             f"| {row.bf16_microseconds:.1f} | {row.ratio:.2f} | {traffic} |"
         )
     yield ""
-    yield f"| m | kernel | the linears together on {chip}, us (estimated) | BF16, us (estimated, lower bound) | ratio (estimated) |"
+    yield (
+        f"| m | kernel | the linears together on {chip}, us (estimated) | BF16, us (estimated, lower bound) "
+        "| ratio (estimated) |"
+    )
     yield "|---|---|---|---|---|"
     for m, kernel in sorted({(row.m, row.kernel) for row in rows}):
         group = [row for row in rows if (row.m, row.kernel) == (m, kernel)]

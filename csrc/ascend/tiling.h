@@ -16,6 +16,7 @@ constexpr uint32_t kStageLag = 4;              // stages that vector cores decod
 constexpr uint32_t kStageSlots = kStageLag + 1;
 constexpr uint32_t kChunk = 2048;              // activations that the vector core works on at once
 constexpr uint32_t kChunkGroups = kChunk / kBlock;
+constexpr uint32_t kVectorCores = 2;           // vector cores beside one cube core, in a mixed kernel
 constexpr uint32_t kMaxRows = 64;              // rows of x that block_linear takes: see docs/ascendc.md, "hand-over"
 constexpr uint32_t kMaxColumns = 65408;        // k, padded: the row stride of an ND matrix is a 16-bit field
 constexpr uint32_t kMaxGemvColumns = 16384;    // k that block_gemv keeps on chip
@@ -46,7 +47,8 @@ struct LinearTiling {
     uint32_t rows_padded;    // of the prepared activations: m up to a multiple of 16 (block_gemv: 1)
     uint32_t parts;          // most cores that share a tile
     uint32_t cores;          // that hold a range: AI cores (block_linear) or vector cores (block_gemv)
-    uint32_t activation, dtype, has_bias, reserved;
+    uint32_t vector_cores;   // launched, for the phases that are dealt out to all of them
+    uint32_t activation, dtype, has_bias;
     // Offsets into the workspace, in bytes.
     uint64_t activations, scales, weights, partials, results;
 };

@@ -49,7 +49,9 @@ def _compile(command: Sequence[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
 
 
-def build(name: str, sources: Sequence[Path], *, flags: Sequence[str], include: Sequence[Path], root: Path = SOURCES) -> Path:
+def build(
+    name: str, sources: Sequence[Path], *, flags: Sequence[str], include: Sequence[Path], root: Path = SOURCES
+) -> Path:
     """An executable from `sources`, cached by the content of everything it can include."""
     compiler = shutil.which("g++")
     if compiler is None:

@@ -37,7 +37,14 @@ def test_qwen3_8b_shapes_scaled_down(emulator: Emulator, name: str, m: int) -> N
 @pytest.mark.parametrize("cores", [1, 2, 20])
 @pytest.mark.parametrize(
     ("m", "widths", "k"),
-    [(1, (128,), 128), (3, (200, 72), 300), (17, (130,), 641), (33, (1, 127), 1), (64, (100,), 1000), (8, (64, 64), 129)],
+    [
+        (1, (128,), 128),
+        (3, (200, 72), 300),
+        (17, (130,), 641),
+        (33, (1, 127), 1),
+        (64, (100,), 1000),
+        (8, (64, 64), 129),
+    ],
 )
 def test_ragged_shapes(emulator: Emulator, m: int, widths: tuple[int, ...], k: int, cores: int) -> None:
     weight = random_weight(widths, k, seed=m)

@@ -14,8 +14,8 @@ def assert_equals_specification(emulator: Emulator, x: torch.Tensor) -> None:
     codes, scale, _ = emulator.quantize(x)
     expected_codes, expected_scale = reference.quantize_activation(x)
     assert torch.equal(codes, expected_codes.view(torch.uint8))
-    assert torch.equal(scale.view(torch.int32)[~scale.isnan()], expected_scale.view(torch.int32)[~expected_scale.isnan()])
     assert torch.equal(scale.isnan(), expected_scale.isnan())
+    assert torch.equal(scale.nan_to_num(), expected_scale.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -35,11 +35,10 @@ def test_every_midpoint_between_codes_rounds_to_even(emulator: Emulator) -> None
     rows = -(-len(points) // 127)
     x = torch.zeros(rows, 128)
     x[:, 0] = 448
-    x[:, 1:].view(-1)
     padded = torch.zeros(rows * 127)
     padded[: len(points)] = points
     x[:, 1:] = padded.view(rows, 127)
-    codes, scale, _ = emulator.quantize(x)
+    _, scale, _ = emulator.quantize(x)
     assert torch.equal(scale, torch.ones_like(scale))
     assert_equals_specification(emulator, x)
 

@@ -1,4 +1,4 @@
-// Starting a kernel on a stream. launch.asc does it on an NPU, the tests' emulator on the host.
+// Starting a kernel on a stream. launch_*.asc do it on an NPU, the tests' emulator on the host.
 #pragma once
 
 #include <cstdint>

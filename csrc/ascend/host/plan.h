@@ -97,6 +97,7 @@ inline LinearPlan plan_linear(uint32_t m, uint32_t n, uint32_t k, uint32_t tiles
     check_plan(round_up(k, kBlock) <= kMaxColumns, "k is at most " + std::to_string(kMaxColumns), k);
     t.rows_padded = static_cast<uint32_t>(round_up(m, kFractal));
     plan.blocks = t.cores;
+    t.vector_cores = t.cores * kVectorCores;
     plan_detail::Layout layout;
     t.activations = layout.take(static_cast<uint64_t>(t.rows_padded) * t.k_blocks * kBlock * sizeof(uint16_t));
     t.scales = layout.take(static_cast<uint64_t>(t.k_blocks) * t.rows_padded * kBroadcast * sizeof(float));
@@ -115,6 +116,7 @@ inline LinearPlan plan_gemv(uint32_t n, uint32_t k, uint32_t tiles, Activation a
     check_plan(round_up(k, kBlock) <= kMaxGemvColumns, "block_gemv takes k up to " + std::to_string(kMaxGemvColumns), k);
     t.rows_padded = 1;
     plan.blocks = t.cores;
+    t.vector_cores = t.cores;
     plan_detail::Layout layout;
     t.activations = layout.take(static_cast<uint64_t>(t.k_blocks) * kBlock * sizeof(uint16_t));
     t.scales = layout.take(static_cast<uint64_t>(t.k_blocks) * kBroadcast * sizeof(float));

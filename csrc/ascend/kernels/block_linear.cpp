@@ -41,7 +41,7 @@ public:
     __aicore__ inline void init(AscendC::TPipe &pipe, GM_ADDR packed, GM_ADDR scale, GM_ADDR workspace, const LinearTiling &tiling) {
         pipe_ = &pipe;
         tiling_ = tiling;
-        core_ = static_cast<uint32_t>(AscendC::GetBlockIdx() / AscendC::GetSubBlockNum());
+        core_ = static_cast<uint32_t>(AscendC::GetBlockIdx() / kVectorCores);
         sub_ = static_cast<uint32_t>(AscendC::GetSubBlockIdx());
         first_row_ = sub_ == 0 ? 0 : rows_of_first(tiling.m);
         rows_ = sub_ == 0 ? rows_of_first(tiling.m) : tiling.m - first_row_;
@@ -112,7 +112,7 @@ private:
         const uint64_t unit = static_cast<uint64_t>(loading_.tile) * tiling_.k_blocks + loading_.k_block + next_in_stage_;
         AscendC::DataCopy(lanes, packed_[unit * kLanes], kLanes);
         input_.EnQue(lanes);
-        next_in_stage_ += 2;
+        next_in_stage_ += kVectorCores;
     }
 
     __aicore__ inline uint64_t slot_unit(uint32_t slot, uint32_t unit) const {
@@ -121,7 +121,7 @@ private:
 
     __aicore__ inline void decode(const Stage &stage, uint32_t slot, StageWalk &ahead) {
         using namespace AscendC;
-        for (uint32_t unit = sub_; unit < stage.units; unit += 2) {
+        for (uint32_t unit = sub_; unit < stage.units; unit += kVectorCores) {
             LocalTensor<int16_t> lanes = input_.DeQue<int16_t>();
             LocalTensor<half> values = decoded_.AllocTensor<half>();
             decode_unit(values, lanes, mask_.Get<int16_t>());

@@ -29,8 +29,7 @@ public:
     // Pieces of 32 rows of a tile are dealt out to the vector cores.
     __aicore__ inline void process() {
         const uint32_t pieces = (tiling_.m + kRows - 1) / kRows, items = tiling_.tiles * pieces;
-        const uint32_t cores = static_cast<uint32_t>(AscendC::GetBlockNum() * AscendC::GetSubBlockNum());
-        for (uint32_t item = static_cast<uint32_t>(AscendC::GetBlockIdx()); item < items; item += cores) {
+        for (uint32_t item = static_cast<uint32_t>(AscendC::GetBlockIdx()); item < items; item += tiling_.vector_cores) {
             const uint32_t first = item % pieces * kRows, rest = tiling_.m - first;
             finish(item / pieces, first, rest < kRows ? rest : kRows);
         }

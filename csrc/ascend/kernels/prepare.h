@@ -32,13 +32,9 @@ public:
     __aicore__ inline void process() {
         const uint32_t chunks = (width_ + kChunk - 1) / kChunk;
         const uint32_t items = tiling_.rows_padded * chunks;
-        for (uint32_t item = static_cast<uint32_t>(AscendC::GetBlockIdx()); item < items; item += vector_cores()) {
+        for (uint32_t item = static_cast<uint32_t>(AscendC::GetBlockIdx()); item < items; item += tiling_.vector_cores) {
             prepare(item / chunks, item % chunks * kChunk);
         }
-    }
-
-    __aicore__ inline uint32_t vector_cores() const {
-        return static_cast<uint32_t>(AscendC::GetBlockNum() * AscendC::GetSubBlockNum());
     }
 
 private:
