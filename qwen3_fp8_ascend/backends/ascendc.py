@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -26,6 +27,15 @@ The partial products of a block, 128 fp32 for each row, cross L2 twice; at 64 ro
 the decoded weights, and the estimate meets that of the stock BF16 product (docs/ascendc.md).
 """
 
+SINGLE_ROW_VARIABLE = "QWEN3_FP8_ASCENDC_SINGLE_ROW"
+SINGLE_ROW_KERNELS = ("linear", "gemv")
+"""Kernels for one row of x, the default first.
+
+"gemv" keeps the weights on the vector cores. The estimate prefers "linear" (docs/ascendc.md), but rests on assumed
+latencies of L2 and of flags between cores, on which "gemv" does not depend: measure both where there is an NPU.
+"""
+
+MAX_GEMV_COLUMNS = 16384
 MAX_COLUMNS = 65408
 """Largest k: the row stride of a matrix is a 16-bit field of the cube's load instruction."""
 
@@ -83,7 +93,24 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, act
         bias = bias.to(x.dtype).contiguous()
     if x.shape[0] > HAND_OVER_ROWS:
         return _through_scratch(x, packed, bias, activation)
-    return torch.ops.qwen3_fp8_ascend.ascendc_block_linear(x, *packed.tensors, bias, packed.n, activation == "dynamic")
+    if x.shape[0] == 1 and packed.k <= MAX_GEMV_COLUMNS and _single_row_kernel() == "gemv":
+        kernel = torch.ops.qwen3_fp8_ascend.ascendc_block_gemv
+    else:
+        kernel = torch.ops.qwen3_fp8_ascend.ascendc_block_linear
+    return kernel(x, *packed.tensors, bias, packed.n, activation == "dynamic")
+
+
+@functools.cache
+def _single_row_kernel() -> str:
+    chosen = os.environ.get(SINGLE_ROW_VARIABLE, SINGLE_ROW_KERNELS[0])
+    if chosen not in SINGLE_ROW_KERNELS:
+        raise BlockFp8Error(
+            "unknown kernel for one row",
+            where=SINGLE_ROW_VARIABLE,
+            expected=" or ".join(SINGLE_ROW_KERNELS),
+            got=chosen,
+        )
+    return chosen
 
 
 def dequantize_packed(packed: PackedWeight, out: torch.Tensor) -> torch.Tensor:

@@ -54,13 +54,18 @@ def on_cpu(schemas: None, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -
     def block_linear(x, packed, scale, spans, bias, n, dynamic):
         return emulator.linear("block_linear", x, (packed, scale, spans), n, bias=bias, dynamic=dynamic)[0]
 
-    for function in (group_quantize, block_dequantize, block_dequantize_out, block_linear):
+    def block_gemv(x, packed, scale, spans, bias, n, dynamic):
+        return emulator.linear("block_gemv", x, (packed, scale, spans), n, bias=bias, dynamic=dynamic)[0]
+
+    for function in (group_quantize, block_dequantize, block_dequantize_out, block_linear, block_gemv):
         library.impl(f"ascendc_{function.__name__}", function, "CPU")
     backend = dataclasses.replace(ascendc.BACKEND, device_types=frozenset({"cpu"}), unusable=lambda: None)
     monkeypatch.setitem(registry.LOADED, "ascendc", backend)
     monkeypatch.setattr(ascendc, "_SCRATCH", {})
     registry.select_backend.cache_clear()
+    ascendc._single_row_kernel.cache_clear()
     yield emulator
+    ascendc._single_row_kernel.cache_clear()
     registry.select_backend.cache_clear()
     library._destroy()
 
@@ -95,6 +100,28 @@ def test_more_rows_than_the_fused_kernel_takes_go_through_the_scratch(on_cpu: Em
     assert scratch.numel() == 200 * 300
     ops.block_linear(x, packed, activation=activation)
     assert next(iter(ascendc._SCRATCH.values())) is scratch
+
+
+@pytest.mark.parametrize("kernel", ascendc.SINGLE_ROW_KERNELS)
+def test_one_row_goes_to_the_kernel_that_is_asked_for(
+    on_cpu: Emulator, monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    monkeypatch.setenv(ascendc.SINGLE_ROW_VARIABLE, kernel)
+    weight = random_weight((200,), 300)
+    packed = ops.pack_weight(weight.codes, weight.scale, backend="ascendc")
+    x = random_activation(1, 300, torch.float32)
+    got = ops.block_linear(x, packed)
+    assert torch.equal(got, on_cpu.linear(f"block_{kernel}", x, packed.tensors, 200)[0])
+    oracle = reference.block_linear(x, weight.codes, weight.scale, compute_dtype=torch.float64)
+    assert relative_error(got, oracle) <= 1e-6
+
+
+def test_a_misspelt_kernel_is_refused(on_cpu: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ascendc.SINGLE_ROW_VARIABLE, "gmev")
+    weight = random_weight((128,), 128)
+    packed = ops.pack_weight(weight.codes, weight.scale, backend="ascendc")
+    with pytest.raises(BlockFp8Error, match="linear or gemv"):
+        ops.block_linear(torch.ones(1, 128), packed)
 
 
 def test_no_rows_and_no_columns(on_cpu: Emulator) -> None:
