@@ -28,6 +28,7 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
 SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 FAULT_STATUS = 3
+BUILDS_KEPT = 8
 
 
 class EmulatorFault(Exception):
@@ -63,6 +64,9 @@ def build(
     executable = folder / name
     if executable.exists():
         return executable
+    stale = sorted(CACHE.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime, reverse=True)[BUILDS_KEPT:]
+    for old in stale:
+        shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     common = [compiler, *flags, *(f"-I{path}" for path in include)]
     objects = [folder / f"{source.stem}.o" for source in sources]
