@@ -109,7 +109,8 @@ void block_dequantize_out(const at::Tensor &packed, const at::Tensor &scale, con
     TORCH_CHECK(out.dim() == 2 && out.is_contiguous(), "ascendc_block_dequantize: out is (n, k) and contiguous, got ", out.sizes());
     check_same_device(out, packed, "out");
     const PackedView weight(packed, scale, spans, out.size(1));
-    const DequantizeTiling tiling = plan_dequantize(narrow(out.size(0), "n"), narrow(out.size(1), "k"), weight.tiles, dtype_of(out.scalar_type()));
+    const DequantizeTiling tiling =
+        plan_dequantize(narrow(out.size(0), "n"), narrow(out.size(1), "k"), weight.tiles, dtype_of(out.scalar_type()));
     if (out.numel() == 0) return;
     const uint32_t blocks = dequantize_blocks(tiling, core_counts().vector);
     enqueue("qwen3_fp8_block_dequantize", [=](void *stream) {
@@ -117,7 +118,8 @@ void block_dequantize_out(const at::Tensor &packed, const at::Tensor &scale, con
     });
 }
 
-at::Tensor block_dequantize(const at::Tensor &packed, const at::Tensor &scale, const at::Tensor &spans, int64_t n, int64_t k, at::ScalarType dtype) {
+at::Tensor block_dequantize(const at::Tensor &packed, const at::Tensor &scale, const at::Tensor &spans, int64_t n, int64_t k,
+                            at::ScalarType dtype) {
     at::Tensor out = at::empty({n, k}, packed.options().dtype(dtype));
     block_dequantize_out(packed, scale, spans, out);
     return out;

@@ -256,7 +256,7 @@ public:
     }
 
 private:
-    static constexpr uint32_t kWeightBuffers = kStageUnits + 2;  // with two for activations, all 8 events of this path
+    static constexpr uint32_t kWeightBuffers = kStageUnits + 1;  // with two for activations, 7 of the 8 events of this path
 
     __aicore__ inline uint64_t slot_unit(uint32_t slot, uint32_t unit) const {
         return (static_cast<uint64_t>(core_) * kStageSlots + slot) * kStageUnits + unit;

@@ -143,7 +143,8 @@ void Fixpipe(const GlobalTensor<T> &dst, const LocalTensor<U> &src, const Fixpip
     core.current_pipe = PIPE_FIX;
     src.require_in(core, core.l0c);
     src.require_aligned(core, 64);
-    require(p.ndNum == 1 && p.quantPre == QuantMode_t::NoQuant && !p.reluEn && p.unitFlag == 0, "unsupported", "Fixpipe with more than a copy");
+    require(p.ndNum == 1 && p.quantPre == QuantMode_t::NoQuant && !p.reluEn && p.unitFlag == 0, "unsupported",
+            "Fixpipe with more than a copy");
     require(p.nSize % 16 == 0 && p.srcStride % 16 == 0 && p.srcStride >= p.mSize, "bad-parameter", core.where() + ": nSize or srcStride");
     issue_store(core, "Fixpipe", *core.machine.buffer_of(core, dst), static_cast<double>(p.nSize) * p.mSize * sizeof(T));
     for (uint32_t row = 0; row < p.mSize; ++row) {

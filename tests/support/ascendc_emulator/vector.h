@@ -209,52 +209,101 @@ T magnitude(T x) {
 template <class T>
 constexpr bool is_lane_of_bits = std::is_same_v<T, int16_t> || std::is_same_v<T, uint16_t>;
 
+struct Sum {
+    template <class T>
+    T operator()(T a, T b) const { return in_lane<T>([](auto x, auto y) { return x + y; }, a, b); }
+};
+struct Difference {
+    template <class T>
+    T operator()(T a, T b) const { return in_lane<T>([](auto x, auto y) { return x - y; }, a, b); }
+};
+struct Product {
+    template <class T>
+    T operator()(T a, T b) const { return in_lane<T>([](auto x, auto y) { return x * y; }, a, b); }
+};
+struct Quotient {
+    template <class T>
+    T operator()(T a, T b) const { return static_cast<T>(a / b); }
+};
+struct Larger {
+    template <class T>
+    T operator()(T a, T b) const { return larger(a, b); }
+};
+struct Smaller {
+    template <class T>
+    T operator()(T a, T b) const { return smaller(a, b); }
+};
+struct BitAnd {
+    template <class T>
+    T operator()(T a, T b) const {
+        static_assert(is_lane_of_bits<T>, "And takes int16_t or uint16_t on these chips");
+        return static_cast<T>(a & b);
+    }
+};
+struct BitOr {
+    template <class T>
+    T operator()(T a, T b) const {
+        static_assert(is_lane_of_bits<T>, "Or takes int16_t or uint16_t on these chips");
+        return static_cast<T>(a | b);
+    }
+};
+struct LeftShift {
+    template <class T>
+    T operator()(T a, T by) const { return static_cast<T>(static_cast<uint64_t>(a) << by); }
+};
+struct RightShift {  // arithmetic on signed lanes, logical on unsigned ones
+    template <class T>
+    T operator()(T a, T by) const { return static_cast<T>(a >> by); }
+};
+
 }  // namespace vector_detail
 
+using ascendc_emulator::VectorCost;
+
+// Macros, because each line defines a name of the API, with both of its overloads.
 // --- two operands -------------------------------------------------------------------------------------------
-#define ASCENDC_EMULATOR_BINARY(Name, cost, body)                                                                    \
+#define ASCENDC_EMULATOR_BINARY(Name, cost, Operation)                                                               \
     template <class T>                                                                                               \
-    void Name(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, const int32_t &count) { \
-        vector_detail::contiguous(#Name, cost, count, body, dst, src0, src1);                                        \
+    void Name(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1,                     \
+              const int32_t &count) {                                                                                \
+        vector_detail::contiguous(#Name, cost, count, vector_detail::Operation(), dst, src0, src1);                  \
     }                                                                                                                \
     template <class T, bool isSetMask = true>                                                                        \
     void Name(const LocalTensor<T> &dst, const LocalTensor<T> &src0, const LocalTensor<T> &src1, uint64_t mask,      \
               const uint8_t repeatTime, const BinaryRepeatParams &params) {                                          \
-        vector_detail::binary(#Name, cost, body, dst, src0, src1, mask, repeatTime, params);                         \
+        vector_detail::binary(#Name, cost, vector_detail::Operation(), dst, src0, src1, mask, repeatTime, params);   \
     }
 
-using ascendc_emulator::VectorCost;
-ASCENDC_EMULATOR_BINARY(Add, VectorCost::two_operands, ([](T a, T b) { return vector_detail::in_lane<T>([](auto x, auto y) { return x + y; }, a, b); }))
-ASCENDC_EMULATOR_BINARY(Sub, VectorCost::two_operands, ([](T a, T b) { return vector_detail::in_lane<T>([](auto x, auto y) { return x - y; }, a, b); }))
-ASCENDC_EMULATOR_BINARY(Mul, VectorCost::two_operands, ([](T a, T b) { return vector_detail::in_lane<T>([](auto x, auto y) { return x * y; }, a, b); }))
-ASCENDC_EMULATOR_BINARY(Div, VectorCost::divide, ([](T a, T b) { return static_cast<T>(a / b); }))
-ASCENDC_EMULATOR_BINARY(Max, VectorCost::two_operands, ([](T a, T b) { return vector_detail::larger(a, b); }))
-ASCENDC_EMULATOR_BINARY(Min, VectorCost::two_operands, ([](T a, T b) { return vector_detail::smaller(a, b); }))
-ASCENDC_EMULATOR_BINARY(And, VectorCost::two_operands, ([](T a, T b) { static_assert(vector_detail::is_lane_of_bits<T>); return static_cast<T>(a & b); }))
-ASCENDC_EMULATOR_BINARY(Or, VectorCost::two_operands, ([](T a, T b) { static_assert(vector_detail::is_lane_of_bits<T>); return static_cast<T>(a | b); }))
+ASCENDC_EMULATOR_BINARY(Add, VectorCost::two_operands, Sum)
+ASCENDC_EMULATOR_BINARY(Sub, VectorCost::two_operands, Difference)
+ASCENDC_EMULATOR_BINARY(Mul, VectorCost::two_operands, Product)
+ASCENDC_EMULATOR_BINARY(Div, VectorCost::divide, Quotient)
+ASCENDC_EMULATOR_BINARY(Max, VectorCost::two_operands, Larger)
+ASCENDC_EMULATOR_BINARY(Min, VectorCost::two_operands, Smaller)
+ASCENDC_EMULATOR_BINARY(And, VectorCost::two_operands, BitAnd)
+ASCENDC_EMULATOR_BINARY(Or, VectorCost::two_operands, BitOr)
 #undef ASCENDC_EMULATOR_BINARY
 
 // --- one operand and a scalar ---------------------------------------------------------------------------------
-#define ASCENDC_EMULATOR_SCALAR(Name, cost, body)                                                                    \
+#define ASCENDC_EMULATOR_SCALAR(Name, Operation)                                                                     \
     template <class T, bool isSetMask = true>                                                                        \
     void Name(const LocalTensor<T> &dst, const LocalTensor<T> &src, const T &scalarValue, const int32_t &count) {    \
-        const T s = scalarValue;                                                                                     \
-        vector_detail::contiguous(#Name, cost, count, body, dst, src);                                               \
+        const auto f = [s = scalarValue](T a) { return vector_detail::Operation()(a, s); };                          \
+        vector_detail::contiguous(#Name, VectorCost::one_operand, count, f, dst, src);                               \
     }                                                                                                                \
     template <class T, bool isSetMask = true>                                                                        \
     void Name(const LocalTensor<T> &dst, const LocalTensor<T> &src, const T &scalarValue, uint64_t mask,             \
               const uint8_t repeatTime, const UnaryRepeatParams &params) {                                           \
-        const T s = scalarValue;                                                                                     \
-        vector_detail::unary(#Name, cost, body, dst, src, mask, repeatTime, params);                                 \
+        const auto f = [s = scalarValue](T a) { return vector_detail::Operation()(a, s); };                          \
+        vector_detail::unary(#Name, VectorCost::one_operand, f, dst, src, mask, repeatTime, params);                 \
     }
 
-ASCENDC_EMULATOR_SCALAR(Adds, VectorCost::one_operand, ([s](T a) { return vector_detail::in_lane<T>([](auto x, auto y) { return x + y; }, a, s); }))
-ASCENDC_EMULATOR_SCALAR(Muls, VectorCost::one_operand, ([s](T a) { return vector_detail::in_lane<T>([](auto x, auto y) { return x * y; }, a, s); }))
-ASCENDC_EMULATOR_SCALAR(Maxs, VectorCost::one_operand, ([s](T a) { return vector_detail::larger(a, s); }))
-ASCENDC_EMULATOR_SCALAR(Mins, VectorCost::one_operand, ([s](T a) { return vector_detail::smaller(a, s); }))
-ASCENDC_EMULATOR_SCALAR(ShiftLeft, VectorCost::one_operand, ([s](T a) { return static_cast<T>(static_cast<uint64_t>(a) << s); }))
-// Arithmetic on signed lanes, logical on unsigned ones.
-ASCENDC_EMULATOR_SCALAR(ShiftRight, VectorCost::one_operand, ([s](T a) { return static_cast<T>(a >> s); }))
+ASCENDC_EMULATOR_SCALAR(Adds, Sum)
+ASCENDC_EMULATOR_SCALAR(Muls, Product)
+ASCENDC_EMULATOR_SCALAR(Maxs, Larger)
+ASCENDC_EMULATOR_SCALAR(Mins, Smaller)
+ASCENDC_EMULATOR_SCALAR(ShiftLeft, LeftShift)
+ASCENDC_EMULATOR_SCALAR(ShiftRight, RightShift)
 #undef ASCENDC_EMULATOR_SCALAR
 
 template <class T>
@@ -360,7 +409,8 @@ void Brcb(const LocalTensor<T> &dst, const LocalTensor<T> &src, const uint8_t re
             T value;
             std::memcpy(&value, src.at(core, (repeat * 8 + i) * static_cast<uint32_t>(sizeof(T)), sizeof(T), Direction::read), sizeof(T));
             block.fill(value);
-            std::memcpy(dst.at(core, (repeat * p.dstRepStride + i * p.dstBlkStride) * kBlockBytes, kBlockBytes, Direction::write), block.data(), kBlockBytes);
+            const uint32_t place = (repeat * p.dstRepStride + i * p.dstBlkStride) * kBlockBytes;
+            std::memcpy(dst.at(core, place, kBlockBytes, Direction::write), block.data(), kBlockBytes);
         }
     }
 }
@@ -382,7 +432,8 @@ void WholeReduceMax(const LocalTensor<T> &dst, const LocalTensor<T> &src, const 
         operand.read(core, static_cast<uint32_t>(repeat), static_cast<uint32_t>(mask), values.data());
         T best = values[0];
         for (int32_t i = 1; i < mask; ++i) best = vector_detail::larger(best, values[static_cast<size_t>(i)]);
-        std::memcpy(dst.at(core, static_cast<uint32_t>(repeat * dstRepStride) * static_cast<uint32_t>(sizeof(T)), sizeof(T), Direction::write), &best, sizeof(T));
+        const uint32_t place = static_cast<uint32_t>(repeat * dstRepStride) * static_cast<uint32_t>(sizeof(T));
+        std::memcpy(dst.at(core, place, sizeof(T), Direction::write), &best, sizeof(T));
     }
 }
 
@@ -405,7 +456,8 @@ void group_sums(const char *name, uint32_t width, const LocalTensor<T> &dst, con
         operand.read(core, static_cast<uint32_t>(repeat), lanes, values.data());
         for (uint32_t i = 0; i < results; ++i) {
             for (uint32_t step = width; step > 1; step /= 2) {  // a tree, as the vendor documents for its reductions
-                for (uint32_t j = 0; j < step / 2; ++j) values[i * width + j] = values[i * width + 2 * j] + values[i * width + 2 * j + 1];
+                T *group = &values[i * width];
+                for (uint32_t j = 0; j < step / 2; ++j) group[j] = group[2 * j] + group[2 * j + 1];
             }
             sums[i] = values[i * width];
         }
