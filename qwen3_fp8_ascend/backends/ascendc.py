@@ -23,8 +23,9 @@ SUPPORTED_CHIPS = ("Ascend910B", "Ascend910_93")
 HAND_OVER_ROWS = 64
 """Most rows of x for the fused kernel (`kMaxRows` in csrc/ascend/tiling.h).
 
-The partial products of a block, 128 fp32 for each row, cross L2 twice; at 64 rows that is four times the traffic of
-the decoded weights, and the estimate meets that of the stock BF16 product (docs/ascendc.md).
+The partial products of a block, 128 fp32 for each row, cross L2 twice, so the time grows with the rows; at 64 the
+estimate meets that of the stock BF16 product (docs/ascendc.md). The scratch costs about as much as decoding and that
+product together, hence less than two passes of 64 rows.
 """
 
 SINGLE_ROW_VARIABLE = "QWEN3_FP8_ASCENDC_SINGLE_ROW"
