@@ -123,9 +123,7 @@ def dequantize_packed(packed: PackedWeight, out: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _through_scratch(
-    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str
-) -> torch.Tensor:
+def _through_scratch(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     weight = dequantize_packed(packed, _scratch(packed.n, packed.k, x.dtype, x.device))
     if activation == "dynamic":
         codes, scale = torch.ops.qwen3_fp8_ascend.ascendc_group_quantize(x)

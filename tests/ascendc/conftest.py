@@ -141,9 +141,7 @@ class Emulator:
 @pytest.fixture(scope="session")
 def kernels_executable() -> Path:
     sources = [*(SOURCES / "kernels" / f"{name}.cpp" for name in KERNELS), Path(__file__).parent / "run_kernel.cpp"]
-    return build(
-        "run_kernel", sources, flags=(*WARNINGS, *SANITIZERS, *machine_flags()), include=(EMULATOR, SOURCES)
-    )
+    return build("run_kernel", sources, flags=(*WARNINGS, *SANITIZERS, *machine_flags()), include=(EMULATOR, SOURCES))
 
 
 @pytest.fixture
