@@ -13,7 +13,7 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt scripts/create_venv.sh too
 	PYTHON=$(PYTHON) scripts/create_venv.sh $(VENV)
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies setup.py $(wildcard csrc/cpu/*)
+$(VENV)/.built: $(VENV)/.dependencies setup.py build_ascend.py $(wildcard csrc/*/* csrc/*/*/*)
 	@echo "building the CPU kernels"
 	$(PY) -m pip --disable-pip-version-check install -qq --no-build-isolation --no-deps --editable .
 	@touch $@
@@ -43,4 +43,4 @@ wheel: venv  ## a wheel in dist/
 clean:
 	rm -rf build dist *.egg-info qwen3_fp8_ascend/*.so
 
-include triton.mk
+include triton.mk ascendc.mk

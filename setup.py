@@ -10,12 +10,16 @@ import importlib.util
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
+
+sys.path.insert(0, str(Path(__file__).parent))  # build backends do not put the project's folder there
+from build_ascend import build_ascend_library
 
 CPU = Path("csrc") / "cpu"
 
@@ -42,7 +46,7 @@ ISA_FLAGS = {
 
 
 def native_libraries() -> list[Extension]:
-    """The libraries to build here. An Ascend library joins this list where CANN is found."""
+    """The libraries that setuptools builds; CANN's compiler builds the NPU's (`build_ascend`)."""
     return [cpu_library()]
 
 
@@ -83,6 +87,14 @@ def require_compiler(command: list[str]) -> None:
 
 class BuildLibraries(build_ext):
     """Compiles each file with the flags of its instruction set, and links one library without a Python in it."""
+
+    def run(self) -> None:
+        super().run()
+        package = Path(self.get_ext_fullpath("qwen3_fp8_ascend._cpu")).parent
+        try:
+            build_ascend_library(Path(self.build_temp) / "ascend", package)
+        except RuntimeError as error:
+            raise SetupError(str(error)) from error
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"

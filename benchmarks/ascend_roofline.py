@@ -26,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.documents import insert_table
+from benchmarks.shapes import QWEN3_8B
 from qwen3_fp8_ascend.triton_kernels.configuration import architecture, linear_shape
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = ROOT / "benchmarks" / "results" / "triton_hivm.csv"
 DOCUMENT = ROOT / "docs" / "triton.md"
 
-LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 GIB = 2**30
 L2_WRITE_BYTES_PER_CYCLE = 86  # platform_config tables of CANN 8.1, per AI core
@@ -158,7 +158,7 @@ def table(fixed_us: float) -> str:
     for chip in CHIPS:
         for subnormals in (True, False):
             for m in ROWS:
-                each = [predict(chip, m, shape, counts, subnormals, fixed_us * 1e-6) for shape in LINEARS.values()]
+                each = [predict(chip, m, shape, counts, subnormals, fixed_us * 1e-6) for shape in QWEN3_8B.values()]
                 bf16 = sum(p.bf16 for p in each)
                 overlapped = sum(p.overlapped for p in each)
                 scratch = sum(p.scratch for p in each)

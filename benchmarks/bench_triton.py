@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.shapes import QWEN3_8B
 from qwen3_fp8_ascend import ops, reference
 
 ROOT = Path(__file__).resolve().parent.parent
-LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 CACHE_BYTES = 512 << 20
 ERROR_LIMIT = 3e-3  # relative L2 of a bf16 output: its own rounding is 1.7e-3
@@ -162,7 +162,7 @@ def measure(name: str, m: int, shape: tuple[int, int], rounds: int, device: torc
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="values of m")
-    parser.add_argument("--linears", nargs="+", default=list(LINEARS), choices=list(LINEARS))
+    parser.add_argument("--linears", nargs="+", default=list(QWEN3_8B), choices=list(QWEN3_8B))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/triton_DEVICE.csv")
     arguments = parser.parse_args()
@@ -178,7 +178,7 @@ def main() -> None:
         writer.writeheader()
         for name in arguments.linears:
             for m in arguments.rows:
-                for row in measure(name, m, LINEARS[name], arguments.rounds, device):
+                for row in measure(name, m, QWEN3_8B[name], arguments.rounds, device):
                     writer.writerow(row)
                     print(" ".join(f"{value}" for value in row.values()), flush=True)
                 file.flush()

@@ -17,7 +17,7 @@ def sources(tmp_path: Path) -> Path:
     """A copy of what a build needs, without anything built."""
     copy = tmp_path / "sources"
     copy.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "build_ascend.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in ("csrc", "qwen3_fp8_ascend"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -40,6 +40,12 @@ def test_without_a_compiler_the_build_fails_and_says_what_to_install(sources: Pa
     assert done.returncode != 0
     assert "no C++ compiler: 'no-such-compiler' was not found" in done.stdout + done.stderr
     assert "apt-get install g++" in done.stdout + done.stderr
+
+
+def test_with_cann_announced_but_absent_the_build_fails_and_says_so(sources: Path) -> None:
+    done = build(sources, ASCEND_HOME_PATH=str(sources / "no-such-cann"))
+    assert done.returncode != 0
+    assert "ASCEND_HOME_PATH is" in done.stdout + done.stderr and "set_env.sh" in done.stdout + done.stderr
 
 
 def test_the_wheel_runs_in_an_environment_of_its_own(sources: Path, tmp_path: Path) -> None:

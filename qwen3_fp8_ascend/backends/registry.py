@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "QWEN3_FP8_ASCEND_BACKEND"
 
-_MODULES = ("cpu", "triton", "reference")
+_MODULES = ("ascendc", "triton", "cpu", "reference")
 
 COMPUTES = {"dynamic": "w8a8", "none": "w8a16"}
 """What `block_linear` computes for each value of its argument `activation`."""

@@ -1,0 +1,165 @@
+"""Estimates the time of Qwen3-8B's linears on an Ascend chip, from the Ascend C emulator's counters.
+
+    python -m benchmarks.ascendc_estimate --chip 910B3 --rows 1 4 8 16 32 64
+
+Nothing here was measured on an NPU. The kernels of csrc/ascend run in the emulator at full shape; it counts what they
+do and adds up published costs of instructions and paths (tests/support/ascendc_emulator/chip.h names every source).
+The BF16 column is a lower bound: weights streamed once at the nominal HBM rate, everything else hidden.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.shapes import QWEN3_8B
+from qwen3_fp8_ascend.backends import ascendc
+from qwen3_fp8_ascend.format import ShardGrid
+
+ROOT = Path(__file__).resolve().parents[1]
+EMULATOR = ROOT / "tests" / "support" / "ascendc_emulator"
+SOURCES = ROOT / "csrc" / "ascend"
+KERNELS = ("group_quantize", "block_dequantize", "block_linear", "block_gemv")
+
+PATHS = ("HBM->UB", "UB->L2", "L2->L1", "L1->L0B", "L0C->L2", "L2->UB")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the estimate needs beside the emulator's own table; sources there."""
+
+    cube_cores: int
+    mhz: float
+    hbm_gb_per_s: float
+
+    @property
+    def hertz(self) -> float:
+        return self.mhz * 1e6
+
+
+CHIPS = {
+    "910B1": Chip(24, 1850, 1600),
+    "910B3": Chip(20, 1800, 1600),
+    "910B4": Chip(20, 1500, 800),
+    "910_9391": Chip(24, 1850, 1600),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    linear: str
+    m: int
+    kernel: str
+    microseconds: float
+    busiest: str
+    bf16_microseconds: float
+    bytes_a_weight: dict[str, float]
+
+    @property
+    def ratio(self) -> float:
+        return self.bf16_microseconds / self.microseconds
+
+
+def build(folder: Path) -> Path:
+    """The kernels on the emulator, optimized and without sanitizers."""
+    executable = folder / "run_kernel"
+    sources = [SOURCES / "kernels" / f"{name}.cpp" for name in KERNELS]
+    sources.append(ROOT / "tests" / "ascendc" / "run_kernel.cpp")
+    command = ["g++", "-std=c++17", "-O2", "-march=native", f"-I{EMULATOR}", f"-I{SOURCES}", *map(str, sources)]
+    subprocess.run([*command, "-o", str(executable), "-pthread"], check=True)
+    return executable
+
+
+def bf16_microseconds(n: int, k: int, m: int, chip: Chip) -> float:
+    """The stock product at its best: the larger of streaming the weights and multiplying them."""
+    streaming = 2 * n * k / (chip.hbm_gb_per_s * 1e9)
+    cube = -(-m // 16) * (n / 16) * (k / 16) / chip.cube_cores / chip.hertz
+    return max(streaming, cube) * 1e6
+
+
+def write(path: Path, tensor: torch.Tensor) -> None:
+    path.write_bytes(tensor.flatten().view(torch.uint8).numpy().tobytes())
+
+
+def estimate(
+    executable: Path, folder: Path, linears: Sequence[str], rows: Sequence[int], chip_name: str
+) -> Iterator[Row]:
+    chip = CHIPS[chip_name]
+    for linear in linears:
+        n, k = QWEN3_8B[linear]
+        grid = ShardGrid((n,), k)
+        codes = torch.randint(0, 0x7F, (n, k), dtype=torch.uint8).view(torch.float8_e4m3fn)
+        names = ("packed", "scale", "spans")
+        for name, tensor in zip(names, ascendc.pack(codes, torch.rand(grid.scale_shape), grid), strict=True):
+            write(folder / name, tensor)
+        files = [f"{name}={folder / name}" for name in ("x", *names, "out")]
+        settings = [f"n={n}", f"k={k}", "dtype=1", "activation=0", f"cores={chip.cube_cores}", f"chip={chip_name}"]
+        for m in rows:
+            write(folder / "x", torch.randn(m, k).to(torch.bfloat16))
+            for kernel in ("block_linear", "block_gemv") if m == 1 else ("block_linear",):
+                command = [str(executable), kernel, f"m={m}", *settings, *files]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                counters = json.loads(done.stdout)
+                busy: dict[str, float] = counters["busy"]
+                yield Row(
+                    linear,
+                    m,
+                    kernel,
+                    counters["cycles"] / chip.hertz * 1e6,
+                    f"{max(busy, key=lambda pipe: busy[pipe])} {max(busy.values()) / counters['cycles']:.0%}",
+                    bf16_microseconds(n, k, m, chip),
+                    {path: count / (n * k) for path, count in counters["bytes"].items()},
+                )
+
+
+def markdown(rows: Sequence[Row], chip: str) -> Iterator[str]:
+    yield (
+        f"| linear | m | kernel | FP8 on {chip}, us (estimated) | busiest pipe | BF16, us (estimated, lower bound) "
+        f"| ratio (estimated) | bytes a weight (counted): {', '.join(PATHS)} |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        traffic = ", ".join(f"{row.bytes_a_weight.get(path, 0):.2f}" for path in PATHS)
+        yield (
+            f"| {row.linear} | {row.m} | {row.kernel} | {row.microseconds:.1f} | {row.busiest} "
+            f"| {row.bf16_microseconds:.1f} | {row.ratio:.2f} | {traffic} |"
+        )
+    yield ""
+    yield (
+        f"| m | kernel | the linears together on {chip}, us (estimated) | BF16, us (estimated, lower bound) "
+        "| ratio (estimated) |"
+    )
+    yield "|---|---|---|---|---|"
+    for m, kernel in sorted({(row.m, row.kernel) for row in rows}):
+        group = [row for row in rows if (row.m, row.kernel) == (m, kernel)]
+        fp8, bf16 = sum(row.microseconds for row in group), sum(row.bf16_microseconds for row in group)
+        yield f"| {m} | {kernel} | {fp8:.0f} | {bf16:.0f} | {bf16 / fp8:.2f} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chip", choices=CHIPS, default="910B3")
+    parser.add_argument("--linears", nargs="+", choices=QWEN3_8B, default=list(QWEN3_8B))
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 16, 32, 64])
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        executable = build(Path(name))
+        for row in estimate(executable, Path(name), options.linears, options.rows, options.chip):
+            print(f"{row.linear} m={row.m} {row.kernel}: {row.microseconds:.1f} us (estimated)", file=sys.stderr)
+            rows.append(row)
+    print("\n".join(markdown(rows, options.chip)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,221 @@
+"""The backend's Python over the real torch operators' schemas, with the emulator in the NPU's place."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen3_fp8_ascend import ops, reference
+from qwen3_fp8_ascend.backends import ascendc, registry
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import BlockSize
+
+from .conftest import SOURCES, Emulator, build, random_activation, random_weight, relative_error
+
+NAMESPACE = "qwen3_fp8_ascend"
+
+
+def torch_flags() -> tuple[str, ...]:
+    include = Path(torch.__file__).parent / "include"
+    return ("-std=c++20", "-isystem", str(include), "-isystem", str(include / "torch" / "csrc" / "api" / "include"))
+
+
+@pytest.fixture(scope="session")
+def schemas() -> None:
+    """csrc/ascend/host/torch_schema.cpp, compiled against this torch and loaded."""
+    library = Path(torch.__file__).parent / "lib"
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    link = (f"-L{library}", "-Wl,--no-as-needed", "-lc10", "-ltorch_cpu")
+    flags = (*torch_flags(), "-O0", "-fPIC", "-shared", abi, *link)
+    built = build("schemas.so", [SOURCES / "host" / "torch_schema.cpp"], flags=flags, include=())
+    torch.ops.load_library(built)
+
+
+@pytest.fixture
+def on_cpu(schemas: None, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    """Gives the operators a CPU implementation, the emulator, and lets the backend run on the CPU."""
+    library = torch.library.Library(NAMESPACE, "IMPL")
+
+    def group_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return emulator.quantize(x)[:2]
+
+    def block_dequantize(packed, scale, spans, n, k, dtype):
+        return emulator.dequantize((packed, scale, spans), n, k, dtype)[0]
+
+    def block_dequantize_out(packed, scale, spans, out):
+        out.copy_(emulator.dequantize((packed, scale, spans), *out.shape, out.dtype)[0])
+
+    def block_linear(x, packed, scale, spans, bias, n, dynamic):
+        return emulator.linear("block_linear", x, (packed, scale, spans), n, bias=bias, dynamic=dynamic)[0]
+
+    def block_gemv(x, packed, scale, spans, bias, n, dynamic):
+        return emulator.linear("block_gemv", x, (packed, scale, spans), n, bias=bias, dynamic=dynamic)[0]
+
+    for function in (group_quantize, block_dequantize, block_dequantize_out, block_linear, block_gemv):
+        library.impl(f"ascendc_{function.__name__}", function, "CPU")
+    backend = dataclasses.replace(ascendc.BACKEND, device_types=frozenset({"cpu"}), unusable=lambda: None)
+    monkeypatch.setitem(registry.LOADED, "ascendc", backend)
+    monkeypatch.setattr(ascendc, "_SCRATCH", {})
+    registry.select_backend.cache_clear()
+    ascendc._single_row_kernel.cache_clear()
+    yield emulator
+    ascendc._single_row_kernel.cache_clear()
+    registry.select_backend.cache_clear()
+    library._destroy()
+
+
+def test_public_operations_end_to_end(on_cpu: Emulator) -> None:
+    weight = random_weight((130, 62), 300, spread=1.0)
+    packed = ops.pack_weight(weight.codes, weight.scale, backend="ascendc", widths=(130, 62))
+    x = random_activation(6, 300, torch.bfloat16).view(2, 3, 300)
+    bias = torch.randn(192)
+    got = ops.block_linear(x, packed, bias)
+    expected = reference.block_linear(x, weight.codes, weight.scale, bias, widths=(130, 62))
+    assert got.shape == (2, 3, 192)
+    assert got.dtype == torch.bfloat16
+    assert (got == expected).float().mean() >= 0.99
+    codes, scale = ops.quantize_activation(x, backend="ascendc")
+    expected_codes, expected_scale = reference.quantize_activation(x)
+    assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
+    assert torch.equal(scale, expected_scale)
+    dense = ops.dequantize_weight(weight.codes, weight.scale, torch.float16, widths=(130, 62), backend="ascendc")
+    assert torch.equal(dense, reference.dequantize_weight(weight.codes, weight.scale, torch.float16, widths=(130, 62)))
+
+
+@pytest.mark.parametrize("activation", ["dynamic", "none"])
+def test_more_rows_than_the_fused_kernel_takes_go_through_the_scratch(on_cpu: Emulator, activation: str) -> None:
+    weight = random_weight((200,), 300)
+    packed = ops.pack_weight(weight.codes, weight.scale, backend="ascendc", activation=activation)
+    x = random_activation(ascendc.HAND_OVER_ROWS + 1, 300, torch.float32)
+    oracle = reference.block_linear(x, weight.codes, weight.scale, activation=activation, compute_dtype=torch.float64)
+    got = ops.block_linear(x, packed, activation=activation)
+    assert relative_error(got, oracle) <= 1e-6
+    (scratch,) = ascendc._SCRATCH.values()
+    assert scratch.numel() == 200 * 300
+    ops.block_linear(x, packed, activation=activation)
+    assert next(iter(ascendc._SCRATCH.values())) is scratch
+
+
+@pytest.mark.parametrize("kernel", ascendc.SINGLE_ROW_KERNELS)
+def test_one_row_goes_to_the_kernel_that_is_asked_for(
+    on_cpu: Emulator, monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    monkeypatch.setenv(ascendc.SINGLE_ROW_VARIABLE, kernel)
+    weight = random_weight((200,), 300)
+    packed = ops.pack_weight(weight.codes, weight.scale, backend="ascendc")
+    x = random_activation(1, 300, torch.float32)
+    got = ops.block_linear(x, packed)
+    assert torch.equal(got, on_cpu.linear(f"block_{kernel}", x, packed.tensors, 200)[0])
+    oracle = reference.block_linear(x, weight.codes, weight.scale, compute_dtype=torch.float64)
+    assert relative_error(got, oracle) <= 1e-6
+
+
+def test_a_misspelt_kernel_is_refused(on_cpu: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ascendc.SINGLE_ROW_VARIABLE, "gmev")
+    weight = random_weight((128,), 128)
+    packed = ops.pack_weight(weight.codes, weight.scale, backend="ascendc")
+    with pytest.raises(BlockFp8Error, match="linear or gemv"):
+        ops.block_linear(torch.ones(1, 128), packed)
+
+
+def test_no_rows_and_no_columns(on_cpu: Emulator) -> None:
+    weight = random_weight((128,), 128)
+    packed = ops.pack_weight(weight.codes, weight.scale, backend="ascendc")
+    assert ops.block_linear(torch.zeros(0, 128), packed).shape == (0, 128)
+    assert ops.quantize_activation(torch.zeros(0, 128), backend="ascendc")[1].shape == (0, 1)
+
+
+def test_the_start_up_check_passes_and_notices_a_device_that_flushes_subnormals(
+    on_cpu: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ascendc._decode_fault(torch.device("cpu")) is None
+    kept = ascendc.dequantize_weight
+    monkeypatch.setattr(
+        ascendc, "dequantize_weight", lambda *args: torch.where(kept(*args).abs() < 2**-6, 0.0, kept(*args))
+    )
+    assert "wrong values" in str(ascendc._decode_fault(torch.device("cpu")))
+
+
+def test_meta_shapes_and_symbolic_sizes(schemas: None) -> None:
+    operators = torch.ops.qwen3_fp8_ascend
+    x = torch.empty(5, 300, device="meta", dtype=torch.bfloat16)
+    codes, scale = operators.ascendc_group_quantize(x)
+    assert (codes.shape, codes.dtype) == ((5, 300), torch.uint8)
+    assert (scale.shape, scale.dtype) == ((5, 3), torch.float32)
+    packed, w_scale, spans = (
+        torch.empty(shape, device="meta", dtype=dtype)
+        for shape, dtype in (((2, 3, 16384), torch.uint8), ((2, 3, 8), torch.float32), ((2, 8), torch.int32))
+    )
+    out = operators.ascendc_block_linear(x, packed, w_scale, spans, None, 200, True)
+    assert (out.shape, out.dtype) == ((5, 200), torch.bfloat16)
+    dense = operators.ascendc_block_dequantize(packed, w_scale, spans, 200, 300, torch.float16)
+    assert (dense.shape, dense.dtype) == ((200, 300), torch.float16)
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        rows = mode.from_tensor(torch.empty(7, 300), symbolic_context=None, static_shapes=False)
+        codes, scale = operators.ascendc_group_quantize(rows)
+        assert codes.shape[0] == rows.shape[0]
+        assert scale.shape[1] == (rows.shape[1] + 127) // 128
+
+
+def test_bad_input_is_refused_with_reasons(on_cpu: Emulator) -> None:
+    weight = random_weight((128,), 128)
+    with pytest.raises(BlockFp8Error, match="groups of 128"):
+        ops.quantize_activation(torch.zeros(1, 128), block_k=64, backend="ascendc")
+    with pytest.raises(BlockFp8Error, match="not of 64x64"):
+        ops.pack_weight(weight.codes, torch.ones(2, 2), backend="ascendc", block=BlockSize(64, 64))
+    nan = weight.codes.view(torch.uint8).clone()
+    nan[0, 0] = 0x7F
+    with pytest.raises(BlockFp8Error, match="NaN codes"):
+        ops.pack_weight(nan.view(torch.float8_e4m3fn), weight.scale, backend="ascendc")
+
+
+def test_without_an_npu_the_backend_says_why() -> None:
+    reason = ascendc.unusable()
+    assert reason is not None
+    assert any(word in reason for word in ("torch_npu", "CANN", "NPU"))
+    with pytest.raises(BlockFp8Error, match="cannot be used here"):
+        registry.select_backend("ascendc", "npu")
+
+
+@pytest.fixture(scope="session")
+def torch_npu_headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The headers of torch-npu's wheel, which bring those of acl along. Fetched once, kept outside of git."""
+    import zipfile
+
+    from .conftest import CACHE
+
+    folder = CACHE / "torch_npu"
+    include = folder / "torch_npu" / "include"
+    if include.exists():
+        return include
+    folder.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    fetched = subprocess.run([*pip, "torch-npu==2.13.0"], capture_output=True, text=True)
+    wheels = list(folder.glob("torch_npu-*.whl"))
+    if fetched.returncode or not wheels:
+        pytest.skip(f"torch-npu's wheel cannot be had: {(fetched.stderr or 'no wheel').strip().splitlines()[-1]}")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith("torch_npu/include/")])
+    wheels[0].unlink()
+    return include
+
+
+def test_host_code_fits_torch_npu(torch_npu_headers: Path) -> None:
+    """Syntax and types of the NPU operators against the wheel's real headers; they cannot be linked without CANN."""
+    if not torch.__version__.startswith("2.13"):
+        pytest.skip(f"the headers are those of torch-npu for torch 2.13, this is torch {torch.__version__}")
+    headers = [torch_npu_headers, torch_npu_headers / "third_party" / "acl" / "inc"]
+    flags = [flag for path in headers for flag in ("-isystem", str(path))]
+    command = ["g++", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", *torch_flags(), *flags]
+    done = subprocess.run([*command, str(SOURCES / "host" / "torch_ops.cpp")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-6000:]

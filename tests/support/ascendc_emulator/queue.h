@@ -1,0 +1,240 @@
+// TPipe, TQue and TBuf: capacity of each memory, the discipline of queues, and the order their steps establish.
+#pragma once
+
+#include <deque>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "sync.h"
+#include "tensor.h"
+
+namespace AscendC {
+
+template <TPosition position>
+constexpr pipe_t producer_pipe() {
+    switch (position) {
+        case TPosition::VECIN: case TPosition::A1: case TPosition::B1: return PIPE_MTE2;
+        case TPosition::VECOUT: return PIPE_V;
+        case TPosition::A2: case TPosition::B2: return PIPE_MTE1;
+        case TPosition::CO1: return PIPE_M;
+        default: return PIPE_S;
+    }
+}
+
+template <TPosition position>
+constexpr pipe_t consumer_pipe() {
+    switch (position) {
+        case TPosition::VECIN: return PIPE_V;
+        case TPosition::VECOUT: return PIPE_MTE3;
+        case TPosition::A1: case TPosition::B1: return PIPE_MTE1;
+        case TPosition::A2: case TPosition::B2: return PIPE_M;
+        case TPosition::CO1: return PIPE_FIX;
+        default: return PIPE_S;
+    }
+}
+
+inline ascendc_emulator::LocalMemory &memory_of(ascendc_emulator::Core &core, TPosition position) {
+    switch (position) {
+        case TPosition::A1: case TPosition::B1: return core.l1;
+        case TPosition::A2: return core.l0a;
+        case TPosition::B2: return core.l0b;
+        case TPosition::CO1: return core.l0c;
+        default: return core.ub;
+    }
+}
+
+template <TPosition position, int32_t depth, auto mask = 0>
+class TQue {
+public:
+    template <class T>
+    LocalTensor<T> AllocTensor() {
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        for (size_t step = 0; step < buffers_.size(); ++step) {  // in turn, so that two buffers do overlap
+            Buffer &buffer = buffers_[(next_ + step) % buffers_.size()];
+            if (buffer.allocation->state != ascendc_emulator::Allocation::State::free) continue;
+            next_ = (next_ + step + 1) % buffers_.size();
+            buffer.allocation->state = ascendc_emulator::Allocation::State::held;
+            if (buffer.used) core.learn(producer_pipe<position>(), buffer.released);
+            buffer.used = true;
+            return view<T>(buffer);
+        }
+        throw ascendc_emulator::Fault("queue-misuse", core.label() + ": AllocTensor on " + label() + " finds no free buffer of " +
+                                                          std::to_string(buffers_.size()) + "; the hardware would wait for ever");
+    }
+
+    template <class T>
+    bool EnQue(const LocalTensor<T> &tensor) {
+        using ascendc_emulator::Allocation;
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        Buffer &buffer = owner(core, tensor, "EnQue");
+        ascendc_emulator::require(buffer.allocation->state == Allocation::State::held, "queue-misuse",
+                                  core.label() + ": EnQue of a tensor of " + label() + " that is not held");
+        ascendc_emulator::require(static_cast<int32_t>(queued_.size()) < depth, "queue-misuse",
+                                  core.label() + ": EnQue on " + label() + " beyond its depth of " + std::to_string(depth));
+        buffer.allocation->state = Allocation::State::queued;
+        buffer.filled = core.snapshot(producer_pipe<position>());
+        queued_.push_back(&buffer);
+        return true;
+    }
+
+    template <class T>
+    LocalTensor<T> DeQue() {
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        ascendc_emulator::require(!queued_.empty(), "queue-misuse", core.label() + ": DeQue on an empty " + label());
+        Buffer &buffer = *queued_.front();
+        queued_.pop_front();
+        buffer.allocation->state = ascendc_emulator::Allocation::State::held;
+        core.learn(consumer_pipe<position>(), buffer.filled);
+        return view<T>(buffer);
+    }
+
+    template <class T>
+    void FreeTensor(LocalTensor<T> &tensor) {
+        using ascendc_emulator::Allocation;
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        Buffer &buffer = owner(core, tensor, "FreeTensor");
+        ascendc_emulator::require(buffer.allocation->state == Allocation::State::held, "queue-misuse",
+                                  core.label() + ": FreeTensor of a tensor of " + label() + " that is not held");
+        buffer.allocation->state = Allocation::State::free;
+        buffer.released = core.snapshot(consumer_pipe<position>());
+    }
+
+    // --- for TPipe ------------------------------------------------------------------------------------------
+    void add(ascendc_emulator::Core &core, uint32_t offset, uint32_t bytes) {
+        auto allocation = std::make_shared<ascendc_emulator::Allocation>();
+        allocation->state = ascendc_emulator::Allocation::State::free;
+        allocation->owner = label();
+        allocation->begin = offset;
+        allocation->size = bytes;
+        buffers_.push_back({allocation, &memory_of(core, position), false, {}, {}});
+    }
+    static std::string label() { return std::string("a queue from ") + ascendc_emulator::pipe_name(producer_pipe<position>()) + " to " +
+                                        ascendc_emulator::pipe_name(consumer_pipe<position>()); }
+    static constexpr TPosition kPosition = position;
+
+private:
+    struct Buffer {
+        std::shared_ptr<ascendc_emulator::Allocation> allocation;
+        ascendc_emulator::LocalMemory *memory;
+        bool used;
+        ascendc_emulator::Knowledge filled, released;
+    };
+
+    template <class T>
+    LocalTensor<T> view(const Buffer &buffer) const {
+        return LocalTensor<T>(buffer.memory, buffer.allocation, buffer.allocation->begin, buffer.allocation->size);
+    }
+
+    template <class T>
+    Buffer &owner(const ascendc_emulator::Core &core, const LocalTensor<T> &tensor, const char *step) {
+        for (Buffer &buffer : buffers_) {
+            if (buffer.allocation == tensor.allocation()) return buffer;
+        }
+        throw ascendc_emulator::Fault("queue-misuse", core.label() + ": " + step + " of a tensor that is not of " + label());
+    }
+
+    std::deque<Buffer> buffers_;
+    size_t next_ = 0;
+    std::deque<Buffer *> queued_;
+};
+
+template <TPosition position = TPosition::VECCALC>
+class TBuf {
+public:
+    template <class T>
+    LocalTensor<T> Get() const {
+        return LocalTensor<T>(memory_, allocation_, allocation_->begin, allocation_->size);
+    }
+
+    void add(ascendc_emulator::Core &core, uint32_t offset, uint32_t bytes) {
+        memory_ = &memory_of(core, position);
+        allocation_ = std::make_shared<ascendc_emulator::Allocation>();
+        allocation_->owner = "a TBuf";
+        allocation_->begin = offset;
+        allocation_->size = bytes;
+    }
+    static constexpr TPosition kPosition = position;
+
+private:
+    ascendc_emulator::LocalMemory *memory_ = nullptr;
+    std::shared_ptr<ascendc_emulator::Allocation> allocation_;
+};
+
+class TPipe {
+public:
+    TPipe() { reset_memories(); }
+    TPipe(const TPipe &) = delete;
+    TPipe &operator=(const TPipe &) = delete;
+
+    template <TPosition position, int32_t depth, auto mask>
+    bool InitBuffer(TQue<position, depth, mask> &queue, uint8_t count, uint32_t bytes) {
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        int &events = events_[{producer_pipe<position>(), consumer_pipe<position>()}];
+        events += count;
+        ascendc_emulator::require(events <= ascendc_emulator::kEventIds, "flag-misuse",
+                                  core.label() + ": queues from " + ascendc_emulator::pipe_name(producer_pipe<position>()) +
+                                      " need more than 8 events");
+        for (uint8_t i = 0; i < count; ++i) queue.add(core, take(core, position, bytes), bytes);
+        return true;
+    }
+
+    template <TPosition position>
+    bool InitBuffer(TBuf<position> &buffer, uint32_t bytes) {
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        buffer.add(core, take(core, position, bytes), bytes);
+        return true;
+    }
+
+    // Gives every buffer back. Queues and buffers must be initialised anew.
+    void Reset() {
+        PipeBarrier<PIPE_ALL>();
+        events_.clear();
+        reset_memories();
+    }
+
+    template <HardEvent event>
+    TEventID AllocEventID() {
+        auto &used = taken_[static_cast<int>(event)];
+        for (int id = ascendc_emulator::kEventIds - 1; id >= 0; --id) {
+            if (!(used & (1u << id))) {
+                used |= 1u << id;
+                return static_cast<TEventID>(id);
+            }
+        }
+        throw ascendc_emulator::Fault("flag-misuse", "no event left of the 8 of this pair of pipes");
+    }
+
+    template <HardEvent event>
+    void ReleaseEventID(TEventID id) {
+        taken_[static_cast<int>(event)] &= ~(1u << id);
+    }
+
+private:
+    static void reset_memories() {
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        for (ascendc_emulator::LocalMemory *memory : {&core.ub, &core.l1, &core.l0a, &core.l0b, &core.l0c}) {
+            memory->used = 0;
+            for (auto &block : memory->blocks) block.initialised = false;
+        }
+    }
+
+    static uint32_t take(ascendc_emulator::Core &core, TPosition position, uint32_t &bytes) {
+        using namespace ascendc_emulator;
+        LocalMemory &memory = memory_of(core, position);
+        bytes = (bytes + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
+        std::string name = memory.name + "-overflow";
+        for (char &c : name) c = static_cast<char>(c >= 'A' && c <= 'Z' ? c + ('a' - 'A') : c);
+        require(memory.used + bytes <= memory.capacity, name.c_str(),
+                core.label() + ": a buffer of " + text(bytes) + " bytes on top of " + text(memory.used) + " does not fit into the " +
+                    text(memory.capacity) + " bytes of " + memory.name + " of " + core.chip.name);
+        const uint32_t offset = memory.used;
+        memory.used += bytes;
+        return offset;
+    }
+
+    std::map<std::pair<int, int>, int> events_;
+    std::map<int, uint32_t> taken_;
+};
+
+}  // namespace AscendC
