@@ -35,7 +35,7 @@ from benchmarks.measure import cache_bytes, provenance
 from qwen3_fp8_ascend.backends import select_backend
 from qwen3_fp8_ascend.format import BlockFp8Config
 from qwen3_fp8_ascend.testing.models import qwen3_config, qwen3_shapes, write_byte_tokenizer
-from qwen3_fp8_ascend.testing.server import Server, serve, serving_environment
+from qwen3_fp8_ascend.testing.server import Server, exit_on_sigterm, serve, serving_environment
 
 RESULTS = Path(__file__).parent / "results"
 QWEN3_8B = {
@@ -60,9 +60,7 @@ console = Console(width=max(120, Console().width))
 
 
 def bench(
-    layers: Annotated[
-        int, typer.Option(help="Decoder layers; Qwen3-8B has 36, two precisions of 8 fit in 24 GiB.")
-    ] = 8,
+    layers: Annotated[int, typer.Option(help="Decoder layers of 36; with 6, two or three servers fit in 24 GiB.")] = 6,
     only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SERVERS)}; repeatable.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of all servers in turn.")] = 5,
     input_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 32,
@@ -232,4 +230,5 @@ def _print(frame: pd.DataFrame, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     typer.run(bench)

@@ -6,7 +6,6 @@ Without --model the demo's own model is prepared: SmolLM2-135M-Instruct, quantiz
 from __future__ import annotations
 
 import re
-import signal
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import typer
 from rich.console import Console
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.testing.server import Server, serve
+from qwen3_fp8_ascend.testing.server import Server, exit_on_sigterm, serve
 from qwen3_fp8_ascend.verify import QUESTIONS, ask, render
 
 ROOT = Path(__file__).parent.parent
@@ -75,12 +74,8 @@ def backend_line(server: Server) -> str:
     return found.group()
 
 
-def interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)  # so that a stopped demo stops its server too
+    exit_on_sigterm()
     try:
         typer.run(demo)
     except BlockFp8Error as error:

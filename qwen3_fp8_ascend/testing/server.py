@@ -114,6 +114,15 @@ def serve(
         stop(process)
 
 
+def exit_on_sigterm() -> None:
+    """Turn SIGTERM into an orderly exit, so that a script that is stopped stops its servers too."""
+
+    def leave(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
 def stop(process: subprocess.Popen[bytes], patience: float = 20) -> None:
     """End a server's whole process group: SIGTERM, then SIGKILL for what is left."""
     with contextlib.suppress(ProcessLookupError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -11,10 +12,34 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockSize, ShardGrid
+from qwen3_fp8_ascend.vllm_plugin import logger
 from qwen3_fp8_ascend.vllm_plugin.parameters import DAMAGED, ShardScaleParameter, checked_loader
+
+REPORT_BYTES = 1 << 30
+"""How much is packed between two lines in the log."""
 
 UNWRITTEN_CODE = 0x7F
 """A NaN code: no good checkpoint holds it, so rows full of it were never loaded."""
+
+
+class PackingProgress:
+    """Says in the log how far packing has come, every GiB: a large model takes several seconds."""
+
+    def __init__(self) -> None:
+        self.layers = self.bytes = self.reported = 0
+        self.seconds = 0.0
+
+    def add(self, size: int, seconds: float) -> None:
+        self.layers += 1
+        self.bytes += size
+        self.seconds += seconds
+        if self.bytes - self.reported >= REPORT_BYTES:
+            self.reported = self.bytes
+            rate = self.bytes / max(self.seconds, 1e-9) / 1e9
+            logger.info("packed %d block-FP8 layers, %.1f GB so far (%.1f GB/s)", self.layers, self.bytes / 1e9, rate)
+
+
+packing = PackingProgress()
 
 
 @register_weight_loader_v2_supported_method
@@ -96,6 +121,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         if self.dummy:
             scale.abs_()
         del layer.weight, layer.weight_scale_inv
+        start = time.perf_counter()
         try:
             packed = ops.pack_weight(
                 weight, scale, self.backend, grid.widths, block=self.block, activation=self.activation
@@ -103,6 +129,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         except BlockFp8Error:
             self._name_bad_tensor(weight, scale, grid)
             raise
+        packing.add(packed.nbytes, time.perf_counter() - start)
         layer.packed_weight = packed
         # vLLM (LoRA, memory accounting) looks for a parameter named `weight`; it shares the packed storage.
         layer.weight = torch.nn.Parameter(packed.tensors[0], requires_grad=False)

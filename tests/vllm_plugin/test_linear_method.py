@@ -1,6 +1,7 @@
 """vLLM's own linear layers with our linear method: loading of shards, results, memory, refusals."""
 
 import gc
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -315,3 +316,14 @@ def test_splits_through_a_block_are_refused(ranks: Callable[[int, int], None]) -
     with pytest.raises(BlockFp8Error, match=r"columns a rank in multiples of 128") as refused:
         RowParallelLinear(1152, 200, bias=False, params_dtype=torch.bfloat16, quant_config=config(), prefix="down_proj")
     assert "--tensor-parallel-size 1 or 3 or 9 " in str(refused.value)
+
+
+def test_packing_reports_its_progress(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from qwen3_fp8_ascend.vllm_plugin import linear
+
+    monkeypatch.setattr(linear, "REPORT_BYTES", 1000)
+    monkeypatch.setattr(linear, "packing", linear.PackingProgress())
+    monkeypatch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
+    with caplog.at_level("INFO", logger="qwen3_fp8_ascend"):
+        finish(loaded_qkv(random_problem(1, (576, 192, 192), 576)))
+    assert "packed 1 block-FP8 layers" in caplog.text
