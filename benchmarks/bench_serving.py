@@ -14,6 +14,7 @@ import contextlib
 import gzip
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import cache_bytes, provenance
+from benchmarks.peers import on_huge_pages
 from qwen3_fp8_ascend.backends import select_backend
 from qwen3_fp8_ascend.format import BlockFp8Config
 from qwen3_fp8_ascend.testing.models import qwen3_config, qwen3_shapes, write_byte_tokenizer
@@ -128,13 +130,16 @@ class MemoryReader:
 
     def __init__(self) -> None:
         select_backend("cpu", "cpu")  # loads the operators
-        self.memory = torch.ones(2 * cache_bytes(), dtype=torch.uint8)
+        self.memory = on_huge_pages(torch.ones(2 * cache_bytes(), dtype=torch.uint8))
 
     def seconds(self, size: int) -> float:
-        """What reading `size` bytes would take at the speed of this moment."""
-        start = time.perf_counter()
-        torch.ops.qwen3_fp8_ascend.cpu_read(self.memory)
-        return (time.perf_counter() - start) * size / self.memory.numel()
+        """What reading `size` bytes would take at the speed of this moment (median of five reads)."""
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.ops.qwen3_fp8_ascend.cpu_read(self.memory)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times) * size / self.memory.numel()
 
 
 def _bytes_a_token(shapes: dict[str, tuple[int, ...]], name: str) -> int:

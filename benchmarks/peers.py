@@ -41,7 +41,7 @@ class Peer:
     unavailable: Callable[[], str | None] = lambda: None
 
 
-def _on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+def on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on 2 MiB pages, so that no implementation is slower for want of them."""
     size = tensor.numel() * tensor.element_size()
     memory = mmap.mmap(-1, size + (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -60,12 +60,12 @@ def _ours(activation: str) -> Callable[[Weights], Prepared]:
 
 
 def _read(weights: Weights) -> Prepared:
-    copies = [_on_huge_pages(weights.codes.view(torch.uint8)) for _ in range(weights.copies(1))]
+    copies = [on_huge_pages(weights.codes.view(torch.uint8)) for _ in range(weights.copies(1))]
     return lambda x: lambda i: torch.ops.qwen3_fp8_ascend.cpu_read(copies[i % len(copies)])
 
 
 def _torch_bf16(weights: Weights) -> Prepared:
-    copies = [_on_huge_pages(weights.bf16) for _ in range(weights.copies(2))]
+    copies = [on_huge_pages(weights.bf16) for _ in range(weights.copies(2))]
     return lambda x: lambda i: torch.nn.functional.linear(x, copies[i % len(copies)])
 
 
@@ -79,7 +79,7 @@ def _vllm_missing() -> str | None:
 
 def _vllm_bf16(weights: Weights) -> Prepared:
     packed = torch.ops._C.convert_weight_packed(weights.bf16)
-    copies = [_on_huge_pages(packed) for _ in range(weights.copies(2))]
+    copies = [on_huge_pages(packed) for _ in range(weights.copies(2))]
 
     def run(x: torch.Tensor) -> Callable[[int], object]:
         out = torch.empty(x.shape[0], weights.codes.shape[0], dtype=x.dtype)
@@ -90,7 +90,7 @@ def _vllm_bf16(weights: Weights) -> Prepared:
 
 def _vllm_fp8(weights: Weights) -> Prepared:
     packed = torch.ops._C.convert_weight_packed(weights.codes)
-    copies = [_on_huge_pages(packed) for _ in range(weights.copies(1))]
+    copies = [on_huge_pages(packed) for _ in range(weights.copies(1))]
     scale = weights.scale
     return lambda x: (
         lambda i: torch.ops._C.fp8_scaled_mm_cpu(
