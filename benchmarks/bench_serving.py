@@ -2,7 +2,7 @@
 
 Servers with random weights of the model's shape (`--load-format dummy`) run side by side; `vllm bench serve` asks them
 in turn, round after round, so that the machine's drift meets all alike. Each time is set against the time that
-reading all weights once would take at the memory's speed, measured in the same rounds.
+reading all weights once takes at the memory's speed, measured just before.
 
     python -m benchmarks.bench_serving                     # Qwen3-8B, a slice of 6 layers, fp8 / fp8 head / bf16
     python -m benchmarks.bench_serving --layers 36 --only "fp8 head" --profile
@@ -76,7 +76,10 @@ def bench(
     shapes = qwen3_shapes(qwen3_config(**QWEN3_8B, num_hidden_layers=layers))
     facts = provenance() | {"layers": str(layers), "concurrency": str(concurrency), "eager": str(eager)}
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
+    # Before any server is up: an idle vLLM polls, and takes a core from whoever reads beside it.
     memory = MemoryReader()
+    limits = {name: memory.seconds(_bytes_a_token(shapes, name)) for name in names}
+    del memory
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         servers = {}
@@ -86,10 +89,9 @@ def bench(
             console.print(f"{name}: up, {_resident(servers[name]):.2f} GB resident", highlight=False)
         for number in range(-1, rounds):  # the first is the warm-up
             for name in names:
-                limit = memory.seconds(_bytes_a_token(shapes, name))
                 result = _ask(servers[name], Path(folder), input_len, output_len, concurrency)
                 if number >= 0:
-                    found.append({"server": name, "round": number, "limit_ms": limit * 1e3} | result)
+                    found.append({"server": name, "round": number, "limit_ms": limits[name] * 1e3} | result)
         for name in names:
             rows = [row for row in found if row["server"] == name]
             for row in rows:
@@ -133,9 +135,9 @@ class MemoryReader:
         self.memory = on_huge_pages(torch.ones(2 * cache_bytes(), dtype=torch.uint8))
 
     def seconds(self, size: int) -> float:
-        """What reading `size` bytes would take at the speed of this moment (median of five reads)."""
+        """What reading `size` bytes takes, by the median of several reads."""
         times = []
-        for _ in range(5):
+        for _ in range(15):
             start = time.perf_counter()
             torch.ops.qwen3_fp8_ascend.cpu_read(self.memory)
             times.append(time.perf_counter() - start)
