@@ -63,7 +63,7 @@ def _flops(frame: pd.DataFrame) -> pd.Series:
 def draw(frame: pd.DataFrame, picture: Path) -> None:
     """Time of a layer's linears over m, relative to the raw read of the FP8 bytes, one panel a thread count."""
     times = layer_times(frame)
-    counts = sorted(frame.threads.unique())
+    counts = sorted(int(count) for count in frame.threads.unique())
     figure, axes = plt.subplots(1, len(counts), figsize=(6 * len(counts), 4.5), sharey=True, squeeze=False)
     for axis, count in zip(axes[0], counts, strict=True):
         part = times.loc[count]
