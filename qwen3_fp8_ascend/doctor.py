@@ -101,8 +101,12 @@ def _installer_of_vllm() -> str:
 
 
 def _ascend(packages: dict[str, str | None]) -> dict[str, Any]:
+    from qwen3_fp8_ascend.backends.ascendc import LIBRARY
+
     home = os.environ.get("ASCEND_HOME_PATH")
+    not_built = "not built (ASCEND_HOME_PATH was not set when this package was installed)"
     return {
+        "Ascend C kernels": "built" if LIBRARY.exists() else not_built,
         "CANN": home or "not found (ASCEND_HOME_PATH is not set)",
         "torch-npu": packages["torch-npu"] or "not installed",
         "vllm-ascend": packages["vllm-ascend"] or "not installed",

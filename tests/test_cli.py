@@ -31,6 +31,7 @@ def test_doctor_speaks_json() -> None:
     report = json.loads(done.stdout)
     assert {b["name"] for b in report["backends"]} >= {"cpu", "reference"}
     assert done.returncode == (2 if report["problems"] else 0)
+    assert report["ascend"]["Ascend C kernels"].startswith(("built", "not built"))
 
 
 def test_quantize_inspect_dequantize(bf16: Path, tmp_path: Path) -> None:
