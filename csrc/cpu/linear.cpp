@@ -5,14 +5,13 @@
 #include <cstring>
 
 #include "isa.h"
+#include "numbers.h"
 #include "parallel.h"
 #include "scratch.h"
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {
 
-constexpr float kE4m3Max = 448.0f;
-constexpr float kAmaxFloor = 1e-10f;
 constexpr std::int64_t kPanelsAtOnce = 2;  // the most that a kernel takes at a time: ranges are cut between such pairs
 
 // From this many rows on, AMX reads whole tiles of as many.

@@ -1,6 +1,6 @@
 """How far a result is from the specification, and how far it may be.
 
-Bounds follow `docs` of the numbers: block-scaled fp32 against an fp64 oracle lies near 1e-7, weights rounded
+Where the bounds come from: block-scaled fp32 against an fp64 oracle lies near 1e-7, weights rounded
 to bf16 near 2e-3, w8a16 taken for w8a8 near 3e-2. A gate of 1e-3 on rounded outputs would let all of them pass.
 """
 
