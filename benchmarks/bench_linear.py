@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.measure import Timing, cache_bytes, interleave, provenance
+from benchmarks.measure import Timing, cache_bytes, interleave
 from benchmarks.peers import PEERS, Weights
 from benchmarks.shapes import MODELS, ROWS
 from qwen3_fp8_ascend.backends import cpu, select_backend
+from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.testing.judges import CALC_DIFF, Problem, calc_diff, random_problem
 
 RESULTS = Path(__file__).parent / "results"

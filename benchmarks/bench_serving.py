@@ -32,10 +32,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import cache_bytes, provenance
+from benchmarks.measure import cache_bytes
 from benchmarks.peers import on_huge_pages
 from qwen3_fp8_ascend.backends import select_backend
 from qwen3_fp8_ascend.format import BlockFp8Config
+from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.testing.models import qwen3_config, qwen3_shapes, write_byte_tokenizer
 from qwen3_fp8_ascend.testing.server import Server, exit_on_sigterm, serve, serving_environment
 

