@@ -16,7 +16,6 @@ from rich.table import Table
 from qwen3_fp8_ascend.provenance import PACKAGES, cpu_name, installed_version
 
 
-
 @dataclass(frozen=True)
 class Report:
     """`problems` are (what, what to do); an empty list means that serving should work."""

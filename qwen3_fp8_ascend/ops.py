@@ -68,17 +68,19 @@ def pack_weight(
     *,
     block: Sequence[int] = DEFAULT_BLOCK,
     activation: str = "dynamic",
+    check_values: bool = True,
 ) -> PackedWeight:
     """Lay a weight out for a backend, once; the result is the only copy that has to stay resident.
 
     Shapes: weight (n, k) float8_e4m3fn, scale (sum over shards of ceil(width / block_n), ceil(k / block_k)) fp32 or
     bf16. `widths` are the row counts of merged shards (default: one shard). `activation` is what the weight will be
     used with ("dynamic" or "none"), so that a backend that cannot compute it is refused here, not at the first token.
+    `check_values=False` is for weights whose values mean nothing (random ones, fake tensors); NaN codes then pass.
     Raises:
         BlockFp8Error: wrong dtype or shape, NaN codes, non-finite or negative scales, or the backend cannot run here.
     """
     grid = _check_weight(weight, scale, widths, block)
-    nan_codes = count_nan_codes(weight)
+    nan_codes = count_nan_codes(weight) if check_values else 0
     if nan_codes:
         raise BlockFp8Error(
             "the weight holds NaN codes (0x7F or 0xFF)",
@@ -86,8 +88,9 @@ def pack_weight(
             got=f"{nan_codes} NaN of {weight.numel()}",
             fix="the checkpoint is damaged or its converter overflowed; download or quantize it again",
         )
-    check_scale_values(scale)
     chosen = select_backend(backend, weight.device.type, _computes(activation), grid.block)
+    if check_values:
+        check_scale_values(scale, limit=chosen.max_scale)
     tensors = chosen.pack(weight.contiguous(), scale.float().contiguous(), grid)
     return PackedWeight(chosen.name, grid, tensors)
 
@@ -131,19 +134,19 @@ def count_nan_codes(weight: torch.Tensor) -> int:
     return count
 
 
-def check_scale_values(scale: torch.Tensor, where: object = None) -> None:
-    """Refuse scales that are not finite or are negative.
+def check_scale_values(scale: torch.Tensor, where: object = None, limit: float = math.inf) -> None:
+    """Refuse scales that are not finite, are negative, or exceed what a backend can represent.
 
     Raises:
         BlockFp8Error: with the count and the first position.
     """
-    bad = ~(torch.isfinite(scale) & (scale >= 0))
+    bad = ~(torch.isfinite(scale) & (scale >= 0) & (scale <= limit))
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
         raise BlockFp8Error(
             "the weight's block scales are not all finite and non-negative",
             where=where,
-            expected="finite numbers of zero or more",
+            expected="finite numbers of zero or more" + ("" if math.isinf(limit) else f", up to {limit:.3g}"),
             got=f"{int(bad.sum())} of {bad.numel()} bad, the first at {first}: {float(scale[first])}",
             fix="the checkpoint is damaged; download or quantize it again",
         )

@@ -7,18 +7,20 @@ go to the fused kernel, more to one dequantized scratch and the stock matrix pro
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 import os
 from pathlib import Path
 
 import torch
 
+from qwen3_fp8_ascend.backends import e4m3, prefill, soc
+from qwen3_fp8_ascend.backends.operators import torch_operator
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockSize, ShardGrid, ceil_div
 
 LIBRARY = Path(__file__).parent.parent / "libqwen3_fp8_ascendc.so"
-SUPPORTED_CHIPS = ("Ascend910B", "Ascend910_93")
+SUPPORTED_GENERATIONS = ("A2", "A3")
 
 HAND_OVER_ROWS = 64
 """Most rows of x for the fused kernel (`kMaxRows` in csrc/ascend/tiling.h).
@@ -57,7 +59,7 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[to
         16-bit lanes, the second half in the high ones. A scale is multiplied by 2^8 and repeated to 32 bytes.
         A span is the tile's first output and its number of outputs.
     Raises:
-        BlockFp8Error: k is larger than the kernels address, or a scale overflows when multiplied by 2^8.
+        BlockFp8Error: k is larger than the kernels address.
     """
     if grid.k > MAX_COLUMNS:
         raise BlockFp8Error("the weight has too many columns", expected=f"k <= {MAX_COLUMNS}", got=grid.k)
@@ -71,17 +73,11 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[to
     halves = strips.reshape(len(spans), k_blocks, 2, TILE * TILE // 2)
     lanes = halves.transpose(2, 3).reshape(len(spans), k_blocks, TILE * TILE)
     biased = scale[[span.scale_row for span in spans]] * DECODE_BIAS
-    if not bool(torch.isfinite(biased).all()):
-        raise BlockFp8Error(
-            "a block scale is too large for the Ascend C kernels",
-            expected=f"scales below {torch.finfo(torch.float32).max / DECODE_BIAS:.3g}",
-            got=float(scale.max()),
-            fix="the checkpoint is damaged, or use another backend",
-        )
     scales = biased.unsqueeze(-1).expand(-1, -1, SCALE_REPEATS).contiguous()
     table = torch.zeros(len(spans), 8, dtype=torch.int32)
     for tile, span in enumerate(spans):
         table[tile, 0], table[tile, 1] = span.start, span.rows
+    prefill.reserve(grid.n * grid.k, weight.device)
     return lanes.contiguous(), scales, table.to(weight.device)
 
 
@@ -89,16 +85,50 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, act
     if packed.n == 0 or packed.k == 0 or x.shape[0] == 0:
         out = x.new_zeros(x.shape[0], packed.n)
         return out if bias is None else out + bias.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    return ascendc_linear(x, *packed.tensors, bias, packed.n, activation == "dynamic")
+
+
+def _fake_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    spans: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    dynamic: bool,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+@torch_operator(_fake_linear)
+def ascendc_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    spans: torch.Tensor,
+    bias: torch.Tensor | None,
+    n: int,
+    dynamic: bool,
+) -> torch.Tensor:
+    """The kernel that suits the number of rows.
+
+    Shapes: x (m, k), codes, scales and spans as `pack` returns them, bias (n,) in x.dtype -> (m, n) in x.dtype.
+    """
     x = x.contiguous()
-    if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
-    if x.shape[0] > HAND_OVER_ROWS:
-        return _through_scratch(x, packed, bias, activation)
-    if x.shape[0] == 1 and packed.k <= MAX_GEMV_COLUMNS and _single_row_kernel() == "gemv":
-        kernel = torch.ops.qwen3_fp8_ascend.ascendc_block_gemv
-    else:
-        kernel = torch.ops.qwen3_fp8_ascend.ascendc_block_linear
-    return kernel(x, *packed.tensors, bias, packed.n, activation == "dynamic")
+    bias = None if bias is None else bias.contiguous()
+    operators = torch.ops.qwen3_fp8_ascend
+    m, k = x.shape
+    if m > HAND_OVER_ROWS and prefill.fits(n * k):
+        weight = prefill.scratch(n, k, x.dtype, x.device)
+        operators.ascendc_block_dequantize_out(codes, scales, spans, weight)
+        return prefill.multiply(_dequantized_activation(x) if dynamic else x, weight, n, bias)
+    if m == 1 and k <= MAX_GEMV_COLUMNS and _single_row_kernel() == "gemv":
+        return operators.ascendc_block_gemv(x, codes, scales, spans, bias, n, dynamic)
+    rows = [
+        operators.ascendc_block_linear(part, codes, scales, spans, bias, n, dynamic) for part in x.split(HAND_OVER_ROWS)
+    ]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 @functools.cache
@@ -114,43 +144,10 @@ def _single_row_kernel() -> str:
     return chosen
 
 
-def dequantize_packed(packed: PackedWeight, out: torch.Tensor) -> torch.Tensor:
-    """Dequantize a packed weight into a given tensor, so that one scratch can serve every layer.
-
-    Shapes: out (n, k) fp16, bf16 or fp32, contiguous.
-    """
-    torch.ops.qwen3_fp8_ascend.ascendc_block_dequantize_out(*packed.tensors, out)
-    return out
-
-
-def _through_scratch(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    weight = dequantize_packed(packed, _scratch(packed.n, packed.k, x.dtype, x.device))
-    if activation == "dynamic":
-        codes, scale = torch.ops.qwen3_fp8_ascend.ascendc_group_quantize(x)
-        values = _code_values(x.device)[codes.int()]
-        x = (values * scale.repeat_interleave(TILE, dim=1)[:, : packed.k]).to(x.dtype)
-    out = x @ weight.T
-    return out if bias is None else out + bias
-
-
-_SCRATCH: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
-
-
-def _scratch(n: int, k: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """One buffer a dtype and device, as large as the largest weight that asked for it.
-
-    Layers on one stream use it one after another; growing it keeps the old one alive as long as it is in use.
-    """
-    buffer = _SCRATCH.get((dtype, device))
-    if buffer is None or buffer.numel() < n * k:
-        buffer = _SCRATCH[dtype, device] = torch.empty(n * k, dtype=dtype, device=device)
-    return buffer[: n * k].view(n, k)
-
-
-@functools.cache
-def _code_values(device: torch.device) -> torch.Tensor:
-    """The value of each of the 256 codes, fp32, for devices that cannot convert e4m3."""
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+def _dequantized_activation(x: torch.Tensor) -> torch.Tensor:
+    """x after quantization, in x.dtype: what the stock product multiplies in W8A8."""
+    codes, scale = torch.ops.qwen3_fp8_ascend.ascendc_group_quantize(x)
+    return (e4m3.decode(codes) * scale.repeat_interleave(TILE, dim=1)[:, : x.shape[1]]).to(x.dtype)
 
 
 def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,25 +172,19 @@ def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid
 
 @functools.cache
 def unusable() -> str | None:
-    if importlib.util.find_spec("torch_npu") is None:
-        return "torch_npu is not installed"
+    if reason := soc.missing_npu():
+        return reason
     if not LIBRARY.exists():
         return "built without CANN: install again with ASCEND_HOME_PATH set (CANN 8.5 or newer)"
-    try:
-        import torch_npu
-
-        if not torch_npu.npu.is_available():
-            return "torch_npu sees no NPU"
-        chip = torch_npu.npu.get_device_name()
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"torch_npu does not load: {error}"
-    if not chip.startswith(SUPPORTED_CHIPS):
-        return f"built for Atlas A2 (Ascend910B*) and A3 (Ascend910_93*), this NPU is {chip}"
+    generation = soc.current_generation()
+    if generation is None or generation.name not in SUPPORTED_GENERATIONS:
+        return f"built for Atlas A2 (Ascend910B*) and A3 (Ascend910_93*), this NPU is {soc.device_name()}"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"{LIBRARY.name} does not load: {error}"
-    return _decode_fault(torch.device("npu", torch_npu.npu.current_device()))
+    npu = importlib.import_module("torch_npu").npu
+    return _decode_fault(torch.device("npu", npu.current_device()))
 
 
 def _decode_fault(device: torch.device) -> str | None:
@@ -224,6 +215,14 @@ def unsupported(block: BlockSize) -> str | None:
     return None
 
 
+def _plan() -> tuple[tuple[str, str], ...]:
+    return (
+        ("m = 1", f"{_single_row_kernel()} kernel"),
+        (f"m <= {HAND_OVER_ROWS}", "fused kernel: decoded on vector cores, multiplied by the cube"),
+        (f"m > {HAND_OVER_ROWS}", "decode into the shared scratch, then the stock product"),
+    )
+
+
 BACKEND = Backend(
     name="ascendc",
     summary="Ascend C kernels on Atlas A2 and A3: decoding on vector cores, products on the cube",
@@ -235,4 +234,7 @@ BACKEND = Backend(
     quantize_activation=quantize_activation,
     dequantize_weight=dequantize_weight,
     unsupported=unsupported,
+    detail=lambda: soc.device_name() or "",
+    plan=_plan,
+    max_scale=torch.finfo(torch.float32).max / DECODE_BIAS,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "QWEN3_FP8_ASCEND_BACKEND"
 
-_MODULES = ("ascendc", "triton", "cpu", "reference")
+_MODULES = ("ascendc", "torch_npu", "triton", "cpu", "reference")
 
 COMPUTES = {"dynamic": "w8a8", "none": "w8a16"}
 """What `block_linear` computes for each value of its argument `activation`."""
@@ -69,6 +70,9 @@ class Backend:
     unusable: the reason why this backend cannot run on this machine, or None.
     unsupported: the reason why it cannot serve this block size, or None.
     detail: what of it is in use on this machine (an instruction set, a chip), once it is usable.
+    by_name_only: the reason why the automatic choice passes over it, or None.
+    plan: what serves which number of rows on this machine, as pairs like ("m <= 64", "fused kernel"), once usable.
+    max_scale: the largest block scale it can represent.
     """
 
     name: str
@@ -82,6 +86,9 @@ class Backend:
     dequantize_weight: Callable[[torch.Tensor, torch.Tensor, ShardGrid, torch.dtype], torch.Tensor]
     unsupported: Callable[[BlockSize], str | None] = lambda block: None
     detail: Callable[[], str] | None = None
+    by_name_only: Callable[[], str | None] = lambda: None
+    plan: Callable[[], tuple[tuple[str, str], ...]] | None = None
+    max_scale: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class BackendStatus:
     device_types: tuple[str, ...]
     summary: str
     detail: str | None
+    plan: tuple[tuple[str, str], ...]
 
 
 LOADED: dict[str, Backend] = {}
@@ -137,6 +145,7 @@ def available_backends() -> tuple[BackendStatus, ...]:
                 tuple(sorted(backend.device_types)),
                 backend.summary,
                 backend.detail() if backend.detail and reason is None else None,
+                backend.plan() if backend.plan and reason is None else (),
             )
         )
     return tuple(out)
@@ -161,7 +170,7 @@ def select_backend(
     """The backend to use: `name`, else $QWEN3_FP8_ASCEND_BACKEND, else the first that fits.
 
     An explicit choice that cannot run raises with the reason. The automatic choice is logged once, with what
-    was rejected and why; it never ends at `reference`, which is far too slow to be anybody's accident.
+    was rejected and why; it never ends at a backend that is far too slow to be anybody's accident.
 
     Raises:
         BlockFp8Error: unknown name, the named backend cannot run here, or none can.
@@ -177,13 +186,10 @@ def select_backend(
             )
         logger.info("block FP8 on %s: backend %s, asked for by name", device_type, _described(backend))
         return backend
-    rejected = []
+    rejected: list[str] = []
     for candidate in _MODULES:
-        if candidate == "reference":
-            rejected.append("reference: only when asked for by name")
-            continue
         backend = load_backend(candidate)
-        reason = _objection(backend, device_type, computes, block)
+        reason = _objection(backend, device_type, computes, block) or backend.by_name_only()
         if reason is None:
             logger.info(
                 "block FP8 on %s: backend %s; rejected: %s",
@@ -196,5 +202,5 @@ def select_backend(
     raise BlockFp8Error(
         f"no backend can run block FP8 on {device_type}",
         got="; ".join(rejected),
-        fix="see `qwen3-fp8-ascend doctor`; `reference` runs anywhere but slowly and must be asked for by name",
+        fix="see `qwen3-fp8-ascend doctor`; slow backends that run anyway must be asked for by name",
     )

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from qwen3_fp8_ascend import reference
+from qwen3_fp8_ascend.backends import prefill
+from qwen3_fp8_ascend.backends.operators import torch_operator
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockSize, ShardGrid, ceil_div
@@ -270,24 +272,17 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[t
     rows = reference.row_scales(scale, grid).T
     scales = torch.nn.functional.pad(rows, (0, n_pad, 0, 2 * lanes.shape[0] - rows.shape[0])).contiguous()
     keeps_subnormals(weight.device.type, weight.device.index)
+    if weight.device.type == "npu":
+        prefill.reserve(lanes.numel() * 2, weight.device)
     return lanes, scales
 
 
-def unpack_dequantize(packed: PackedWeight, out: torch.Tensor) -> None:
-    """Write a packed weight's values into a scratch, for a prefill that multiplies with the stock matmul.
+def _unpack_dequantize(lanes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """Write a packed weight's values into a scratch.
 
-    Shapes: out (n_padded, k_padded), bf16, fp16 or fp32, contiguous: `packed.tensors[0]`'s rows and columns.
-    Raises:
-        BlockFp8Error: the scratch does not fit.
+    Shapes: lanes and scale as `_pack` returns them, out (n_padded, k_padded), bf16, fp16 or fp32, contiguous.
     """
-    lanes, scale = packed.tensors
     pairs, n, _ = lanes.shape
-    expected = (n, 2 * pairs * _BLOCK)
-    _check_operand("the scratch", out, _ACTIVATIONS, lanes.device)
-    if tuple(out.shape) != expected or not out.is_contiguous():
-        raise BlockFp8Error(
-            "the scratch does not fit the packed weight", expected=f"contiguous {expected}", got=out.shape
-        )
     chip, device = _chip(lanes.device.type), lanes.device
     cores = min(_cores(device.type, device.index)[1], n // chip.packed_rows * pairs)
     _kernels().packed_dequantize[(cores,)](
@@ -355,7 +350,32 @@ def _launch_linear(
     return out
 
 
-@torch.library.custom_op("qwen3_fp8_ascend::triton_block_linear", mutates_args=())
+HAND_OVER_ROWS = 64
+"""On an NPU, most rows of x for the fused kernel. From 64 rows on the prediction for it is slower than the stock BF16
+product (docs/triton.md), since partial products cross L2 with the rows, while the scratch costs one decode."""
+
+
+def _through_scratch(
+    x: torch.Tensor, lanes: torch.Tensor, w_scale: torch.Tensor, n: int, dynamic: bool
+) -> torch.Tensor:
+    """Decode the weight into the shared scratch, then the stock product; both operands are rounded to x.dtype once."""
+    pairs, rows, _ = lanes.shape
+    weight = prefill.scratch(rows, 2 * pairs * _BLOCK, x.dtype, x.device)
+    _unpack_dequantize(lanes, w_scale, weight)
+    if dynamic:
+        m, k_blocks = x.shape[0], ceil_div(x.shape[1], _BLOCK)
+        row_tile = _chip(x.device.type).value_rows
+        values, scale = _values(x, _CODE_VALUES, k_blocks, ceil_div(m, row_tile) * row_tile)
+        scaled = values.float().unflatten(1, (k_blocks, _BLOCK)) * scale.T.unsqueeze(-1)
+        x = scaled.flatten(1)[:m].to(x.dtype)
+    return prefill.multiply(x, weight, n)
+
+
+def _fake_linear(x: torch.Tensor, lanes: torch.Tensor, w_scale: torch.Tensor, n: int, activation: str) -> torch.Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+@torch_operator(_fake_linear)
 def triton_block_linear(
     x: torch.Tensor, lanes: torch.Tensor, w_scale: torch.Tensor, n: int, activation: str
 ) -> torch.Tensor:
@@ -370,6 +390,8 @@ def triton_block_linear(
         return x.new_empty(0, n)
     k_blocks, n_padded = w_scale.shape
     device = lanes.device
+    if device.type == "npu" and m > HAND_OVER_ROWS and prefill.fits(k_blocks * _BLOCK * n_padded):
+        return _through_scratch(x, lanes, w_scale, n, activation == "dynamic")
     subnormals = keeps_subnormals(device.type, device.index)
     cores = _cores(device.type, device.index)[0]
     cut = linear_shape(m, n_padded, k_blocks, cores, _chip(device.type), subnormals)
@@ -386,15 +408,19 @@ def triton_block_linear(
     return total[:m, :n].to(x.dtype).clone(memory_format=torch.contiguous_format)
 
 
-@triton_block_linear.register_fake
-def _(x: torch.Tensor, lanes: torch.Tensor, w_scale: torch.Tensor, n: int, activation: str) -> torch.Tensor:
-    return x.new_empty(x.shape[0], n)
-
-
 def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     lanes, w_scale = packed.tensors
     out = triton_block_linear(x, lanes, w_scale, packed.n, activation)
     return out if bias is None else out + bias.to(out.dtype)
+
+
+def _plan() -> tuple[tuple[str, str], ...]:
+    if _current_device_type() != "npu":
+        return (("any", "fused kernel"),)
+    return (
+        (f"m <= {HAND_OVER_ROWS}", "fused kernel"),
+        (f"m > {HAND_OVER_ROWS}", "decode into the shared scratch, then the stock product"),
+    )
 
 
 BACKEND = Backend(
@@ -408,4 +434,5 @@ BACKEND = Backend(
     quantize_activation=_quantize_activation,
     dequantize_weight=_dequantize_weight,
     unsupported=_unsupported,
+    plan=_plan,
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qwen3_fp8_ascend import ops, reference
-from qwen3_fp8_ascend.backends import ascendc, registry
+from qwen3_fp8_ascend.backends import ascendc, prefill, registry
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockSize
 
@@ -61,7 +61,7 @@ def on_cpu(schemas: None, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -
         library.impl(f"ascendc_{function.__name__}", function, "CPU")
     backend = dataclasses.replace(ascendc.BACKEND, device_types=frozenset({"cpu"}), unusable=lambda: None)
     monkeypatch.setitem(registry.LOADED, "ascendc", backend)
-    monkeypatch.setattr(ascendc, "_SCRATCH", {})
+    monkeypatch.setattr(prefill, "_scratch", {})
     registry.select_backend.cache_clear()
     ascendc._single_row_kernel.cache_clear()
     yield emulator
@@ -96,10 +96,33 @@ def test_more_rows_than_the_fused_kernel_takes_go_through_the_scratch(on_cpu: Em
     oracle = reference.block_linear(x, weight.codes, weight.scale, activation=activation, compute_dtype=torch.float64)
     got = ops.block_linear(x, packed, activation=activation)
     assert relative_error(got, oracle) <= 1e-6
-    (scratch,) = ascendc._SCRATCH.values()
-    assert scratch.numel() == 200 * 300
-    ops.block_linear(x, packed, activation=activation)
-    assert next(iter(ascendc._SCRATCH.values())) is scratch
+    assert prefill.reserved_bytes(x.device) == 200 * 300 * x.element_size()
+
+
+def test_the_scratch_is_reserved_when_a_weight_is_packed_and_shared(on_cpu: Emulator) -> None:
+    packed = []
+    for n in (200, 300, 100):
+        weight = random_weight((n,), 300)
+        packed.append(ops.pack_weight(weight.codes, weight.scale, backend="ascendc"))
+    (scratch,) = prefill._scratch.values()
+    assert scratch.numel() == 300 * 300 * 2
+    x = random_activation(ascendc.HAND_OVER_ROWS + 1, 300, torch.bfloat16)
+    for weight in packed:
+        ops.block_linear(x, weight)
+    assert list(prefill._scratch.values()) == [scratch]
+
+
+def test_a_weight_beyond_the_scratch_keeps_to_the_fused_kernel(
+    on_cpu: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "SCRATCH_LIMIT", 1000)
+    weight = random_weight((200,), 300)
+    packed = ops.pack_weight(weight.codes, weight.scale, backend="ascendc")
+    assert prefill.reserved_bytes(torch.device("cpu")) == 0
+    x = random_activation(2 * ascendc.HAND_OVER_ROWS + 1, 300, torch.float32)
+    oracle = reference.block_linear(x, weight.codes, weight.scale, compute_dtype=torch.float64)
+    assert relative_error(ops.block_linear(x, packed), oracle) <= 1e-6
+    assert prefill.reserved_bytes(torch.device("cpu")) == 0
 
 
 @pytest.mark.parametrize("kernel", ascendc.SINGLE_ROW_KERNELS)

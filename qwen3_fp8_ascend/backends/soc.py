@@ -1,0 +1,72 @@
+"""Which Ascend chip this is, and what that means for block FP8."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A family of chips that look alike to a kernel.
+
+    names: prefixes of `torch_npu.npu.get_device_name()`. fp8_matmul: whether its matrix unit multiplies e4m3, with a
+    stock operator for 128x128 scales.
+    """
+
+    name: str
+    machines: str
+    names: tuple[str, ...]
+    fp8_matmul: bool
+
+
+# A prefix that begins with another one stands before it.
+GENERATIONS = (
+    Generation("A5", "Ascend 950", ("Ascend950", "Ascend910_95"), fp8_matmul=True),
+    Generation("A3", "Atlas A3 (910C)", ("Ascend910_93",), fp8_matmul=False),
+    Generation("A2", "Atlas A2 (910B)", ("Ascend910B",), fp8_matmul=False),
+)
+
+
+def generation_of(name: str) -> Generation | None:
+    """The generation of a chip by the name torch_npu gives it, None for one that block FP8 is not written for."""
+    return next((g for g in GENERATIONS if name.startswith(g.names)), None)
+
+
+@functools.cache
+def device_name() -> str | None:
+    """`torch_npu`'s name for the current NPU, None without torch_npu or without an NPU it can see.
+
+    Raises:
+        ImportError, OSError, RuntimeError: torch_npu is installed and does not load (CANN is missing or too old).
+    """
+    if importlib.util.find_spec("torch_npu") is None:
+        return None
+    npu = importlib.import_module("torch_npu").npu
+    return npu.get_device_name() if npu.is_available() else None
+
+
+def missing_npu() -> str | None:
+    """Why no NPU can be used from this process, or None."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return "torch_npu is not installed"
+    try:
+        name = device_name()
+    except (ImportError, OSError, RuntimeError) as error:
+        return "torch_npu does not load: " + " ".join(str(error).split())
+    if name is None:
+        return "torch_npu sees no NPU"
+    if generation_of(name) is None:
+        known = ", ".join(f"{g.machines}: {'/'.join(g.names)}*" for g in GENERATIONS)
+        return f"this NPU is {name}; supported are {known}"
+    return None
+
+
+def current_generation() -> Generation | None:
+    """The generation of the NPU that this process uses, None without one that is supported."""
+    if missing_npu() is not None:
+        return None
+    name = device_name()
+    return generation_of(name) if name else None

@@ -1,0 +1,180 @@
+"""Block FP8 with torch_npu's own operators: no kernel of ours has to be built.
+
+Ascend 950 (A5) multiplies e4m3 with 1x128 and 128x128 scales in one stock operator: the checkpoint's arithmetic, with
+nothing re-quantized. Atlas A2 and A3 know no FP8; there weights stay at one byte too, but each linear decodes its
+whole weight into the shared scratch (`prefill`), which costs a decode step far more than a fused kernel does. So on
+those chips this backend is used only when asked for by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+
+from qwen3_fp8_ascend.backends import e4m3, prefill, soc
+from qwen3_fp8_ascend.backends.operators import torch_operator
+from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, BlockSize, ShardGrid, ceil_div
+from qwen3_fp8_ascend.reference import row_scales
+
+_BLOCK = DEFAULT_BLOCK.k
+MIN_SCALE = float(torch.tensor(AMAX_FLOOR) / E4M3_MAX)
+"""`npu_dynamic_block_quant` bounds the scale from below where the specification bounds the maximum: the same number."""
+
+DECODE_PIECE = 1 << 22
+"""Weights decoded at a time: the fp32 and int32 temporaries of a piece take about 80 MB."""
+
+
+def _torch_npu() -> Any:
+    return importlib.import_module("torch_npu")
+
+
+def _has_fp8_matmul() -> bool:
+    generation = soc.current_generation()
+    return generation is not None and generation.fp8_matmul
+
+
+def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[torch.Tensor, ...]:
+    """Codes as bytes, in whole blocks of columns.
+
+    Shapes: A5: codes (n', k'), every shard padded to whole blocks of rows, scale (n' / 128, k' / 128) fp32, and, only
+        if that moved rows, their numbers (n,) int64. A2, A3: codes (n, k'), scales of rows (n, k' / 128) fp32.
+    """
+    codes = weight.view(torch.uint8)
+    k_padded = ceil_div(grid.k, _BLOCK) * _BLOCK
+    codes = torch.nn.functional.pad(codes, (0, k_padded - grid.k)) if k_padded != grid.k else codes
+    if not _has_fp8_matmul():
+        prefill.reserve(codes.numel(), codes.device)
+        return codes.contiguous(), row_scales(scale, grid).contiguous()
+    if all(width % _BLOCK == 0 for width in grid.widths):
+        return codes.contiguous(), scale.contiguous()
+    spans = list(grid.spans())
+    padded = codes.new_zeros(len(spans) * _BLOCK, k_padded)
+    for tile, span in enumerate(spans):
+        padded[tile * _BLOCK : tile * _BLOCK + span.rows] = codes[span.start : span.start + span.rows]
+    kept = [tile * _BLOCK + row for tile, span in enumerate(spans) for row in range(span.rows)]
+    return padded, scale.contiguous(), torch.tensor(kept, dtype=torch.int64, device=codes.device)
+
+
+def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    if x.shape[0] == 0 or packed.k == 0:
+        out = x.new_zeros(x.shape[0], packed.n)
+    elif _has_fp8_matmul():
+        out = _native_linear(x, packed)
+    else:
+        return torch_npu_scratch_linear(x, *packed.tensors, bias)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def _native_linear(x: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+    """W8A8 in the chip's own block-scaled product (A5).
+
+    Raises:
+        BlockFp8Error: x is fp32, which the operators do not take. Their shape functions accept almost anything, so
+            shapes are those that `_pack` made and `ops.block_linear` checked.
+    """
+    _check_activation(x)
+    npu = _torch_npu()
+    codes, scale, *kept = packed.tensors
+    padded = torch.nn.functional.pad(x, (0, codes.shape[1] - x.shape[1])) if x.shape[1] != codes.shape[1] else x
+    x_codes, x_scale = npu.npu_dynamic_block_quant(
+        padded.contiguous(),
+        min_scale=MIN_SCALE,
+        dst_type=torch.float8_e4m3fn,
+        row_block_size=1,
+        col_block_size=_BLOCK,
+    )
+    out = npu.npu_quant_matmul(
+        x_codes,
+        codes.view(torch.float8_e4m3fn).t(),
+        scale.t(),
+        pertoken_scale=x_scale,
+        output_dtype=x.dtype,
+        group_sizes=[1, _BLOCK, _BLOCK],
+    )
+    return out[:, kept[0]] if kept else out
+
+
+def _fake_scratch_linear(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+@torch_operator(_fake_scratch_linear)
+def torch_npu_scratch_linear(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """W8A8 by decoding the weight into the scratch, then the stock product.
+
+    Shapes: x (m, k), codes (n, k') uint8, scales (n, k' / 128) fp32, bias (n,) -> (m, n) in x.dtype.
+    Semantics: both operands are rounded to x.dtype once; sums as the stock product makes them.
+    """
+    rows, columns = codes.shape
+    weight = prefill.scratch(rows, columns, x.dtype, x.device)
+    step = max(1, DECODE_PIECE // columns)
+    for start in range(0, rows, step):
+        piece = e4m3.decode(codes[start : start + step]).view(-1, columns // _BLOCK, _BLOCK)
+        weight[start : start + step] = (piece * scales[start : start + step].unsqueeze(-1)).flatten(1).to(x.dtype)
+    values, x_scale = e4m3.quantize_values(x, _BLOCK)
+    return prefill.multiply((values * x_scale.unsqueeze(-1)).flatten(1).to(x.dtype), weight, rows, bias)
+
+
+def _quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    m, k = x.shape
+    values, scale = e4m3.quantize_values(x, block_k)
+    codes = e4m3.encode(values).view(m, -1)[:, :k].contiguous()
+    return codes.view(torch.float8_e4m3fn), scale
+
+
+def _dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:
+    scales = row_scales(scale, grid).repeat_interleave(grid.block.k, dim=1)[:, : grid.k]
+    return (e4m3.decode(weight.view(torch.uint8)) * scales).to(dtype)
+
+
+def _check_activation(x: torch.Tensor) -> None:
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise BlockFp8Error(
+            "the NPU's FP8 product takes 16-bit activations only",
+            expected="bfloat16 or float16",
+            got=x.dtype,
+            fix="serve with --dtype bfloat16, or choose the backend `triton`",
+        )
+
+
+def _unsupported(block: BlockSize) -> str | None:
+    if block != DEFAULT_BLOCK:
+        return f"torch_npu's operators are used with blocks of {DEFAULT_BLOCK}, not of {block}"
+    return None
+
+
+def _by_name_only() -> str | None:
+    if _has_fp8_matmul():
+        return None
+    return "only when asked for by name: without FP8 in the chip it decodes every weight for every step"
+
+
+def _plan() -> tuple[tuple[str, str], ...]:
+    if _has_fp8_matmul():
+        return (("any", "npu_dynamic_block_quant, npu_quant_matmul with 1x128 and 128x128 scales"),)
+    return (("any", "decode into the shared scratch with torch operations, then the stock product"),)
+
+
+BACKEND = Backend(
+    name="torch_npu",
+    summary="torch_npu's operators: the FP8 product of Ascend 950; on A2 and A3 a scratch and the stock product",
+    computes=frozenset({"w8a8"}),
+    device_types=frozenset({"npu"}),
+    unusable=soc.missing_npu,
+    pack=_pack,
+    linear=_linear,
+    quantize_activation=_quantize_activation,
+    dequantize_weight=_dequantize_weight,
+    unsupported=_unsupported,
+    detail=lambda: soc.device_name() or "",
+    by_name_only=_by_name_only,
+    plan=_plan,
+)
