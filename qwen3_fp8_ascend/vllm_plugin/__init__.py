@@ -33,23 +33,48 @@ def register() -> None:
 
     _log_through_vllm()
     versions.warn_if_untested()
-    if importlib.util.find_spec("vllm_ascend") is not None:
-        logger.warning(
-            "qwen3-fp8-ascend: vllm-ascend is installed; this release does not extend its `ascend` method yet "
-            "and leaves it as it is"
-        )
-        _registered = True
-        return
     try:
-        from vllm.model_executor.layers.quantization import register_quantization_config
-
-        from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
+        config = _config_class()
     except ImportError as error:
         raise BlockFp8Error(
             "qwen3-fp8-ascend cannot register `--quantization ascend` with this vLLM",
-            expected=f"vLLM {versions.TESTED}",
-            got=f"vLLM {versions.installed()}: {error}",
-            fix="install a vLLM of the tested range",
+            expected=versions.TESTED_TOGETHER,
+            got=f"{versions.described()}: {error}",
+            fix="install versions that were tested together",
         ) from error
-    register_quantization_config("ascend")(BlockFp8AscendConfig)
+    if config is not None:
+        from vllm.model_executor.layers.quantization import register_quantization_config
+
+        register_quantization_config("ascend")(config)
     _registered = True
+
+
+def _config_class() -> type | None:
+    """What ``ascend`` is to mean in this process: beside vLLM-Ascend an extension of its own config, else ours alone.
+
+    None on Atlas 300I (310P), for which vLLM-Ascend registers yet another config and this package has no kernels.
+    """
+    if not _serves_npus():
+        from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
+
+        return BlockFp8AscendConfig
+    from vllm_ascend import _build_info
+    from vllm_ascend.utils import adapt_patch
+
+    if "310P" in f"{getattr(_build_info, '__device_type__', '')} {getattr(_build_info, '__soc_version__', '')}".upper():
+        logger.warning("qwen3-fp8-ascend: block FP8 is not for Atlas 300I (310P); `ascend` is left as it is")
+        return None
+    # The order in which vLLM-Ascend's platform does it: its patches of vLLM, then its configs.
+    adapt_patch(is_global_patch=True)
+    from qwen3_fp8_ascend.vllm_plugin.ascend import AscendConfig
+
+    return AscendConfig
+
+
+def _serves_npus() -> bool:
+    """Whether vLLM-Ascend is this process's platform; it may also be installed and switched off by VLLM_PLUGINS."""
+    if importlib.util.find_spec("vllm_ascend") is None:
+        return False
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type == "npu"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -140,7 +140,7 @@ class BlockFp8AscendConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         if self._is_skipped(prefix):
-            return UnquantizedLinearMethod()
+            return self.unquantized_linear_method()
         dummy = vllm_config.load_config.load_format == "dummy"
         logger.debug("%s: block FP8, settings %s", prefix, settings)
         return BlockFp8LinearMethod(
@@ -151,6 +151,11 @@ class BlockFp8AscendConfig(QuantizationConfig):
             activation=settings.activation,
             dummy=dummy,
         )
+
+    @staticmethod
+    def unquantized_linear_method() -> LinearMethodBase:
+        """For linears that the checkpoint leaves as they are."""
+        return UnquantizedLinearMethod()
 
     def _shard_names(self, prefix: str) -> tuple[str, ...]:
         """Full names of the checkpoint's modules that vLLM merges into a layer; empty if it merges none."""

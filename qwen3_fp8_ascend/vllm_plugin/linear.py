@@ -77,8 +77,9 @@ class BlockFp8LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register ``weight`` (n, k) e4m3 and ``weight_scale_inv`` fp32, both filled with "not written yet".
+        """Register ``weight`` (n, k) uint8 and ``weight_scale_inv`` fp32, both filled with "not written yet".
 
+        The codes are bytes from the first moment on: NPUs before the Ascend 950 can neither cast nor copy FP8.
         Raises:
             BlockFp8Error: tensor parallelism would cut through a block.
         """
@@ -88,7 +89,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         layer.logical_widths = output_partition_sizes
         layer.weight_block_size = list(self.block)
         load = extra_weight_attrs["weight_loader"]
-        codes = torch.full((grid.n, grid.k), UNWRITTEN_CODE, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        codes = torch.full((grid.n, grid.k), UNWRITTEN_CODE, dtype=torch.uint8)
         layer.register_parameter(
             "weight",
             ModelWeightParameter(
@@ -117,14 +118,21 @@ class BlockFp8LinearMethod(LinearMethodBase):
         Raises:
             BlockFp8Error: tensors that were not in the checkpoint, NaN codes, or bad scales, by name.
         """
-        weight, scale, grid = layer.weight.data, layer.weight_scale_inv.data, layer.block_grid
+        codes, scale, grid = layer.weight.data, layer.weight_scale_inv.data, layer.block_grid
+        weight = codes.view(torch.float8_e4m3fn)
         if self.dummy:
-            scale.abs_()
+            _fill_with_small_values(codes, scale)
         del layer.weight, layer.weight_scale_inv
         start = time.perf_counter()
         try:
             packed = ops.pack_weight(
-                weight, scale, self.backend, grid.widths, block=self.block, activation=self.activation
+                weight,
+                scale,
+                self.backend,
+                grid.widths,
+                block=self.block,
+                activation=self.activation,
+                check_values=not self.dummy,
             )
         except BlockFp8Error:
             self._name_bad_tensor(weight, scale, grid)
@@ -197,3 +205,11 @@ class BlockFp8LinearMethod(LinearMethodBase):
             ops.check_scale_values(scales, where=f"{name}.weight_scale_inv")
             row += rows
             scale_row += scale_rows
+
+
+def _fill_with_small_values(codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """What vLLM's dummy loader does for floating-point weights; it does not know that these bytes are codes."""
+    generator = torch.Generator(codes.device).manual_seed(0)
+    codes.random_(0, 80, generator=generator)
+    codes += 88 * (codes >= 40)  # the upper half becomes negative
+    scale.abs_()

@@ -36,12 +36,15 @@ class BlockFp8LmHeadMethod(UnquantizedEmbeddingMethod):
 
 
 def _quantize_in_pieces(weight: torch.Tensor, block: BlockSize) -> tuple[torch.Tensor, torch.Tensor]:
-    """`quantize_weight` over a few thousand rows at a time: its fp32 copies of a whole head would be 7 GB."""
+    """`quantize_weight` over a few thousand rows at a time: its fp32 copies of a whole head would be 7 GB.
+
+    On the host, since NPUs before the Ascend 950 cannot cast to FP8; codes go back as bytes.
+    """
     rows = 4096 // block.n * block.n or block.n
-    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     scales = []
     for start in range(0, weight.shape[0], rows):
-        piece, scale = quantize_weight(weight[start : start + rows], block)
-        codes[start : start + rows] = piece
+        piece, scale = quantize_weight(weight[start : start + rows].cpu(), block)
+        codes[start : start + rows] = piece.view(torch.uint8).to(weight.device)
         scales.append(scale)
-    return codes, torch.cat(scales)
+    return codes.view(torch.float8_e4m3fn), torch.cat(scales).to(weight.device)

@@ -51,6 +51,7 @@ def checked_loader(
 ) -> Callable[..., None]:
     """Wrap a layer's weight loader so that what does not fit is refused with the tensor's name.
 
+    FP8 tensors are handed on as bytes, which is how parameters hold them.
     vLLM copies with an implicit cast: bf16 weights where FP8 is declared would be accepted and come out wrong.
     It also takes a tensor that is merged on disk apart at the merged layer's shards, whose blocks are not the
     tensor's own unless all shards are whole blocks.
@@ -76,6 +77,8 @@ def checked_loader(
                 got=str(loaded_weight.dtype).removeprefix("torch."),
                 fix=DAMAGED,
             )
+        if loaded_weight.dtype == torch.float8_e4m3fn:
+            loaded_weight = loaded_weight.view(torch.uint8)
         try:
             load(param, loaded_weight, *args, **kwargs)
         except (AssertionError, RuntimeError, ValueError, IndexError) as error:

@@ -124,6 +124,35 @@ def test_tested_range(version: str | None, tested: bool) -> None:
     assert versions.is_tested(version) is tested
 
 
+@pytest.mark.parametrize(
+    ("vllm", "ascend", "tested"),
+    [
+        ("0.30.0", "0.30.0rc2", True),
+        ("0.23.0", "0.23.0", True),
+        ("0.23.0", "0.23.0.post1", False),
+        ("0.30.0", "0.23.0", False),
+        ("0.31.0", "0.30.0rc2", False),
+        (None, "0.23.0", False),
+        ("0.30.0", "dev", False),
+    ],
+)
+def test_vllm_ascend_goes_with_one_vllm(vllm: str | None, ascend: str, tested: bool) -> None:
+    assert versions.is_tested(vllm, ascend) is tested
+
+
+def test_an_untested_vllm_ascend_is_warned_about_by_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import logging
+
+    monkeypatch.setattr(versions, "installed", lambda: "0.30.0")
+    monkeypatch.setattr(versions, "installed_vllm_ascend", lambda: "0.29.0rc1")
+    monkeypatch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
+    with caplog.at_level("WARNING"):
+        versions.warn_if_untested()
+    assert "0.29.0rc1" in caplog.text and "0.30.0rc2" in caplog.text and "0.23.0" in caplog.text
+
+
 def test_an_untested_vllm_is_warned_about_by_range(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

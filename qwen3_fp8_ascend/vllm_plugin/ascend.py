@@ -1,0 +1,58 @@
+"""Beside vLLM-Ascend: its own `ascend` method, to which block-FP8 checkpoints are added.
+
+vLLM-Ascend registers `ascend` when its platform prepares the engine's arguments, which is after vLLM has loaded the
+general plugins: a registration made by a plugin would be overwritten. So vLLM-Ascend's config is imported first, in
+the order in which its platform would do it, and ours is registered over it; a module is imported once, so nothing
+overwrites ours any more. This happens in every process that loads plugins, and in any order of entry points.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm_ascend.quantization import AscendModelSlimConfig
+
+from qwen3_fp8_ascend.format import BlockFp8Config
+from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
+
+
+class BlockFp8NpuConfig(BlockFp8AscendConfig):
+    """A block-FP8 checkpoint on an NPU; what the checkpoint leaves alone gets vLLM-Ascend's own methods."""
+
+    def __init__(self, checkpoint: BlockFp8Config) -> None:
+        super().__init__(checkpoint)
+        self.quant_description: dict[str, Any] = {}
+        """vLLM-Ascend looks into it for ModelSlim's per-tensor types; its own FP8 config leaves it empty too."""
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str, tid2eid: Any = None) -> QuantizeMethodBase | None:
+        """As the base class; vLLM-Ascend's mixture-of-experts layers pass a table `tid2eid` and are refused."""
+        return super().get_quant_method(layer, prefix)
+
+    @staticmethod
+    def unquantized_linear_method() -> LinearMethodBase:
+        from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
+
+        return AscendUnquantizedLinearMethod()
+
+
+class AscendConfig(AscendModelSlimConfig):
+    """vLLM-Ascend's `ascend`: block-FP8 checkpoints become a `BlockFp8NpuConfig`, all others are its parent's."""
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        ours = BlockFp8AscendConfig.override_quantization_method(hf_quant_cfg, user_quant, hf_config)
+        return ours or super().override_quantization_method(hf_quant_cfg, user_quant, hf_config)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        """Raises:
+        BlockFp8Error: an FP8 checkpoint that is not in blocks of dynamic e4m3; the message says which key.
+        """
+        if config.get("quant_method") == "fp8":
+            return BlockFp8NpuConfig.from_config(config)
+        return super().from_config(config)
