@@ -50,7 +50,11 @@ def examine() -> Report:
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
     }
     problems += _vllm_problems(packages)
-    return Report(machine, packages, backends, _serving(), _ascend(packages), problems)
+    serving = _serving()
+    if "npu, w8a8" in serving and serving["npu, w8a8"]["backend"] is None:
+        fix = "build the Ascend C kernels (install with CANN's set_env.sh sourced) or install triton-ascend"
+        problems.append(("there is an NPU, but no backend serves block FP8 on it", fix))
+    return Report(machine, packages, backends, serving, _ascend(packages), problems)
 
 
 def _serving() -> dict[str, dict[str, Any]]:
