@@ -41,7 +41,7 @@ def row_scales(scale: torch.Tensor, grid: ShardGrid) -> torch.Tensor:
     Shapes: scale `grid.scale_shape` -> (n, ceil(k / block.k)) fp32.
     """
     index = [span.scale_row for span in grid.spans() for _ in range(span.rows)]
-    return scale.float()[torch.tensor(index, dtype=torch.long, device=scale.device)]
+    return scale.float().index_select(0, torch.tensor(index, dtype=torch.long, device=scale.device))
 
 
 def dequantize_weight(

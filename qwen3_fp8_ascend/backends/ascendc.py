@@ -66,19 +66,16 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[to
     spans = list(grid.spans())
     k_blocks = ceil_div(grid.k, grid.block.k)
     codes = weight.view(torch.uint8)
-    rows = codes.new_zeros(len(spans), TILE, k_blocks * TILE)
-    for tile, span in enumerate(spans):
-        rows[tile, : span.rows, : grid.k] = codes[span.start : span.start + span.rows]
+    columns = k_blocks * TILE - grid.k
+    parts = codes.split([span.rows for span in spans])
+    rows = torch.stack([torch.nn.functional.pad(part, (0, columns, 0, TILE - part.shape[0])) for part in parts])
     strips = rows.view(len(spans), TILE, k_blocks, TILE // FRACTAL, FRACTAL).permute(0, 2, 3, 1, 4)
     halves = strips.reshape(len(spans), k_blocks, 2, TILE * TILE // 2)
     lanes = halves.transpose(2, 3).reshape(len(spans), k_blocks, TILE * TILE)
-    biased = scale[[span.scale_row for span in spans]] * DECODE_BIAS
-    scales = biased.unsqueeze(-1).expand(-1, -1, SCALE_REPEATS).contiguous()
-    table = torch.zeros(len(spans), 8, dtype=torch.int32)
-    for tile, span in enumerate(spans):
-        table[tile, 0], table[tile, 1] = span.start, span.rows
+    scales = (scale * DECODE_BIAS).unsqueeze(-1).expand(-1, -1, SCALE_REPEATS).contiguous()
+    table = [[span.start, span.rows, 0, 0, 0, 0, 0, 0] for span in spans]
     prefill.reserve(grid.n * grid.k, weight.device)
-    return lanes.contiguous(), scales, table.to(weight.device)
+    return lanes.contiguous(), scales, torch.tensor(table, dtype=torch.int32, device=weight.device)
 
 
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
@@ -147,7 +144,7 @@ def _single_row_kernel() -> str:
 def _dequantized_activation(x: torch.Tensor) -> torch.Tensor:
     """x after quantization, in x.dtype: what the stock product multiplies in W8A8."""
     codes, scale = torch.ops.qwen3_fp8_ascend.ascendc_group_quantize(x)
-    return (e4m3.decode(codes) * scale.repeat_interleave(TILE, dim=1)[:, : x.shape[1]]).to(x.dtype)
+    return (e4m3.decode(codes) * scale.repeat_interleave(TILE, dim=1).narrow(1, 0, x.shape[1])).to(x.dtype)
 
 
 def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +189,7 @@ def _decode_fault(device: torch.device) -> str | None:
 
     That the vector unit and the cube keep them was not seen on hardware when this was written.
     """
-    codes = torch.arange(256, dtype=torch.uint8)
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
     codes = torch.where((codes & 0x7F) == 0x7F, torch.zeros_like(codes), codes).repeat(64).view(TILE, TILE)
     expected = codes.view(torch.float8_e4m3fn).float()
     weight = codes.to(device).view(torch.float8_e4m3fn)

@@ -14,6 +14,9 @@ import torch
 
 NAMESPACE = "qwen3_fp8_ascend"
 
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""The functions behind the operators, by name: for tracing what an operator hides from a tracer."""
+
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -27,6 +30,7 @@ def torch_operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], A
 
     def register(function: Callable[..., Any]) -> Any:
         name = function.__name__
+        IMPLEMENTATIONS[name] = function
         _library.define(name + torch.library.infer_schema(function, mutates_args=()))
         _library.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)

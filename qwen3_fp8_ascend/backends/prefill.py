@@ -41,7 +41,7 @@ def scratch(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
         BlockFp8Error: it would have to grow while a graph is captured.
     """
     size = rows * columns * dtype.itemsize
-    return _at_least(size, device)[:size].view(dtype).view(rows, columns)
+    return _at_least(size, device).narrow(0, 0, size).view(dtype).view(rows, columns)
 
 
 def reserved_bytes(device: torch.device) -> int:
@@ -56,7 +56,7 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor |
     """
     columns = weight.shape[1]
     padded = x if x.shape[1] == columns else torch.nn.functional.pad(x, (0, columns - x.shape[1]))
-    out = torch.nn.functional.linear(padded, weight[:n])
+    out = torch.nn.functional.linear(padded, weight.narrow(0, 0, n))
     return out if bias is None else out + bias.to(out.dtype)
 
 

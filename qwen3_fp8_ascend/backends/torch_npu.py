@@ -21,7 +21,7 @@ from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, BlockSi
 from qwen3_fp8_ascend.reference import row_scales
 
 _BLOCK = DEFAULT_BLOCK.k
-MIN_SCALE = float(torch.tensor(AMAX_FLOOR) / E4M3_MAX)
+MIN_SCALE = float(torch.tensor(AMAX_FLOOR, device="cpu") / E4M3_MAX)
 """`npu_dynamic_block_quant` bounds the scale from below where the specification bounds the maximum: the same number."""
 
 DECODE_PIECE = 1 << 22
@@ -51,11 +51,11 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[t
         return codes.contiguous(), row_scales(scale, grid).contiguous()
     if all(width % _BLOCK == 0 for width in grid.widths):
         return codes.contiguous(), scale.contiguous()
-    spans = list(grid.spans())
-    padded = codes.new_zeros(len(spans) * _BLOCK, k_padded)
-    for tile, span in enumerate(spans):
-        padded[tile * _BLOCK : tile * _BLOCK + span.rows] = codes[span.start : span.start + span.rows]
-    kept = [tile * _BLOCK + row for tile, span in enumerate(spans) for row in range(span.rows)]
+    sizes = [span.rows for span in grid.spans()]
+    padded = torch.cat(
+        [torch.nn.functional.pad(part, (0, 0, 0, _BLOCK - part.shape[0])) for part in codes.split(sizes)]
+    )
+    kept = [tile * _BLOCK + row for tile, rows in enumerate(sizes) for row in range(rows)]
     return padded, scale.contiguous(), torch.tensor(kept, dtype=torch.int64, device=codes.device)
 
 
@@ -95,7 +95,7 @@ def _native_linear(x: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
         output_dtype=x.dtype,
         group_sizes=[1, _BLOCK, _BLOCK],
     )
-    return out[:, kept[0]] if kept else out
+    return out.index_select(1, kept[0]) if kept else out
 
 
 def _fake_scratch_linear(
@@ -116,22 +116,21 @@ def torch_npu_scratch_linear(
     rows, columns = codes.shape
     weight = prefill.scratch(rows, columns, x.dtype, x.device)
     step = max(1, DECODE_PIECE // columns)
-    for start in range(0, rows, step):
-        piece = e4m3.decode(codes[start : start + step]).view(-1, columns // _BLOCK, _BLOCK)
-        weight[start : start + step] = (piece * scales[start : start + step].unsqueeze(-1)).flatten(1).to(x.dtype)
+    for part, scale, target in zip(codes.split(step), scales.split(step), weight.split(step), strict=True):
+        target.copy_((e4m3.decode(part).unflatten(1, (-1, _BLOCK)) * scale.unsqueeze(-1)).flatten(1))
     values, x_scale = e4m3.quantize_values(x, _BLOCK)
     return prefill.multiply((values * x_scale.unsqueeze(-1)).flatten(1).to(x.dtype), weight, rows, bias)
 
 
 def _quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    m, k = x.shape
+    k = x.shape[1]
     values, scale = e4m3.quantize_values(x, block_k)
-    codes = e4m3.encode(values).view(m, -1)[:, :k].contiguous()
+    codes = e4m3.encode(values).flatten(1).narrow(1, 0, k).contiguous()
     return codes.view(torch.float8_e4m3fn), scale
 
 
 def _dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:
-    scales = row_scales(scale, grid).repeat_interleave(grid.block.k, dim=1)[:, : grid.k]
+    scales = row_scales(scale, grid).repeat_interleave(grid.block.k, dim=1).narrow(1, 0, grid.k)
     return (e4m3.decode(weight.view(torch.uint8)) * scales).to(dtype)
 
 

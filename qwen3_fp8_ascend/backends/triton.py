@@ -151,10 +151,10 @@ def keeps_subnormals(device_type: str, index: int | None) -> bool:
 
 def _probe_subnormals(device: torch.device) -> bool:
     """Multiply all finite codes by 1 with the cheaper form, in both halves of the lanes, and compare on the host."""
-    codes = torch.arange(256, dtype=torch.uint8)
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
     codes[(codes & 0x7F) == 0x7F] = 0
     weight = codes.view(torch.int8).repeat(2 * _BLOCK, 1)  # (256, 256): each row holds every code once
-    values = torch.eye(2 * _BLOCK, dtype=torch.float16).to(device)
+    values = torch.eye(2 * _BLOCK, dtype=torch.float16, device=device)
     ones = torch.ones(2, 2 * _BLOCK, device=device)
     lanes = _kernels().pack_lanes(weight).to(device)
     chip = _chip(device.type)

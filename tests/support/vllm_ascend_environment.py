@@ -18,6 +18,8 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+GUARD_LIBRARY = "npu_device_guard.so"
+
 CHIP = "A2"
 """What the build would have found; tests that are about another chip say so themselves."""
 
@@ -36,6 +38,7 @@ def main(venv: Path, release: str, vllm: str) -> None:
     stubs = venv / "cann-stubs"
     if not stubs.exists():
         make_cann_stubs(stubs)
+        build_device_guard(stubs / GUARD_LIBRARY)
     write_launcher(venv, release, source)
 
 
@@ -87,9 +90,7 @@ def make_cann_stubs(folder: Path) -> None:
     known = _run("ldconfig", "-p")
     needed = {name for file in ours for name in re.findall(r"\(NEEDED\).*\[(.+?)\]", _run("readelf", "-d", str(file)))}
     missing = sorted(
-        name
-        for name in needed - present
-        if f"{name} " not in known and not name.startswith(("libpython", "ld-linux"))
+        name for name in needed - present if f"{name} " not in known and not name.startswith(("libpython", "ld-linux"))
     )
     defined = {name for file in [*ours, *sorted(torch.rglob("*.so"))] for name in _symbols(file, "--defined-only")}
     open_symbols = {name for file in ours for name in _symbols(file, "--undefined-only", kind="U")}
@@ -103,6 +104,13 @@ def make_cann_stubs(folder: Path) -> None:
         options = ["-shared", "-fPIC", "-nostdlib", f"-Wl,-soname,{name}"]
         subprocess.run([os.environ.get("CC", "cc"), *options, "-o", str(folder / name), *source], check=True)
     print(f"stubs of {', '.join(missing)} with {len(symbols)} symbols")
+
+
+def build_device_guard(library: Path) -> None:
+    torch = _package_folder("torch")
+    source = Path(__file__).with_name("npu_device_guard.cpp")
+    options = ["-std=c++17", "-shared", "-fPIC", f"-I{torch / 'include'}", f"-L{torch / 'lib'}"]
+    subprocess.run([os.environ.get("CXX", "c++"), *options, str(source), "-lc10", "-o", str(library)], check=True)
 
 
 def _package_folder(name: str) -> Path:
@@ -131,7 +139,8 @@ def write_launcher(venv: Path, release: str, source: Path) -> None:
     variables = {
         "LD_LIBRARY_PATH": (venv / "cann-stubs").resolve(),
         "TORCH_DEVICE_BACKEND_AUTOLOAD": 0,
-        "VLLM_ASCEND_SOURCE": source.resolve(),
+        "NPU_DEVICE_GUARD": (venv / "cann-stubs" / GUARD_LIBRARY).resolve(),
+        "ASCEND_SOURCE": source.resolve(),
     }
     lines = [f"export {name}={value}" for name, value in variables.items()]
     lines.append(f'export PYTHONPATH="$PWD:{(venv / "releases" / release).resolve()}"')

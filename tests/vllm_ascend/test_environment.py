@@ -1,0 +1,45 @@
+"""What the other modules stand on: the real torch_npu's schemas and shape functions, and vLLM-Ascend as platform."""
+
+import pytest
+import torch
+
+from .conftest import MISSING
+
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+def test_vllm_s_platform_is_vllm_ascend_s() -> None:
+    from vllm.platforms import current_platform
+
+    assert type(current_platform).__module__ == "vllm_ascend.platform"
+    assert current_platform.device_type == "npu"
+
+
+def test_block_quantization_and_block_product_on_fake_tensors() -> None:
+    import torch_npu
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.device("npu:0"):
+        x = torch.empty(3, 256, dtype=torch.bfloat16)
+        codes, scale = torch_npu.npu_dynamic_block_quant(
+            x, dst_type=torch.float8_e4m3fn, row_block_size=1, col_block_size=128
+        )
+        assert (codes.dtype, codes.shape, codes.device.type) == (torch.float8_e4m3fn, (3, 256), "npu")
+        assert (scale.dtype, scale.shape) == (torch.float32, (3, 2))
+        weight = torch.empty(384, 256, dtype=torch.float8_e4m3fn)
+        out = torch_npu.npu_quant_matmul(
+            codes,
+            weight.t(),
+            torch.empty(2, 3),
+            pertoken_scale=scale,
+            output_dtype=torch.bfloat16,
+            group_sizes=[1, 128, 128],
+        )
+        assert (out.dtype, out.shape, out.device.type) == (torch.bfloat16, (3, 384), "npu")
+
+
+def test_there_is_no_npu_here() -> None:
+    """If this fails, the labels in the documentation say less than they could."""
+    import torch_npu
+
+    assert not torch_npu.npu.is_available()

@@ -1,0 +1,186 @@
+"""`--quantization ascend` beside vLLM-Ascend: block FP8 is ours, all else is theirs, in every process."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm_ascend.quantization import AscendModelSlimConfig
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.vllm_plugin.ascend import AscendConfig, BlockFp8NpuConfig
+from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
+
+from .conftest import BLOCK_FP8, QWEN3_8B, engine_config, write_config
+
+MISMATCH = (
+    "Quantization method specified in the model config (fp8) does not match the quantization method specified in "
+    "the `quantization` argument (ascend)."
+)
+THEIR_PLUGINS = ("ascend", "ascend_kv_connector", "ascend_model_loader", "ascend_service_profiling", "ascend_model")
+SERVE = "import sys; from tests.vllm_ascend.conftest import engine_config; engine_config(sys.argv[1])"
+
+
+def linear_methods(model: torch.nn.Module) -> dict[str, Any]:
+    from vllm.model_executor.layers.linear import LinearBase
+
+    return {name: module.quant_method for name, module in model.named_modules() if isinstance(module, LinearBase)}
+
+
+def test_before_and_after(tmp_path: Path, build: Callable[[Any], torch.nn.Module]) -> None:
+    """Qwen3-8B-FP8's own config: refused by vLLM-Ascend alone, ours on every projection with this package."""
+    folder = write_config(tmp_path / "Qwen3-8B-FP8", **QWEN3_8B, quantization_config=BLOCK_FP8)
+    alone = os.environ | {"VLLM_PLUGINS": ",".join(THEIR_PLUGINS)}
+    before = subprocess.run([sys.executable, "-c", SERVE, folder], capture_output=True, text=True, env=alone)
+    assert before.returncode != 0
+    assert MISMATCH in " ".join(before.stderr.split())
+
+    config = engine_config(folder)
+    assert type(config.quant_config) is BlockFp8NpuConfig
+    methods = linear_methods(build(config))
+    assert len(methods) == 4 * 36
+    assert all(type(method) is BlockFp8LinearMethod for method in methods.values())
+
+
+def test_our_config_extends_theirs() -> None:
+    assert get_quantization_config("ascend") is AscendConfig
+    assert issubclass(AscendConfig, AscendModelSlimConfig)
+
+
+def report_from_process(order: str, pickled: bytes, sender: Any) -> None:
+    """What a fresh process thinks `ascend` is: a spawned process inherits nothing but its arguments."""
+    from vllm.platforms import current_platform
+    from vllm.plugins import load_general_plugins
+
+    steps = {"plugins": load_general_plugins, "platform": current_platform.pre_register_and_update}
+    for step in order.split(", "):
+        steps[step]()
+    registered = get_quantization_config("ascend")
+    sender.send((f"{registered.__module__}.{registered.__name__}", repr(pickle.loads(pickled))))
+
+
+@pytest.mark.parametrize("order", ["plugins, platform, plugins", "platform, plugins, platform"])
+def test_it_survives_in_spawned_processes(tmp_path: Path, order: str) -> None:
+    """API server, engine core and workers are spawned, load the plugins, and get the config by pickle."""
+    folder = write_config(tmp_path / "model", quantization_config=BLOCK_FP8 | {"modules_to_not_convert": ["lm_head"]})
+    config = engine_config(folder).quant_config
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=report_from_process, args=(order, pickle.dumps(config), sender))
+    process.start()
+    sender.close()
+    try:
+        registered, described = receiver.recv()
+    finally:
+        process.join(120)
+    assert process.exitcode == 0
+    assert registered == "qwen3_fp8_ascend.vllm_plugin.ascend.AscendConfig"
+    assert described == repr(config) == "BlockFp8NpuConfig(block=128x128, ignored=1 layers)"
+
+
+def write_modelslim(folder: Path) -> Path:
+    """A checkpoint as ModelSlim leaves it: quantized projections, a float head, no `quantization_config`."""
+    write_config(folder)
+    layers = [f"model.layers.{i}" for i in range(2)]
+    names = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    description = {f"{layer}.{name}.weight": "W8A8_DYNAMIC" for layer in layers for name in names}
+    description["model.layers.1.self_attn.o_proj.weight"] = "FLOAT"
+    description |= {"model.embed_tokens.weight": "FLOAT", "lm_head.weight": "FLOAT", "model_quant_type": "W8A8_DYNAMIC"}
+    (folder / "quant_model_description.json").write_text(json.dumps(description))
+    return folder
+
+
+def described(model: torch.nn.Module) -> dict[str, Any]:
+    """Every layer's method and scheme, and every parameter."""
+    out: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "quant_method"):
+            method = module.quant_method
+            out[name] = type(method), type(getattr(method, "quant_method", None))
+    return out | {name: (p.dtype, p.shape, type(p)) for name, p in model.named_parameters()}
+
+
+def test_a_modelslim_checkpoint_is_still_theirs(tmp_path: Path, build: Callable[[Any], torch.nn.Module]) -> None:
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    folder = write_modelslim(tmp_path / "modelslim")
+    with_ours = engine_config(folder)
+    assert isinstance(with_ours.quant_config, AscendModelSlimConfig)
+    try:
+        register_quantization_config("ascend")(AscendModelSlimConfig)
+        theirs = engine_config(folder)
+        assert type(theirs.quant_config) is AscendModelSlimConfig
+    finally:
+        register_quantization_config("ascend")(AscendConfig)
+    assert with_ours.quant_config.quant_description == theirs.quant_config.quant_description
+    mine, expected = described(build(with_ours)), described(build(theirs))
+    assert mine == expected
+    assert any("AscendLinearMethod" in method[0].__name__ for method in expected.values())
+
+
+def test_a_folder_that_is_neither_gets_their_error(tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "bf16")
+    with pytest.raises(ValueError, match="ModelSlim Quantization Config Not Found"):
+        engine_config(folder)
+
+
+def test_without_the_flag_block_fp8_is_what_it_was(tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "fp8", quantization_config=BLOCK_FP8)
+    config = engine_config(folder, quantization=None)
+    assert config.model_config.quantization == "fp8"
+    assert type(config.quant_config).__module__.startswith("vllm_ascend.")
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors"])
+def test_other_methods_are_not_taken_over(method: str) -> None:
+    config = {"quant_method": method, "bits": 4}
+    theirs = AscendModelSlimConfig.override_quantization_method(config, "ascend")
+    assert AscendConfig.override_quantization_method(config, "ascend") == theirs
+    assert AscendConfig.override_quantization_method(BLOCK_FP8, None) is None
+    assert AscendConfig.override_quantization_method(BLOCK_FP8, "fp8") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"weight_block_size": None}, "weight_block_size"), ({"scale_fmt": "ue8m0"}, "scale_fmt")]
+)
+def test_other_fp8_checkpoints_are_refused_with_the_reason(tmp_path: Path, change: dict, named: str) -> None:
+    quantization = {key: value for key, value in (BLOCK_FP8 | change).items() if value is not None}
+    folder = write_config(tmp_path / "fp8", quantization_config=quantization)
+    with pytest.raises(ValueError, match=rf"quantization_config\.{named}"):
+        engine_config(folder)
+
+
+def test_mixture_of_experts_is_refused_by_name(tmp_path: Path, build: Callable[[Any], torch.nn.Module]) -> None:
+    moe = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    folder = write_config(tmp_path / "moe", **moe, quantization_config=BLOCK_FP8)
+    with pytest.raises(BlockFp8Error, match=r"(?s)mixture-of-experts.*model\.layers\.0\.mlp\.experts"):
+        build(engine_config(folder))
+
+
+def test_layers_that_the_checkpoint_leaves_alone_get_their_method(
+    tmp_path: Path, build: Callable[[Any], torch.nn.Module]
+) -> None:
+    from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
+
+    ignored = ["lm_head", "model.layers.0.mlp.down_proj"]
+    folder = write_config(tmp_path / "m", quantization_config=BLOCK_FP8 | {"modules_to_not_convert": ignored})
+    methods = linear_methods(build(engine_config(folder)))
+    assert type(methods.pop("model.layers.0.mlp.down_proj")) is AscendUnquantizedLinearMethod
+    assert {type(method) for method in methods.values()} == {BlockFp8LinearMethod}
