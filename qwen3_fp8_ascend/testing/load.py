@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import httpx
 
+from qwen3_fp8_ascend.errors import BlockFp8Error
+
 Kind = Literal["plain", "stream", "disconnect", "cancel", "malformed", "too_long"]
 
 MIX: tuple[tuple[Kind, int], ...] = (
@@ -251,3 +253,13 @@ def run_load(
     `each` is called with every outcome as it comes. No failure of a request raises: see `Outcome.lost`.
     """
     return asyncio.run(_run(url, model, requests, concurrency, timeout, each))
+
+
+def requests_held(url: str) -> int:
+    """How many requests a vLLM server is working on or has waiting, by its own metrics."""
+    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(names)]
+    if len(values) != len(names):
+        raise BlockFp8Error("the server's metrics are not those of vLLM", where=url, expected=names, got=values)
+    return int(sum(values))

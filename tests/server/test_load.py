@@ -14,7 +14,7 @@ import pytest
 
 from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.testing.greedy import Comparison, compare
-from qwen3_fp8_ascend.testing.load import Outcome, Request, Step, make_prompts, make_requests, run_load
+from qwen3_fp8_ascend.testing.load import Outcome, Request, Step, make_prompts, make_requests, requests_held, run_load
 from qwen3_fp8_ascend.testing.processes import record_memory
 from qwen3_fp8_ascend.testing.server import Server
 
@@ -61,7 +61,7 @@ def test_no_request_is_lost_or_wrong_and_memory_is_flat(smollm2_server: Server, 
     assert [c for c in compared if c.wrong(floor)] == []
     first, second = memory.halves()
     assert second - first <= GROWTH * first
-    assert requests_in_server(server) == 0
+    assert requests_left_in(server) == 0
     again = answers_alone(server, prompts, load.max_tokens)
     assert {prompt: o.steps for prompt, o in again.items()} == {prompt: o.steps for prompt, o in alone.items()}
 
@@ -104,17 +104,12 @@ def token_id(step: Step) -> int:
     return int(step.token.removeprefix("token_id:"))
 
 
-def requests_in_server(server: Server) -> int:
-    """Requests that the server holds, 10 s after the last client left at the latest: those of vanished clients too."""
+def requests_left_in(server: Server) -> int:
+    """Requests that the server still holds 10 s after the last client left, those of vanished clients included."""
     deadline = time.monotonic() + 10
-    while True:
-        lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-        names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
-        values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(names)]
-        assert len(values) == len(names), values
-        if not any(values) or time.monotonic() > deadline:
-            return int(sum(values))
+    while (held := requests_held(server.url)) and time.monotonic() < deadline:
         time.sleep(0.2)
+    return held
 
 
 def report(
