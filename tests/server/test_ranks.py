@@ -1,0 +1,91 @@
+"""Two processes share a model: tensor-parallel and pipeline-parallel ranks give what one process gives.
+
+Runs are compared in fp32. W8A16 shows what splitting changes by itself: the order of sums. W8A8 quantizes
+activations again in every layer and so amplifies that to its noise floor, which the same run's summation order in
+one process has too: `tests/test_model.py` measures 0.09 nats a token for SmolLM2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.testing.logprobs import distance
+from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3, write_with_more_heads
+
+from .conftest import ASCEND, EAGER, Start
+
+pytestmark = pytest.mark.server
+
+Run = Callable[..., np.ndarray]
+
+ACTIVATION = {
+    "w8a16": ("--additional-config", json.dumps({"qwen3_fp8_ascend": {"activation": "none"}})),
+    "w8a8": (),
+}
+SPLIT = {"two ranks": "--tensor-parallel-size", "two stages": "--pipeline-parallel-size"}
+TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
+
+@pytest.fixture(scope="session")
+def smollm2_12_heads(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's own weights with 12 heads of which 3 contribute nothing, in block FP8."""
+    folder = tmp_path_factory.mktemp("heads")
+    original = smollm2.with_name("SmolLM2-135M-Instruct")
+    padded = write_with_more_heads(original, folder / "bf16", heads=12, kv_heads=4)
+    quantize_checkpoint(padded, folder / "fp8", progress=False)
+    return folder / "fp8"
+
+
+@pytest.fixture(scope="session")
+def qwen3_8b_slice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of Qwen3-8B's shape with random weights."""
+    return write_block_fp8_qwen3(
+        tmp_path_factory.mktemp("slice") / "qwen3",
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("activation", "bound"), [("w8a16", 1e-4), ("w8a8", 0.09)])
+def test_smollm2_in_two_processes(
+    smollm2: Path, smollm2_12_heads: Path, logprobs_of: Run, activation: str, bound: float
+) -> None:
+    options = (*ASCEND, EAGER, *ACTIVATION[activation])
+    original = logprobs_of(smollm2, *options)
+    one = logprobs_of(smollm2_12_heads, *options)
+    print(
+        f"\n{activation}, nats a token, {len(one)} tokens; three heads of zeros change {distance(one, original):.2e};"
+    )
+    assert distance(one, original) <= bound
+    for name, option in SPLIT.items():
+        two = logprobs_of(smollm2_12_heads, *options, option, "2", **TWO_CORES)
+        print(f"  {name} instead of one process {distance(two, one):.2e}")
+        assert distance(two, one) <= bound
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("activation", "bound"), [("w8a16", 1e-4), ("w8a8", 1e-2)])
+def test_qwen3_8b_slice_in_two_processes(qwen3_8b_slice: Path, logprobs_of: Run, activation: str, bound: float) -> None:
+    options = (*ASCEND, EAGER, *ACTIVATION[activation])
+    one = logprobs_of(qwen3_8b_slice, *options)
+    print(f"\n{activation}, nats a token, {len(one)} tokens;")
+    for name, option in SPLIT.items():
+        two = logprobs_of(qwen3_8b_slice, *options, option, "2", **TWO_CORES)
+        print(f"  {name} instead of one process {distance(two, one):.2e}")
+        assert distance(two, one) <= bound
+
+
+def test_heads_that_cannot_be_divided_stop_the_server_with_the_reason(start: Start, smollm2: Path) -> None:
+    with pytest.raises(BlockFp8Error, match=r"attention heads \(9\) must be divisible by tensor parallel size \(2\)"):
+        start(smollm2, *ASCEND, EAGER, "--tensor-parallel-size", "2", **TWO_CORES)
