@@ -130,6 +130,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         """Check what was loaded, pack it, and drop the originals: one resident copy at one byte a weight.
 
         When weights are loaded again, vLLM calls this again for each layer; the packed copy is then renewed in place.
+        A layer whose new weights were refused serves no more: the others already have their new ones.
         Raises:
             BlockFp8Error: tensors that were not in the checkpoint, NaN codes, or bad scales, by name.
         """
@@ -153,6 +154,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
                 check_values=not self.dummy,
             )
         except BlockFp8Error:
+            layer.packed_weight = None
             self._name_bad_tensor(weight, scale, grid)
             raise
         packing.add(packed.nbytes, time.perf_counter() - start)
@@ -160,6 +162,12 @@ class BlockFp8LinearMethod(LinearMethodBase):
         install_packed(layer, packed)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if layer.packed_weight is None:
+            raise BlockFp8Error(
+                "the layer has no weights, since those that were loaded last were refused",
+                where=self.prefix,
+                fix="restart the server",
+            )
         return ops.block_linear(x, layer.packed_weight, bias, self.activation)
 
     def _check_partition(self, layer: Any, grid: ShardGrid, input_size: int, output_size: int) -> None:

@@ -9,13 +9,14 @@ import socket
 import subprocess
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from qwen3_fp8_ascend.testing.load import Outcome, Request, requests_held, run_load
+from qwen3_fp8_ascend.testing.load import Outcome, Request, make_prompts, requests_held, run_load
 from qwen3_fp8_ascend.testing.processes import alive, family, named, wait_until_ended
 from qwen3_fp8_ascend.testing.server import Server
 
@@ -38,16 +39,17 @@ def test_a_killed_process_is_reported_and_a_restart_serves_again(start: Start, t
     running = Background(server)
     os.kill(named(server.process.pid, victim).pid, signal.SIGKILL)
     killed = time.monotonic()
-    outcome = running.result()
     health, after = reported_by(server), time.monotonic() - killed
-    print(f"\n{victim} killed: the running request got {outcome.lost!r}; {health} {after:.1f} s later")
-    assert outcome.lost is not None
+    failures = running.failures()
+    print(f"\n{victim} killed: {health} after {after:.1f} s; requests: {failures}")
+    assert any("EngineCore encountered an issue" in reason for reason in failures), failures
     left = wait_until_ended(processes, PATIENCE)
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.process.wait(1)
     print(f"  exit status {server.process.returncode}, processes left: {[p.name() for p in left]}")
     assert left == []
-    assert server.process.returncode not in (None, 0)
+    # vLLM 0.30 ends with status 0 here, so a supervisor must restart it whatever the status.
+    assert server.process.returncode is not None
     assert "EngineDeadError" in server.log.read_text()
 
     restarted = start(tiny_qwen3, *ASCEND, EAGER)
@@ -58,8 +60,7 @@ def test_a_killed_process_is_reported_and_a_restart_serves_again(start: Start, t
     restarted.process.send_signal(signal.SIGTERM)
     status = restarted.process.wait(PATIENCE)
     left = wait_until_ended(processes, 5)
-    print(f"SIGTERM: exit status {status} after {time.monotonic() - told:.1f} s, the running request got", end=" ")
-    print(f"{running.result().lost!r}, processes left: {[p.name() for p in left]}")
+    print(f"SIGTERM: exit status {status} after {time.monotonic() - told:.1f} s; requests: {running.failures()}")
     assert status == 0
     assert left == []
     assert alive(processes) == []
@@ -67,25 +68,26 @@ def test_a_killed_process_is_reported_and_a_restart_serves_again(start: Start, t
 
 
 class Background:
-    """A long answer that is being generated while something happens to its server."""
+    """Clients that keep asking for long answers while something happens to their server."""
 
     def __init__(self, server: Server) -> None:
         self._outcomes: list[Outcome] = []
-        request = Request("stream", "Notes of day 1.", 900)
+        requests = [Request("stream", prompt, 900) for prompt in make_prompts(80)]
         self._thread = threading.Thread(
-            target=lambda: self._outcomes.extend(run_load(server.url, server.model, [request], concurrency=1)),
+            target=lambda: self._outcomes.extend(run_load(server.url, server.model, requests, concurrency=4)),
             daemon=True,
         )
         self._thread.start()
-        while not requests_held(server.url):
-            assert self._thread.is_alive(), "the request ended before anything could happen to it"
+        deadline = time.monotonic() + PATIENCE
+        while requests_held(server.url) < 2:
+            assert time.monotonic() < deadline, "no requests arrived"
             time.sleep(0.02)
 
-    def result(self) -> Outcome:
-        """The outcome; a request that hangs fails the test."""
+    def failures(self) -> Counter[str]:
+        """Why requests failed, each reason with its number; a request that hangs fails the test."""
         self._thread.join(PATIENCE)
-        assert not self._thread.is_alive(), "the request hangs"
-        return self._outcomes[0]
+        assert not self._thread.is_alive(), "a request hangs"
+        return Counter(outcome.lost for outcome in self._outcomes if outcome.lost)
 
 
 def answer(server: Server) -> Outcome:

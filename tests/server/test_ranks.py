@@ -29,7 +29,11 @@ ACTIVATION = {
     "w8a16": ("--additional-config", json.dumps({"qwen3_fp8_ascend": {"activation": "none"}})),
     "w8a8": (),
 }
-SPLIT = {"two ranks": "--tensor-parallel-size", "two stages": "--pipeline-parallel-size"}
+SPLIT = {
+    "two ranks": (EAGER, "--tensor-parallel-size", "2"),
+    "two stages, compiled": ("--pipeline-parallel-size", "2"),
+}
+"""vLLM's CPU runner has pipeline stages only with torch.compile."""
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
@@ -61,15 +65,15 @@ def qwen3_8b_slice(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_smollm2_in_two_processes(
     smollm2: Path, smollm2_12_heads: Path, logprobs_of: Run, activation: str, bound: float
 ) -> None:
-    options = (*ASCEND, EAGER, *ACTIVATION[activation])
-    original = logprobs_of(smollm2, *options)
-    one = logprobs_of(smollm2_12_heads, *options)
+    options = (*ASCEND, *ACTIVATION[activation])
+    original = logprobs_of(smollm2, *options, EAGER)
+    one = logprobs_of(smollm2_12_heads, *options, EAGER)
     print(
         f"\n{activation}, nats a token, {len(one)} tokens; three heads of zeros change {distance(one, original):.2e};"
     )
     assert distance(one, original) <= bound
-    for name, option in SPLIT.items():
-        two = logprobs_of(smollm2_12_heads, *options, option, "2", **TWO_CORES)
+    for name, split in SPLIT.items():
+        two = logprobs_of(smollm2_12_heads, *options, *split, **TWO_CORES)
         print(f"  {name} instead of one process {distance(two, one):.2e}")
         assert distance(two, one) <= bound
 
@@ -77,11 +81,11 @@ def test_smollm2_in_two_processes(
 @pytest.mark.long
 @pytest.mark.parametrize(("activation", "bound"), [("w8a16", 1e-4), ("w8a8", 1e-2)])
 def test_qwen3_8b_slice_in_two_processes(qwen3_8b_slice: Path, logprobs_of: Run, activation: str, bound: float) -> None:
-    options = (*ASCEND, EAGER, *ACTIVATION[activation])
-    one = logprobs_of(qwen3_8b_slice, *options)
+    options = (*ASCEND, *ACTIVATION[activation])
+    one = logprobs_of(qwen3_8b_slice, *options, EAGER)
     print(f"\n{activation}, nats a token, {len(one)} tokens;")
-    for name, option in SPLIT.items():
-        two = logprobs_of(qwen3_8b_slice, *options, option, "2", **TWO_CORES)
+    for name, split in SPLIT.items():
+        two = logprobs_of(qwen3_8b_slice, *options, *split, **TWO_CORES)
         print(f"  {name} instead of one process {distance(two, one):.2e}")
         assert distance(two, one) <= bound
 
@@ -89,3 +93,9 @@ def test_qwen3_8b_slice_in_two_processes(qwen3_8b_slice: Path, logprobs_of: Run,
 def test_heads_that_cannot_be_divided_stop_the_server_with_the_reason(start: Start, smollm2: Path) -> None:
     with pytest.raises(BlockFp8Error, match=r"attention heads \(9\) must be divisible by tensor parallel size \(2\)"):
         start(smollm2, *ASCEND, EAGER, "--tensor-parallel-size", "2", **TWO_CORES)
+
+
+def test_eager_pipeline_stages_stop_the_server_with_the_reason(start: Start, tiny_qwen3: Path) -> None:
+    """Otherwise vLLM says that it is healthy and dies of the first request."""
+    with pytest.raises(BlockFp8Error, match="cannot run pipeline stages on a CPU"):
+        start(tiny_qwen3, *ASCEND, EAGER, "--pipeline-parallel-size", "2", **TWO_CORES)

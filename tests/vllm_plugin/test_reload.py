@@ -69,9 +69,11 @@ def test_a_tensor_that_is_missing_on_reload_is_named(missing: str, tensor: str) 
             layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale, shard)
     with pytest.raises(BlockFp8Error, match=rf"missing from the checkpoint[^\n]*\n.*{missing}_proj\.{tensor}"):
         finalize_layerwise_reload(layer, MODEL)
+    with pytest.raises(BlockFp8Error, match="restart the server"):
+        layer.quant_method.apply(layer, problem.x)
 
 
-def test_nan_codes_are_refused_on_reload_and_the_old_weights_stay() -> None:
+def test_after_refused_weights_a_layer_serves_neither_old_nor_new_ones() -> None:
     problem = random_problem(5, (576, 192, 192), 576)
     layer = serving_layer(problem)
     bad = random_problem(5, (576, 192, 192), 576, seed=1)
@@ -79,7 +81,8 @@ def test_nan_codes_are_refused_on_reload_and_the_old_weights_stay() -> None:
     initialize_layerwise_reload(layer)
     with pytest.raises(BlockFp8Error, match=r"k_proj\.weight"):
         load(layer, qkv_shards(bad))
-    assert_exact(layer.quant_method.apply(layer, problem.x), problem)
+    with pytest.raises(BlockFp8Error, match="restart the server"):
+        layer.quant_method.apply(layer, problem.x)
 
 
 def test_a_merged_layer_without_names_of_shards() -> None:
