@@ -10,13 +10,14 @@ import subprocess
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from qwen3_fp8_ascend.testing.load import Outcome, Request, make_prompts, requests_held, run_load
+from qwen3_fp8_ascend.testing.load import Outcome, Request, requests_held, run_load
 from qwen3_fp8_ascend.testing.processes import alive, family, named, wait_until_ended
 from qwen3_fp8_ascend.testing.server import Server
 
@@ -29,10 +30,19 @@ PATIENCE = 30
 
 
 @pytest.mark.parametrize(
-    "victim", [pytest.param("Worker", id="worker"), pytest.param("EngineCore", id="engine", marks=pytest.mark.long)]
+    ("victim", "terminate"),
+    [
+        pytest.param("Worker", os.kill, id="worker-process"),
+        pytest.param("EngineCore", os.killpg, id="engine-group", marks=pytest.mark.long),
+    ],
 )
-def test_a_killed_process_is_reported_and_a_restart_serves_again(start: Start, tiny_qwen3: Path, victim: str) -> None:
-    """In the same go: the restarted server is told to stop while it works, and ends cleanly."""
+def test_a_killed_process_is_reported_and_a_restart_serves_again(
+    start: Start, tiny_qwen3: Path, victim: str, terminate: Callable[[int, int], None]
+) -> None:
+    """In the same go: the restarted server is told to stop while it works, and ends cleanly.
+
+    Told by itself, as containers do, or with all its processes, as a terminal and systemd do.
+    """
     server = start(tiny_qwen3, *ASCEND, EAGER)
     before = answer(server)
     processes = family(server.process.pid)
@@ -57,7 +67,7 @@ def test_a_killed_process_is_reported_and_a_restart_serves_again(start: Start, t
     processes = family(restarted.process.pid)
     running = Background(restarted)
     told = time.monotonic()
-    restarted.process.send_signal(signal.SIGTERM)
+    terminate(restarted.process.pid, signal.SIGTERM)
     status = restarted.process.wait(PATIENCE)
     left = wait_until_ended(processes, 5)
     print(f"SIGTERM: exit status {status} after {time.monotonic() - told:.1f} s; requests: {running.failures()}")
@@ -72,7 +82,7 @@ class Background:
 
     def __init__(self, server: Server) -> None:
         self._outcomes: list[Outcome] = []
-        requests = [Request("stream", prompt, 900) for prompt in make_prompts(80)]
+        requests = [Request("stream", f"Notes of day {day}.", 900) for day in range(80)]
         self._thread = threading.Thread(
             target=lambda: self._outcomes.extend(run_load(server.url, server.model, requests, concurrency=4)),
             daemon=True,

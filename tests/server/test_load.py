@@ -86,7 +86,7 @@ def noise_floor(server: Server, alone: dict[str, Outcome]) -> float:
 
     An answer's tokens are computed again as parts of a prompt: many rows at once instead of one after the other.
     """
-    moved = [0.0]
+    moved = []
     for prompt, outcome in alone.items():
         ids = server.post("/tokenize", {"model": server.model, "prompt": prompt})["tokens"]
         answer = [token_id(step) for step in outcome.steps]
