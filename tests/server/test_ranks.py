@@ -95,6 +95,7 @@ def test_heads_that_cannot_be_divided_stop_the_server_with_the_reason(start: Sta
         start(smollm2, *ASCEND, EAGER, "--tensor-parallel-size", "2", **TWO_CORES)
 
 
+@pytest.mark.long
 def test_eager_pipeline_stages_stop_the_server_with_the_reason(start: Start, tiny_qwen3: Path) -> None:
     """Otherwise vLLM says that it is healthy and dies of the first request."""
     with pytest.raises(BlockFp8Error, match="cannot run pipeline stages on a CPU"):
