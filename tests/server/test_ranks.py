@@ -1,8 +1,8 @@
 """Two processes share a model: tensor-parallel and pipeline-parallel ranks give what one process gives.
 
 Runs are compared in fp32. W8A16 shows what splitting changes by itself: the order of sums. W8A8 quantizes
-activations again in every layer and so amplifies that to its noise floor, which the same run's summation order in
-one process has too: `tests/test_model.py` measures 0.09 nats a token for SmolLM2.
+activations again in every layer and so amplifies that to its noise floor: how far one process moves when only its
+order of sums changes, which is measured here with the specification as backend.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ SPLIT = {
     "two stages, compiled": ("--pipeline-parallel-size", "2"),
 }
 """vLLM's CPU runner has pipeline stages only with torch.compile."""
+NEAR = 1e-4
+"""Largest distance without activation quantization, in nats a token; FP8 weights against bf16 ones are 0.14 apart."""
+FLOORS = 1.5
+"""Largest distance in noise floors, as in `tests/test_model.py`."""
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
@@ -61,33 +65,35 @@ def qwen3_8b_slice(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("activation", "bound"), [("w8a16", 1e-4), ("w8a8", 0.09)])
-def test_smollm2_in_two_processes(
-    smollm2: Path, smollm2_12_heads: Path, logprobs_of: Run, activation: str, bound: float
-) -> None:
-    options = (*ASCEND, *ACTIVATION[activation])
-    original = logprobs_of(smollm2, *options, EAGER)
-    one = logprobs_of(smollm2_12_heads, *options, EAGER)
-    print(
-        f"\n{activation}, nats a token, {len(one)} tokens; three heads of zeros change {distance(one, original):.2e};"
-    )
-    assert distance(one, original) <= bound
-    for name, split in SPLIT.items():
-        two = logprobs_of(smollm2_12_heads, *options, *split, **TWO_CORES)
-        print(f"  {name} instead of one process {distance(two, one):.2e}")
-        assert distance(two, one) <= bound
+@pytest.mark.parametrize("activation", ACTIVATION)
+def test_smollm2_in_two_processes(smollm2: Path, smollm2_12_heads: Path, logprobs_of: Run, activation: str) -> None:
+    original = logprobs_of(smollm2, *ASCEND, EAGER, *ACTIVATION[activation])
+    one = compare_one_with_two(smollm2_12_heads, logprobs_of, activation)
+    print(f"  three heads of zeros {distance(one, original):.2e}")
+    assert distance(one, original) == 0
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("activation", "bound"), [("w8a16", 1e-4), ("w8a8", 1e-2)])
-def test_qwen3_8b_slice_in_two_processes(qwen3_8b_slice: Path, logprobs_of: Run, activation: str, bound: float) -> None:
+@pytest.mark.parametrize("activation", ACTIVATION)
+def test_qwen3_8b_slice_in_two_processes(qwen3_8b_slice: Path, logprobs_of: Run, activation: str) -> None:
+    compare_one_with_two(qwen3_8b_slice, logprobs_of, activation)
+
+
+def compare_one_with_two(model: Path, logprobs_of: Run, activation: str) -> np.ndarray:
+    """Serve a model in one process and in two, and judge the distance. Returns what one process gives."""
     options = (*ASCEND, *ACTIVATION[activation])
-    one = logprobs_of(qwen3_8b_slice, *options, EAGER)
-    print(f"\n{activation}, nats a token, {len(one)} tokens;")
+    one = logprobs_of(model, *options, EAGER)
+    print(f"\n{model.parent.name}, {activation}, nats a token, {len(one)} tokens, against one process:")
+    bound = NEAR
+    if activation == "w8a8":
+        floor = distance(one, logprobs_of(model, *options, EAGER, QWEN3_FP8_ASCEND_BACKEND="reference"))
+        print(f"  one process with the specification's order of sums {floor:.2e}")
+        bound = FLOORS * floor
     for name, split in SPLIT.items():
-        two = logprobs_of(qwen3_8b_slice, *options, *split, **TWO_CORES)
-        print(f"  {name} instead of one process {distance(two, one):.2e}")
+        two = logprobs_of(model, *options, *split, **TWO_CORES)
+        print(f"  {name} {distance(two, one):.2e}")
         assert distance(two, one) <= bound
+    return one
 
 
 def test_heads_that_cannot_be_divided_stop_the_server_with_the_reason(start: Start, smollm2: Path) -> None:
