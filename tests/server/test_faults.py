@@ -81,8 +81,8 @@ def test_sigterm_while_clients_stream_leaves_nothing_behind(
 ) -> None:
     """The engine ends and no new client is let in. The HTTP process may wait for its open streams for ever.
 
-    vLLM 0.30 ends the engine first, and whether the streams hear of it differs from run to run; docs/reliability_server.md
-    has the counts, with and without this plugin. A supervisor's SIGKILL, here `stop`, has to follow.
+    vLLM 0.30 ends the engine first, and whether the streams hear of it differs from run to run; the counts, with and
+    without this plugin, are in docs/reliability_server.md. A supervisor's SIGKILL, here `stop`, has to follow.
     """
     server = start(tiny_qwen3, *ASCEND, EAGER)
     api, *others = family(server.process.pid)
