@@ -23,7 +23,7 @@ venv: $(VENV)/.built  ## create .venv and build the package into it
 demo: venv  ## serve a block-FP8 model with vLLM and ask it three questions (MODEL=... for another one)
 	$(PY) scripts/demo.py $(if $(MODEL),--model '$(MODEL)')
 
-test: lint test-triton-ascend test-triton  ## everything that needs no accelerator: lint, types, tests
+test: lint test-triton-ascend test-triton test-vllm-ascend  ## everything that needs no accelerator: lint, types, tests
 	$(PY) -m pytest
 
 test-fast: venv  ## the tests that start no server

@@ -94,7 +94,9 @@ class Emulator:
                 value = path
             command.append(f"{key}={value}")
         command += [f"{name}={self.folder / name}" for name in outputs]
-        done = subprocess.run(command, capture_output=True, text=True)
+        # vLLM's CPU platform preloads libraries into whatever this process starts; AddressSanitizer must come first.
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode == FAULT_STATUS:
             first, _, rest = done.stderr.partition("\n")
             raise EmulatorFault(first.removeprefix("fault "), rest)

@@ -31,6 +31,17 @@ QWEN3_8B = {
     "max_position_embeddings": 40960,
 }
 
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     # These modules import vllm_ascend at the top; test_environment.py alone says why it is not here.
@@ -57,9 +68,9 @@ def engine_config(folder: Path, quantization: str | None = "ascend", **changes: 
 
 
 @pytest.fixture(scope="session")
-def rank() -> Iterator[None]:
+def rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A process as a worker prepares it: plugins, vLLM-Ascend's layers in place of vLLM's, one rank."""
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config import set_current_vllm_config
     from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
     from vllm.plugins import load_general_plugins
     from vllm_ascend.utils import register_ascend_customop
@@ -69,7 +80,8 @@ def rank() -> Iterator[None]:
     load_general_plugins()
     for name in ("fla_npu", "fla_npu.ops", "fla_npu.ops.ascendc"):  # a package of CANN operators, for other models
         sys.modules.setdefault(name, MagicMock())
-    config = VllmConfig()
+    # Of a mixture of experts, so that vLLM makes the group of ranks that those need as well.
+    config = engine_config(write_config(tmp_path_factory.mktemp("any"), **MOE), quantization=None)
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, "gloo")
         initialize_model_parallel(1, 1)

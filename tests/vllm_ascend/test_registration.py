@@ -19,7 +19,7 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.vllm_plugin.ascend import AscendConfig, BlockFp8NpuConfig
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 
-from .conftest import BLOCK_FP8, QWEN3_8B, engine_config, write_config
+from .conftest import BLOCK_FP8, MOE, QWEN3_8B, engine_config, write_config
 
 MISMATCH = (
     "Quantization method specified in the model config (fp8) does not match the quantization method specified in "
@@ -159,17 +159,7 @@ def test_other_fp8_checkpoints_are_refused_with_the_reason(tmp_path: Path, chang
 
 
 def test_mixture_of_experts_is_refused_by_name(tmp_path: Path, build: Callable[[Any], torch.nn.Module]) -> None:
-    moe = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 128,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    }
-    folder = write_config(tmp_path / "moe", **moe, quantization_config=BLOCK_FP8)
+    folder = write_config(tmp_path / "moe", **MOE, quantization_config=BLOCK_FP8)
     with pytest.raises(BlockFp8Error, match=r"(?s)mixture-of-experts.*model\.layers\.0\.mlp\.experts"):
         build(engine_config(folder))
 
