@@ -1,7 +1,8 @@
 """A pytest plugin under which vLLM-Ascend's own unit tests run here, with or without this package registered.
 
 Their conftest replaces what needs an NPU by mocks, and takes torchvision for granted, whose builds for CUDA do not load
-beside CPU torch: it becomes a mock too, for whatever imports it without asking. With REGISTER_BLOCK_FP8=1 this package is registered before tests are collected.
+beside CPU torch: it becomes a mock too, for whatever imports it without asking. With REGISTER_BLOCK_FP8=1 this package
+is registered before tests are collected.
 """
 
 import importlib
