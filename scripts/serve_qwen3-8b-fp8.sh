@@ -122,6 +122,21 @@ command -v "$python" >/dev/null || fail "no $python" "install Python 3.10 to 3.1
 vllm=$(dirname "$(command -v "$python")")/vllm
 [ -x "$vllm" ] || vllm=vllm
 
+# --- the checkpoint -----------------------------------------------------------------------------------------------
+download=()
+folder=$model
+if [ ! -d "$model" ]; then
+  [[ $model == [!/.]*/* ]] ||
+    fail "there is no folder $model" "give a folder that exists, or a hub's name such as Qwen/Qwen3-8B-FP8"
+  module=$source
+  [ "$source" != huggingface ] || module=huggingface_hub
+  where=
+  [ -z "$download_dir" ] || where=', cache_dir=sys.argv[2]'
+  code="import sys; from $module import snapshot_download as fetch; print(fetch(sys.argv[1]$where))"
+  download=("$python" -c "$code" "$model")
+  [ -z "$download_dir" ] || download+=("$download_dir")
+fi
+
 # --- the device ---------------------------------------------------------------------------------------------------
 set_env=${CANN_SET_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}
 source_cann=
@@ -146,21 +161,6 @@ if [ "$device" = auto ] || { [ "$device" = npu ] && [ -z "$dry_run" ]; }; then
   else
     device=cpu
   fi
-fi
-
-# --- the checkpoint -----------------------------------------------------------------------------------------------
-download=()
-folder=$model
-if [ ! -d "$model" ]; then
-  [[ $model == [!/.]*/* ]] ||
-    fail "there is no folder $model" "give a folder that exists, or a hub's name such as Qwen/Qwen3-8B-FP8"
-  module=$source
-  [ "$source" != huggingface ] || module=huggingface_hub
-  where=
-  [ -z "$download_dir" ] || where=', cache_dir=sys.argv[2]'
-  code="import sys; from $module import snapshot_download as fetch; print(fetch(sys.argv[1]$where))"
-  download=("$python" -c "$code" "$model")
-  [ -z "$download_dir" ] || download+=("$download_dir")
 fi
 
 # --- the environment and the command ------------------------------------------------------------------------------

@@ -21,7 +21,11 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="the scripts are for 
 
 
 def run(script: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SERVE_", "VLLM_CPU_", "ASCEND"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SERVE_", "VERIFY_", "VLLM_CPU_", "ASCEND"))
+    }
     return subprocess.run(
         ["bash", str(SCRIPTS / script), *map(str, arguments)],
         capture_output=True,
@@ -119,9 +123,9 @@ OTHER = {
 """A value of each setting that is not its default."""
 
 
-def settings() -> dict[str, str]:
+def settings(script: str = SERVE) -> dict[str, str]:
     """The settings that --help lists, with their variables."""
-    found = re.findall(r"^  --([a-z-]+) [^ ]+ +([A-Z0-9_]+) ", run(SERVE, "--help").stdout, re.MULTILINE)
+    found = re.findall(r"^  --([a-z-]+) [^ ]+ +([A-Z0-9_]+) ", run(script, "--help").stdout, re.MULTILINE)
     return dict(found)
 
 
@@ -181,6 +185,38 @@ def test_mistakes_of_the_serve_script_end_in_one_line(arguments: list[str], said
     assert last.startswith("error: ") and "; what to do: " in last and said in last, done.stderr
     if "served" not in said:
         assert done.stderr.count("\n") == 1
+
+
+VERIFY = "verify_qwen3-8b-fp8.sh"
+VERIFY_OTHER = {
+    "url": "http://127.0.0.1:9",
+    "model": "it's",
+    "languages": "en",
+    "form": "en",
+    "wait": "5",
+    "output": "some file.json",
+    "python": "/bin/sh",
+}
+
+
+@pytest.mark.parametrize("name", sorted(VERIFY_OTHER))
+def test_a_setting_of_the_verify_script_can_be_given_in_three_ways(name: str) -> None:
+    listed = settings(VERIFY)
+    assert listed.keys() == VERIFY_OTHER.keys()
+    value = VERIFY_OTHER[name]
+    flag = run(VERIFY, "--dry-run", f"--{name}", value)
+    assert flag.returncode == 0 and flag.stderr == ""
+    assert value in " ".join(shlex.split(flag.stdout))
+    assert flag.stdout == run(VERIFY, "--dry-run", f"--{name}={value}").stdout
+    assert flag.stdout == run(VERIFY, "--dry-run", **{listed[name]: value}).stdout
+    assert flag.stdout != run(VERIFY, "--dry-run").stdout
+
+
+@pytest.mark.parametrize("arguments", [["--bogus"], ["--url"], ["--python", "no-such-python"]])
+def test_mistakes_of_the_verify_script_end_in_one_line(arguments: list[str]) -> None:
+    done = run(VERIFY, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and "; what to do: " in done.stderr and done.stderr.count("\n") == 1
 
 
 @pytest.fixture
