@@ -15,6 +15,7 @@ import typer
 from rich.logging import RichHandler
 
 from qwen3_fp8_ascend import __version__
+from qwen3_fp8_ascend.bench import command as bench
 from qwen3_fp8_ascend.terminal import Json, be_quiet, check_choices, err, is_quiet, out, run, write_text
 
 app = typer.Typer(
@@ -140,6 +141,9 @@ def verify(
         out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     if any(answer.verdict == "failed" for answer in answers):
         raise typer.Exit(1)
+
+
+bench.add_commands(app)
 
 
 def main() -> None:

@@ -190,10 +190,35 @@ def wait_until_up(base_url: str, seconds: float, tick: Callable[[float], None] |
 def server_facts(base_url: str, model: str | None = None) -> dict[str, Any]:
     """What a server says of itself: `url`, `model` (as served), `root` (the checkpoint), `max_model_len`, `vllm`.
 
-    Without `model` the first one that it lists.
+    Without `model` the first one that it lists. `root` is the name of the folder that is served; where it lies is the
+    server's affair (`served_root` says it).
     Raises:
         BlockFp8Error: the server cannot be reached, lists no model, or not this one.
     """
+    entry = _listed(base_url, model)
+    return {
+        "url": base_url,
+        "model": entry.id,
+        "root": PurePath(_root_of(entry)).name,
+        "max_model_len": getattr(entry, "max_model_len", None),
+        "vllm": _vllm_version(base_url),
+    }
+
+
+def served_root(base_url: str, model: str) -> str:
+    """The folder or hub name that a server has a model from.
+
+    Raises:
+        BlockFp8Error: as `server_facts`.
+    """
+    return _root_of(_listed(base_url, model))
+
+
+def _root_of(entry: Any) -> str:
+    return str(getattr(entry, "root", None) or entry.id)
+
+
+def _listed(base_url: str, model: str | None) -> Any:
     openai, client = _client(base_url)
     try:
         models = {entry.id: entry for entry in client.models.list().data}
@@ -209,11 +234,7 @@ def server_facts(base_url: str, model: str | None = None) -> dict[str, Any]:
             expected=f"one of {', '.join(models)}",
             fix="give the model's served name with --model, or leave it out",
         )
-    entry = models[name]
-    facts = {"url": base_url, "model": name, "root": getattr(entry, "root", None)}
-    # The folder's name says what was served; where it lies is this machine's affair.
-    facts["root"] = PurePath(facts["root"]).name if facts["root"] else name
-    return facts | {"max_model_len": getattr(entry, "max_model_len", None), "vllm": _vllm_version(base_url)}
+    return models[name]
 
 
 def _vllm_version(base_url: str) -> str | None:

@@ -3,13 +3,19 @@
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @contextlib.contextmanager
-def answering(answers: Mapping[str, str], model: str = "qwen3-8b-fp8", port: int = 0) -> Iterator[str]:
-    """Serve `model` on the loopback address; a prompt that contains a key gets its answer, word by word."""
+def answering(
+    answers: Mapping[str, str], model: str = "qwen3-8b-fp8", port: int = 0, pause: float = 0
+) -> Iterator[str]:
+    """Serve `model` on the loopback address; a prompt that contains a key gets its answer, word by word.
+
+    `pause`: seconds before each word.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *arguments: object) -> None:
@@ -43,10 +49,22 @@ def answering(answers: Mapping[str, str], model: str = "qwen3-8b-fp8", port: int
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
-            for word in text.split(" "):
+            words = text.split(" ")
+            for word in words:
+                time.sleep(pause)
                 choice = {"index": 0, "text": f" {word}", "finish_reason": None, "logprobs": None}
                 chunk = {"id": "1", "object": "text_completion", "created": 0, "model": model, "choices": [choice]}
                 self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+            usage = {"prompt_tokens": 1, "completion_tokens": len(words), "total_tokens": 1 + len(words)}
+            chunk = {
+                "id": "1",
+                "object": "text_completion",
+                "created": 0,
+                "model": model,
+                "choices": [],
+                "usage": usage,
+            }
+            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
             self.wfile.write(b"data: [DONE]\n\n")
 
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
