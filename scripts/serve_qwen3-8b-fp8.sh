@@ -45,12 +45,10 @@ Exit codes: that of `vllm serve`; 2 for bad input or set-up.
 TEXT
 }
 
-fail() {
-  printf 'error: %s; what to do: %s\n' "$1" "$2" >&2
-  exit 2
-}
-
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/common.sh
+. "$root/scripts/common.sh"
+
 model=${SERVE_MODEL:-Qwen/Qwen3-8B-FP8}
 source=${SERVE_SOURCE:-modelscope}
 download_dir=${SERVE_DOWNLOAD_DIR:-}
@@ -93,15 +91,6 @@ while [ $# -gt 0 ]; do
 done
 further=("$@")
 
-one_of() { # NAME VALUE CHOICES...
-  local name=$1 value=$2 choice
-  shift 2
-  for choice in "$@"; do [ "$value" != "$choice" ] || return 0; done
-  fail "--$name is ${value:-empty}" "choose one of: $*"
-}
-whole_number() { # NAME VALUE
-  [[ $2 =~ ^[1-9][0-9]{0,8}$ ]] || fail "--$1 is ${2:-empty}" "give a whole number from 1"
-}
 one_of source "$source" modelscope huggingface
 one_of device "$device" auto npu cpu
 one_of quantization "$quantization" ascend none
@@ -114,11 +103,7 @@ whole_number kv-cache-gib "$kv_cache_gib"
 [[ $gpu_memory_utilization =~ ^(0?\.[0-9]*[1-9][0-9]*|1(\.0*)?)$ ]] ||
   fail "--gpu-memory-utilization is ${gpu_memory_utilization:-empty}" "give a fraction above 0 and up to 1"
 
-if [ -z "$python" ]; then
-  python=python3
-  [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
-fi
-command -v "$python" >/dev/null || fail "no $python" "install Python 3.10 to 3.13, or give --python"
+python=$(find_python "$python" "$root")
 vllm=$(dirname "$(command -v "$python")")/vllm
 [ -x "$vllm" ] || vllm=vllm
 
@@ -200,14 +185,6 @@ arguments+=(--dtype "$dtype")
 [ "$activation" = dynamic ] || arguments+=(--additional-config '{"qwen3_fp8_ascend": {"activation": "none"}}')
 [ "${#further[@]}" = 0 ] || arguments+=("${further[@]}")
 
-quoted() { # each word as a shell would take it back
-  local word line=
-  for word in "$@"; do
-    [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="'${word//\'/\'\\\'\'}'"
-    line+="${line:+ }$word"
-  done
-  printf '%s\n' "$line"
-}
 if [ -n "$dry_run" ]; then
   [ -z "$source_cann" ] || quoted source "$set_env"
   if [ "${#download[@]}" -gt 0 ]; then

@@ -30,12 +30,10 @@ Exit codes: 0 all answers are good, 1 one is not, 2 no server, no such model, or
 TEXT
 }
 
-fail() {
-  printf 'error: %s; what to do: %s\n' "$1" "$2" >&2
-  exit 2
-}
-
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/common.sh
+. "$root/scripts/common.sh"
+
 url=${VERIFY_URL:-http://127.0.0.1:8000}
 model=${VERIFY_MODEL:-}
 languages=${VERIFY_LANGUAGES:-en,zh}
@@ -62,11 +60,7 @@ while [ $# -gt 0 ]; do
     *) fail "unknown setting $1" "see --help" ;;
   esac
 done
-if [ -z "$python" ]; then
-  python=python3
-  [ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
-fi
-command -v "$python" >/dev/null || fail "no $python" "install Python 3.10 to 3.13, or give --python"
+python=$(find_python "$python" "$root")
 
 command=("$python" -m qwen3_fp8_ascend verify "$url" --wait "$wait" --form "$form")
 IFS=, read -ra spoken <<<"$languages"
@@ -75,7 +69,7 @@ for language in "${spoken[@]}"; do command+=(--language "$language"); done
 [ -z "$output" ] || command+=(--output "$output")
 [ -z "$json" ] || command+=(--json)
 if [ -n "$dry_run" ]; then
-  printf '%q ' "${command[@]}" && echo
+  quoted "${command[@]}"
   exit 0
 fi
 exec "${command[@]}"

