@@ -1,5 +1,6 @@
 """`bench`: what it writes, and what it says when it cannot measure. `vllm bench serve` is the real one."""
 
+import io
 import json
 import math
 import os
@@ -9,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from qwen3_fp8_ascend.bench.serving import Load, Target, measure
+from qwen3_fp8_ascend.bench.serving import Load, Row, Target, measure, render
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3, write_byte_tokenizer
 from qwen3_fp8_ascend.testing.server import free_port
@@ -26,30 +28,48 @@ def bench(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, cwd=cwd)
 
 
-def test_two_servers_are_measured_and_compared(tmp_path: Path) -> None:
+def test_a_server_is_measured(tmp_path: Path) -> None:
+    """Four words, 50 ms before each: what `vllm bench serve` finds is what the server did."""
     pytest.importorskip("vllm", reason="vLLM is not installed")
     (tmp_path / "tokenizer").mkdir()
     write_byte_tokenizer(tmp_path / "tokenizer")
     output = tmp_path / "throughput.json"
-    with answering({"": "one two three four"}) as fp8, answering({"": "one two three four"}, pause=0.05) as slow:
+    with answering({"": "one two three four"}, pause=0.05) as url:
         done = bench(
-            *("serving", "--server", f"1xA2, FP8={fp8}", "--server", f"slow={slow}", "--requests", "4"),
-            *("--concurrency", "2", "--repeats", "1", "--tokenizer", tmp_path / "tokenizer", "--output", output),
+            *("serving", "--server", f"1xA2, FP8={url}", "--requests", "4", "--concurrency", "2", "--repeats", "1"),
+            *("--tokenizer", tmp_path / "tokenizer", "--output", output),
         )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     found = json.loads(output.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (found["kind"], found["version"]) == ("throughput", 1)
     assert found["provenance"]["cpu"] and "bench serving" in found["command"]
-    first, second = found["rows"]
-    assert first.keys() >= KEYS
-    assert (first["configuration"], second["configuration"]) == ("1xA2, FP8", "slow")
-    assert (first["request_rate"], first["concurrency"], first["requests"]) == ("inf", 2, 4)
-    assert first["bench_command"].startswith("vllm bench serve --dataset-name random")
+    (row,) = found["rows"]
+    assert row.keys() >= KEYS
+    assert (row["configuration"], row["request_rate"], row["concurrency"], row["requests"]) == (
+        "1xA2, FP8",
+        "inf",
+        2,
+        4,
+    )
+    assert row["bench_command"].startswith("vllm bench serve --dataset-name random")
     assert str(tmp_path) not in output.read_text()
-    assert 45 < second["tpot_ms"] < 200 and first["tpot_ms"] < second["tpot_ms"]
-    for row in found["rows"]:
-        assert row["requests_per_second"] > 0 and row["ttft_ms"] > 0
-    assert "x slow" in done.stdout and "1xA2, FP8" in done.stdout
+    assert 45 < row["tpot_ms"] < 200 and row["ttft_ms"] > 45
+    assert 1 < row["requests_per_second"] < 10
+    assert row["output_tokens_per_second"] == pytest.approx(4 * row["requests_per_second"], rel=0.01)
+    assert "1xA2, FP8" in done.stdout and "TPOT" in done.stdout
+
+
+def test_configurations_are_compared_with_the_last() -> None:
+    rows = [
+        Row(name, "inf", count, 16, 1.0, 64.0, 100.0, tpot * count, 128, 64, 3, "vllm bench serve")
+        for name, tpot in (("FP8", 20.0), ("BF16", 30.0))
+        for count in (1, 8)
+    ]
+    console = Console(record=True, width=150, file=io.StringIO())
+    render(rows, console)
+    lines = console.export_text().splitlines()
+    assert "x BF16" in lines[0]
+    assert [line.split()[-1] for line in lines[1:]] == ["1.50", "1.50", "1.00", "1.00"]
 
 
 def test_each_repeat_has_prompts_of_its_own() -> None:
