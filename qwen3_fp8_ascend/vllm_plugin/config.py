@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import CompilationMode, get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
 
 from qwen3_fp8_ascend.backends.registry import COMPUTES
 from qwen3_fp8_ascend.checkpoints.folder import PICKLE_SUFFIXES, WEIGHTS_SUFFIX
@@ -61,6 +62,27 @@ class Settings:
         if settings.backend is not None and not isinstance(settings.backend, str):
             raise BlockFp8Error("a backend is named by a string", where=where, got=settings.backend)
         return settings
+
+
+def check_pipeline(vllm_config: Any) -> None:
+    """Refuse pipeline stages where vLLM would start, call itself healthy, and die of the first request.
+
+    Its CPU runner makes the buffers between stages only while it warms up a compiled model (seen in 0.30.0, with
+    bf16 weights and without this plugin too).
+    Raises:
+        BlockFp8Error: pipeline parallelism on a CPU without torch.compile.
+    """
+    if not current_platform.is_cpu():
+        return
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1 and vllm_config.compilation_config.mode == CompilationMode.NONE:
+        raise BlockFp8Error(
+            "vLLM cannot run pipeline stages on a CPU without torch.compile",
+            where="--pipeline-parallel-size",
+            expected="1, or a compiled model",
+            got=f"{stages} with --enforce-eager or LoRA adapters",
+            fix="leave --enforce-eager and --enable-lora out, or use --tensor-parallel-size",
+        )
 
 
 class BlockFp8AscendConfig(QuantizationConfig):
@@ -134,6 +156,7 @@ class BlockFp8AscendConfig(QuantizationConfig):
                 fix="serve a dense block-FP8 model, or this one without `--quantization ascend`",
             )
         vllm_config = get_current_vllm_config()
+        check_pipeline(vllm_config)
         settings = Settings.from_additional_config(vllm_config.additional_config)
         if isinstance(layer, ParallelLMHead) and settings.lm_head == "fp8":
             return BlockFp8LmHeadMethod(self.checkpoint.block, settings.backend)

@@ -13,7 +13,13 @@ from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockSize, ShardGrid
 from qwen3_fp8_ascend.vllm_plugin import logger
-from qwen3_fp8_ascend.vllm_plugin.parameters import DAMAGED, ShardScaleParameter, checked_loader
+from qwen3_fp8_ascend.vllm_plugin.parameters import (
+    DAMAGED,
+    ShardScaleParameter,
+    checked_loader,
+    install_packed,
+    shard_numbers,
+)
 
 REPORT_BYTES = 1 << 30
 """How much is packed between two lines in the log."""
@@ -66,6 +72,8 @@ class BlockFp8LinearMethod(LinearMethodBase):
         self.backend = backend
         self.activation = activation
         self.dummy = dummy
+        self.loaded: dict[str, set[Any]] = {"weight": set(), "weight_scale_inv": set()}
+        """Which shards vLLM has loaded since the last packing."""
 
     def create_weights(
         self,
@@ -96,7 +104,9 @@ class BlockFp8LinearMethod(LinearMethodBase):
                 data=codes,
                 input_dim=1,
                 output_dim=0,
-                weight_loader=checked_loader(load, f"{self.prefix}.weight", grid, (torch.float8_e4m3fn,)),
+                weight_loader=checked_loader(
+                    load, f"{self.prefix}.weight", grid, (torch.float8_e4m3fn,), self.loaded["weight"]
+                ),
             ),
         )
         layer.register_parameter(
@@ -107,7 +117,11 @@ class BlockFp8LinearMethod(LinearMethodBase):
                 input_dim=1,
                 output_dim=0,
                 weight_loader=checked_loader(
-                    load, f"{self.prefix}.weight_scale_inv", grid, (torch.float32, torch.bfloat16)
+                    load,
+                    f"{self.prefix}.weight_scale_inv",
+                    grid,
+                    (torch.float32, torch.bfloat16),
+                    self.loaded["weight_scale_inv"],
                 ),
             ),
         )
@@ -115,6 +129,8 @@ class BlockFp8LinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded, pack it, and drop the originals: one resident copy at one byte a weight.
 
+        When weights are loaded again, vLLM calls this again for each layer; the packed copy is then renewed in place.
+        A layer whose new weights were refused serves no more: the others already have their new ones.
         Raises:
             BlockFp8Error: tensors that were not in the checkpoint, NaN codes, or bad scales, by name.
         """
@@ -122,7 +138,10 @@ class BlockFp8LinearMethod(LinearMethodBase):
         weight = codes.view(torch.float8_e4m3fn)
         if self.dummy:
             _fill_with_small_values(codes, scale)
-        del layer.weight, layer.weight_scale_inv
+        elif hasattr(layer, "packed_weight"):
+            self._mark_unwritten(codes, scale, grid)
+        for shards in self.loaded.values():
+            shards.clear()
         start = time.perf_counter()
         try:
             packed = ops.pack_weight(
@@ -135,14 +154,20 @@ class BlockFp8LinearMethod(LinearMethodBase):
                 check_values=not self.dummy,
             )
         except BlockFp8Error:
+            layer.packed_weight = None
             self._name_bad_tensor(weight, scale, grid)
             raise
         packing.add(packed.nbytes, time.perf_counter() - start)
-        layer.packed_weight = packed
-        # vLLM (LoRA, memory accounting) looks for a parameter named `weight`; it shares the packed storage.
-        layer.weight = torch.nn.Parameter(packed.tensors[0], requires_grad=False)
+        del layer.weight, layer.weight_scale_inv
+        install_packed(layer, packed)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if layer.packed_weight is None:
+            raise BlockFp8Error(
+                "the layer has no weights, since those that were loaded last were refused",
+                where=self.prefix,
+                fix="restart the server",
+            )
         return ops.block_linear(x, layer.packed_weight, bias, self.activation)
 
     def _check_partition(self, layer: Any, grid: ShardGrid, input_size: int, output_size: int) -> None:
@@ -177,6 +202,18 @@ class BlockFp8LinearMethod(LinearMethodBase):
         if shard < len(self.shard_names):
             return self.shard_names[shard]
         return self.prefix
+
+    def _mark_unwritten(self, codes: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> None:
+        """Fill what was not loaded with "not written yet": parameters for loading again start as arbitrary memory."""
+        targets = (
+            (codes, grid.widths, "weight", UNWRITTEN_CODE),
+            (scale, grid.scale_rows, "weight_scale_inv", torch.nan),
+        )
+        for tensor, rows, name, unwritten in targets:
+            loaded = shard_numbers(self.loaded[name], len(rows))
+            for shard, part in enumerate(tensor.split(list(rows))):
+                if shard not in loaded:
+                    part.fill_(unwritten)
 
     def _name_bad_tensor(self, weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> None:
         """Raise for the first of the merged tensors that is missing, has NaN codes or bad scales."""

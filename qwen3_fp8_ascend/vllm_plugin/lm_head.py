@@ -14,6 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_weight
 from qwen3_fp8_ascend.format import BlockSize
+from qwen3_fp8_ascend.vllm_plugin.parameters import install_packed
 
 
 class BlockFp8LmHeadMethod(UnquantizedEmbeddingMethod):
@@ -27,9 +28,8 @@ class BlockFp8LmHeadMethod(UnquantizedEmbeddingMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         codes, scale = _quantize_in_pieces(layer.weight.data, self.block)
-        layer.packed_weight = ops.pack_weight(codes, scale, self.backend, block=self.block, activation="none")
-        # Others look for a parameter of this name; with tied embeddings the bf16 one stays with the embedding.
-        layer.weight = torch.nn.Parameter(layer.packed_weight.tensors[0], requires_grad=False)
+        # With tied embeddings the bf16 parameter stays with the embedding.
+        install_packed(layer, ops.pack_weight(codes, scale, self.backend, block=self.block, activation="none"))
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return ops.block_linear(x, layer.packed_weight, bias, "none")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from vllm.model_executor.parameter import BlockQuantScaleParameter
 
+from qwen3_fp8_ascend.backends.registry import PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import ShardGrid
 
@@ -47,11 +48,12 @@ class ShardScaleParameter(BlockQuantScaleParameter):
 
 
 def checked_loader(
-    load: Callable[..., None], name: str, grid: ShardGrid, dtypes: tuple[torch.dtype, ...]
+    load: Callable[..., None], name: str, grid: ShardGrid, dtypes: tuple[torch.dtype, ...], loaded: set[Any]
 ) -> Callable[..., None]:
     """Wrap a layer's weight loader so that what does not fit is refused with the tensor's name.
 
-    FP8 tensors are handed on as bytes, which is how parameters hold them.
+    FP8 tensors are handed on as bytes, which is how parameters hold them. Shards that were loaded are added to
+    `loaded` (None: all of them), except on the meta device, where vLLM only counts what will come.
     vLLM copies with an implicit cast: bf16 weights where FP8 is declared would be accepted and come out wrong.
     It also takes a tensor that is merged on disk apart at the merged layer's shards, whose blocks are not the
     tensor's own unless all shards are whole blocks.
@@ -91,5 +93,38 @@ def checked_loader(
                 got=f"{tuple(loaded_weight.shape)} ({error or type(error).__name__})",
                 fix=DAMAGED,
             ) from error
+        if not param.is_meta:
+            loaded.add(shard)
 
     return load_checked
+
+
+def shard_numbers(loaded: Collection[Any], count: int) -> set[int]:
+    """Positions of merged shards among `count`, from vLLM's names for them: 0, 1, ..., "q", "k", "v", several, all."""
+    numbers: set[int] = set()
+    for shard in loaded:
+        if shard is None:
+            return set(range(count))
+        parts = shard if isinstance(shard, tuple) else (shard,)
+        numbers.update("qkv".index(part) if isinstance(part, str) else part for part in parts)
+    return numbers
+
+
+def install_packed(layer: Any, packed: PackedWeight) -> None:
+    """Give a layer its packed weight, in the memory of the one it has if there is one.
+
+    vLLM copies renewed parameters into the memory of the old ones, which compiled code refers to. It sees only the
+    parameter named `weight`, so all the tensors are copied here; the layer never holds two packed weights.
+    """
+    old = getattr(layer, "packed_weight", None)
+    if old is not None and _layout(old) == _layout(packed):
+        for into, renewed in zip(old.tensors, packed.tensors, strict=True):
+            into.copy_(renewed)
+        packed = old
+    layer.packed_weight = packed
+    # vLLM (LoRA, memory accounting) looks for a parameter named `weight`; it shares the packed storage.
+    layer.weight = torch.nn.Parameter(packed.tensors[0], requires_grad=False)
+
+
+def _layout(packed: PackedWeight) -> tuple[Any, ...]:
+    return packed.backend, packed.grid, [(t.shape, t.dtype, t.device) for t in packed.tensors]

@@ -12,9 +12,20 @@ from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
 from qwen3_fp8_ascend.testing.server import Server, serve, serving_environment
 
 ASCEND = ("--quantization", "ascend")
-COMMON = ("--max-model-len", "1024")
+MAX_MODEL_LEN = 1024
+COMMON = ("--max-model-len", str(MAX_MODEL_LEN))
+EAGER = "--enforce-eager"
 
 Start = Callable[..., Server]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without `--long` the long forms are visible skips."""
+    if config.getoption("--long", default=False):
+        return
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
 
 
 @pytest.fixture
@@ -53,3 +64,12 @@ def logprobs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., np.nd
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen3 in block FP8 (GQA, q/k norms, two layers); the bf16 one is beside it."""
     return write_block_fp8_qwen3(tmp_path_factory.mktemp("models") / "qwen3")
+
+
+@pytest.fixture(scope="session")
+def smollm2_server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """SmolLM2 in block FP8, W8A8 in bf16, with vLLM's developer endpoints; shared by all tests that leave it alive."""
+    log = tmp_path_factory.mktemp("shared") / "server.log"
+    environment = serving_environment(VLLM_SERVER_DEV_MODE="1")
+    with serve(smollm2, *COMMON, *ASCEND, EAGER, log=log, environment=environment) as server:
+        yield server

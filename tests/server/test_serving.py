@@ -13,11 +13,10 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.testing.logprobs import distance
 from qwen3_fp8_ascend.verify import QUESTIONS, ask
 
-from .conftest import ASCEND, Start
+from .conftest import ASCEND, EAGER, Start
 
 pytestmark = pytest.mark.server
 
-EAGER = "--enforce-eager"
 W8A16 = ("--additional-config", json.dumps({"qwen3_fp8_ascend": {"activation": "none"}}))
 
 Run = Callable[..., np.ndarray]

@@ -1,0 +1,132 @@
+"""Many clients at once: nothing is lost, nothing is wrong, memory stays flat.
+
+`python -m pytest tests/server/test_load.py -s --long` runs 2,000 requests; without `--long` it is a hundred.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+from qwen3_fp8_ascend.provenance import provenance
+from qwen3_fp8_ascend.testing.greedy import Comparison, compare
+from qwen3_fp8_ascend.testing.load import Outcome, Request, Step, make_prompts, make_requests, requests_held, run_load
+from qwen3_fp8_ascend.testing.processes import record_memory
+from qwen3_fp8_ascend.testing.server import Server
+
+from .conftest import MAX_MODEL_LEN
+
+pytestmark = pytest.mark.server
+
+CONCURRENCY = 32
+GROWTH = 0.01
+"""Largest growth of resident memory from the first half of the run to the second."""
+
+
+@dataclass(frozen=True)
+class Load:
+    requests: int
+    prompts: int
+    max_tokens: int
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        pytest.param(Load(100, 10, 16), id="short"),
+        pytest.param(Load(2000, 60, 32), id="long", marks=[pytest.mark.long, pytest.mark.timeout(1800)]),
+    ],
+)
+def test_no_request_is_lost_or_wrong_and_memory_is_flat(smollm2_server: Server, load: Load) -> None:
+    server, prompts = smollm2_server, make_prompts(load.prompts)
+    alone = answers_alone(server, prompts, load.max_tokens)
+    floor = noise_floor(server, alone)
+    requests = make_requests(
+        load.requests, prompts, max_tokens=load.max_tokens, too_long=MAX_MODEL_LEN, model=server.model
+    )
+    warm_up(server, prompts)
+    start = time.perf_counter()
+    with record_memory(server.process.pid) as memory:
+        outcomes = run_load(server.url, server.model, requests, concurrency=CONCURRENCY)
+    seconds = time.perf_counter() - start
+
+    compared = [compare(o.steps, alone[o.request.prompt].steps) for o in outcomes if o.steps]
+    report(load, outcomes, compared, floor, memory.halves(), seconds)
+    assert [o.lost for o in outcomes if o.lost] == []
+    assert len(outcomes) == load.requests
+    assert [c for c in compared if c.wrong(floor)] == []
+    first, second = memory.halves()
+    assert second - first <= GROWTH * first
+    assert requests_left_in(server) == 0
+    again = answers_alone(server, prompts, load.max_tokens)
+    assert {prompt: o.steps for prompt, o in again.items()} == {prompt: o.steps for prompt, o in alone.items()}
+
+
+def answers_alone(server: Server, prompts: list[str], max_tokens: int) -> dict[str, Outcome]:
+    """Greedy answers of a server that has nothing else to do and no prompt in its cache."""
+    answers = {}
+    for prompt in prompts:
+        httpx.post(f"{server.url}/reset_prefix_cache").raise_for_status()
+        [answers[prompt]] = run_load(server.url, server.model, [Request("plain", prompt, max_tokens)], concurrency=1)
+        assert answers[prompt].lost is None, answers[prompt].lost
+    return answers
+
+
+def warm_up(server: Server, prompts: list[str]) -> None:
+    """The first full batch makes the server's buffers as large as they get."""
+    run_load(server.url, server.model, [Request("plain", p, 2) for p in prompts * 4], concurrency=CONCURRENCY)
+
+
+def noise_floor(server: Server, alone: dict[str, Outcome]) -> float:
+    """By how many nats a token's log-probability moves at most when the idle server computes it otherwise.
+
+    An answer's tokens are computed again as parts of a prompt: many rows at once instead of one after the other.
+    """
+    moved = []
+    for prompt, outcome in alone.items():
+        ids = server.post("/tokenize", {"model": server.model, "prompt": prompt})["tokens"]
+        answer = [token_id(step) for step in outcome.steps]
+        body = {"model": server.model, "prompt": ids + answer, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        entries = server.post("/v1/completions", body)["choices"][0]["prompt_logprobs"][len(ids) :]
+        for step, identity, entry in zip(outcome.steps, answer, entries, strict=True):
+            moved.append(abs(step.logprob - entry[str(identity)]["logprob"]))
+    print(
+        f"\nnoise floor: {max(moved):.4f} nats at most, {sum(moved) / len(moved):.4f} on average, {len(moved)} tokens"
+    )
+    return max(moved)
+
+
+def token_id(step: Step) -> int:
+    return int(step.token.removeprefix("token_id:"))
+
+
+def requests_left_in(server: Server) -> int:
+    """Requests that the server still holds 10 s after the last client left, those of vanished clients included."""
+    deadline = time.monotonic() + 10
+    while (held := requests_held(server.url)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return held
+
+
+def report(
+    load: Load,
+    outcomes: list[Outcome],
+    compared: list[Comparison],
+    floor: float,
+    memory: tuple[int, int],
+    seconds: float,
+) -> None:
+    kinds = Counter(o.request.kind for o in outcomes)
+    diverged = [c for c in compared if c.diverged]
+    print(f"{load}: {seconds:.1f} s at concurrency {CONCURRENCY}; {dict(kinds)}")
+    print(f"  left by their client: {sum(o.left for o in outcomes)}, lost: {sum(o.lost is not None for o in outcomes)}")
+    print(f"  tokens: {sum(len(o.steps) for o in outcomes)}; answers compared: {len(compared)}, equal:", end=" ")
+    print(f"{len(compared) - len(diverged)}, wrong: {sum(c.wrong(floor) for c in compared)}")
+    print(f"  largest gap of a differing token: {max((c.gap for c in diverged), default=0):.4f} nats,", end=" ")
+    print(f"a common token moved by {max((c.moved for c in compared), default=0):.4f} at most")
+    print(f"  resident MB at most, first half and second: {memory[0] / 1e6:.1f}, {memory[1] / 1e6:.1f}")
+    print(f"  {provenance()}")

@@ -1,0 +1,108 @@
+"""Two processes share a model: tensor-parallel and pipeline-parallel ranks give what one process gives.
+
+Runs are compared in fp32. W8A16 shows what splitting changes by itself: the order of sums. W8A8 quantizes
+activations again in every layer and so amplifies that to its noise floor: how far one process moves when only its
+order of sums changes, which is measured here with the specification as backend.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.testing.logprobs import distance
+from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3, write_with_more_heads
+
+from .conftest import ASCEND, EAGER, Start
+
+pytestmark = pytest.mark.server
+
+Run = Callable[..., np.ndarray]
+
+ACTIVATION = {
+    "w8a16": ("--additional-config", json.dumps({"qwen3_fp8_ascend": {"activation": "none"}})),
+    "w8a8": (),
+}
+SPLIT = {
+    "two ranks": (EAGER, "--tensor-parallel-size", "2"),
+    "two stages, compiled": ("--pipeline-parallel-size", "2"),
+}
+"""vLLM's CPU runner has pipeline stages only with torch.compile."""
+NEAR = 1e-4
+"""Largest distance without activation quantization, in nats a token; FP8 weights against bf16 ones are 0.14 apart."""
+FLOORS = 1.5
+"""Largest distance in noise floors, as in `tests/test_model.py`."""
+TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+
+
+@pytest.fixture(scope="session")
+def smollm2_12_heads(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's own weights with 12 heads of which 3 contribute nothing, in block FP8."""
+    folder = tmp_path_factory.mktemp("heads")
+    original = smollm2.with_name("SmolLM2-135M-Instruct")
+    padded = write_with_more_heads(original, folder / "bf16", heads=12, kv_heads=4)
+    quantize_checkpoint(padded, folder / "fp8", progress=False)
+    return folder / "fp8"
+
+
+@pytest.fixture(scope="session")
+def qwen3_8b_slice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of Qwen3-8B's shape with random weights."""
+    return write_block_fp8_qwen3(
+        tmp_path_factory.mktemp("slice") / "qwen3",
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("activation", ACTIVATION)
+def test_smollm2_in_two_processes(smollm2: Path, smollm2_12_heads: Path, logprobs_of: Run, activation: str) -> None:
+    original = logprobs_of(smollm2, *ASCEND, EAGER, *ACTIVATION[activation])
+    one = compare_one_with_two(smollm2_12_heads, logprobs_of, activation)
+    print(f"  three heads of zeros {distance(one, original):.2e}")
+    assert distance(one, original) == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("activation", ACTIVATION)
+def test_qwen3_8b_slice_in_two_processes(qwen3_8b_slice: Path, logprobs_of: Run, activation: str) -> None:
+    compare_one_with_two(qwen3_8b_slice, logprobs_of, activation)
+
+
+def compare_one_with_two(model: Path, logprobs_of: Run, activation: str) -> np.ndarray:
+    """Serve a model in one process and in two, and judge the distance. Returns what one process gives."""
+    options = (*ASCEND, *ACTIVATION[activation])
+    one = logprobs_of(model, *options, EAGER)
+    print(f"\n{model.parent.name}, {activation}, nats a token, {len(one)} tokens, against one process:")
+    bound = NEAR
+    if activation == "w8a8":
+        floor = distance(one, logprobs_of(model, *options, EAGER, QWEN3_FP8_ASCEND_BACKEND="reference"))
+        print(f"  one process with the specification's order of sums {floor:.2e}")
+        bound = FLOORS * floor
+    for name, split in SPLIT.items():
+        two = logprobs_of(model, *options, *split, **TWO_CORES)
+        print(f"  {name} {distance(two, one):.2e}")
+        assert distance(two, one) <= bound
+    return one
+
+
+def test_heads_that_cannot_be_divided_stop_the_server_with_the_reason(start: Start, smollm2: Path) -> None:
+    with pytest.raises(BlockFp8Error, match=r"attention heads \(9\) must be divisible by tensor parallel size \(2\)"):
+        start(smollm2, *ASCEND, EAGER, "--tensor-parallel-size", "2", **TWO_CORES)
+
+
+@pytest.mark.long
+def test_eager_pipeline_stages_stop_the_server_with_the_reason(start: Start, tiny_qwen3: Path) -> None:
+    """Otherwise vLLM says that it is healthy and dies of the first request."""
+    with pytest.raises(BlockFp8Error, match="cannot run pipeline stages on a CPU"):
+        start(tiny_qwen3, *ASCEND, EAGER, "--pipeline-parallel-size", "2", **TWO_CORES)
