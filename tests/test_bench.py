@@ -72,6 +72,27 @@ def test_configurations_are_compared_with_the_last() -> None:
     assert [line.split()[-1] for line in lines[1:]] == ["1.50", "1.50", "1.00", "1.00"]
 
 
+def test_servers_that_are_up_are_asked_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `vllm` that writes down whom it asked and answers with a time of its own each time."""
+    (tmp_path / "vllm").write_text(
+        f"#!{sys.executable}\n"
+        "import json, pathlib, sys\n"
+        "option = lambda name: sys.argv[sys.argv.index(name) + 1]\n"
+        f"log = pathlib.Path({str(tmp_path / 'log')!r}); seen = log.read_text() if log.exists() else ''\n"
+        "log.write_text(seen + option('--base-url') + option('--seed') + option('--max-concurrency') + ' ')\n"
+        "result = {'completed': 4, 'request_throughput': 1, 'output_throughput': 8, 'median_ttft_ms': 3}\n"
+        "result |= {'median_tpot_ms': len(seen.split())}\n"
+        "pathlib.Path(option('--result-filename')).write_text(json.dumps(result))\n"
+    )
+    (tmp_path / "vllm").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    targets = [Target("FP8", "f", "model", "tokenizer"), Target("BF16", "b", "model", "tokenizer")]
+    rows = measure(targets, [Load(math.inf, count, 4, 8, 8, 3) for count in (1, 8)])
+    assert (tmp_path / "log").read_text() == "f01 b01 f11 b11 f21 b21 f08 b08 f18 b18 f28 b28 "
+    found = [(row.configuration, row.concurrency, row.tpot_ms) for row in rows]
+    assert found == [("FP8", 1, 2), ("FP8", 8, 8), ("BF16", 1, 3), ("BF16", 8, 9)]
+
+
 def test_each_repeat_has_prompts_of_its_own() -> None:
     load = Load(math.inf, 8, 16, 128, 64, 3)
     first, second = load.arguments(0), load.arguments(1)
@@ -124,7 +145,7 @@ def test_a_benchmark_that_fails_is_told(
         (tmp_path / "vllm").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(BlockFp8Error, match=said) as caught:
-        measure(Target("FP8", "http://127.0.0.1:1", "model", "tokenizer"), [Load(math.inf, 1, 4, 8, 8, 1)])
+        measure([Target("FP8", "http://127.0.0.1:1", "model", "tokenizer")], [Load(math.inf, 1, 4, 8, 8, 1)])
     assert "what to do" in str(caught.value)
 
 

@@ -41,8 +41,11 @@ def serving(
         list[str] | None, typer.Option(help="CONFIGURATION=URL of a server that is up; repeatable.")
     ] = None,
     checkpoint: Annotated[
-        list[str] | None, typer.Option(help="CONFIGURATION=FOLDER to serve here, one after another; repeatable.")
+        list[str] | None, typer.Option(help="CONFIGURATION=FOLDER to serve here; repeatable.")
     ] = None,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="Serve all --checkpoint at once and ask them in turn.")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="Served name on --server; default: the first it lists.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or name; default: the checkpoint served.")] = None,
     request_rate: Annotated[
@@ -63,8 +66,9 @@ def serving(
 ) -> None:
     """Requests a second and time per output token through `vllm bench serve`, FP8 against BF16.
 
-    Checkpoints are served in turn with --quantization ascend if they are block FP8, else as they are; the last
-    configuration is what the others are compared with.
+    Checkpoints are served one after another, with --quantization ascend if they are block FP8, else as they are. What
+    is up at the same time is asked in turn, repeat by repeat. The last configuration is what the others are compared
+    with.
     """
     if not server and not checkpoint:
         fix = "give --server CONFIGURATION=URL or --checkpoint CONFIGURATION=FOLDER"
@@ -78,11 +82,14 @@ def serving(
     plans = [(name, *_look_at(name, Path(folder))) for name, folder in folders]  # before anything takes minutes
     rows: list[measurement.Row] = []
     with err.status("") as status:
-        for name, url in servers:
-            rows += measurement.measure(_running(name, url, model, tokenizer), loads, status.update)
-        for name, folder, arguments in plans:
-            with _served(name, folder, [*arguments, *(serve_args or [])], status.update) as target:
-                rows += measurement.measure(target, loads, status.update)
+        rows += measurement.measure([_running(*pair, model, tokenizer) for pair in servers], loads, status.update)
+        for group in [plans] if side_by_side else [[plan] for plan in plans]:
+            with contextlib.ExitStack() as stack:
+                targets = [
+                    stack.enter_context(_served(name, folder, [*arguments, *(serve_args or [])], status.update))
+                    for name, folder, arguments in group
+                ]
+                rows += measurement.measure(targets, loads, status.update)
     text = json.dumps(measurement.document(rows), indent=2, ensure_ascii=False, allow_nan=False)
     if output is not None:
         write_text(output, text + "\n")

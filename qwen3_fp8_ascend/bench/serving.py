@@ -90,32 +90,40 @@ MEASURED = {
 Tick = Callable[[str], None]
 
 
-def measure(target: Target, loads: Iterable[Load], tick: Tick = lambda what: None) -> list[Row]:
-    """Put each load on a server in turn; `tick` is told what is being measured.
+def measure(targets: Sequence[Target], loads: Iterable[Load], tick: Tick = lambda what: None) -> list[Row]:
+    """Put each load on the servers in turn, repeat by repeat, so that a machine that drifts is unfair to none of them.
 
+    `tick` is told what is being measured. The rows are ordered by configuration.
     Raises:
         BlockFp8Error: `vllm bench serve` is missing or fails, or a request was not answered.
     """
     rows = []
     for load in loads:
-        tick(f"{target.configuration}: rate {load.request_rate:g}, concurrency {load.concurrency}")
-        runs = [_bench(target, load, seed) for seed in range(load.repeats)]
-        values = {ours: statistics.median(run[theirs] for run in runs) for ours, theirs in MEASURED.items()}
-        rows.append(
-            Row(
-                configuration=target.configuration,
-                # JSON has no infinity.
-                request_rate="inf" if load.request_rate == float("inf") else load.request_rate,
-                concurrency=load.concurrency,
-                requests=load.requests,
-                input_len=load.input_len,
-                output_len=load.output_len,
-                repeats=load.repeats,
-                bench_command=shlex.join(["vllm", "bench", "serve", *load.arguments(0)]),
-                **values,
-            )
-        )
-    return rows
+        runs: dict[Target, list[dict[str, Any]]] = {target: [] for target in targets}
+        for seed in range(load.repeats):
+            for target in targets:
+                place = f"rate {load.request_rate:g}, concurrency {load.concurrency}, {seed + 1} of {load.repeats}"
+                tick(f"{target.configuration}: {place}")
+                runs[target].append(_bench(target, load, seed))
+        rows += [_row(target.configuration, load, found) for target, found in runs.items()]
+    order = [target.configuration for target in targets]
+    return sorted(rows, key=lambda row: order.index(row.configuration))
+
+
+def _row(configuration: str, load: Load, runs: Sequence[dict[str, Any]]) -> Row:
+    values = {ours: statistics.median(run[theirs] for run in runs) for ours, theirs in MEASURED.items()}
+    return Row(
+        configuration=configuration,
+        # JSON has no infinity.
+        request_rate="inf" if load.request_rate == float("inf") else load.request_rate,
+        concurrency=load.concurrency,
+        requests=load.requests,
+        input_len=load.input_len,
+        output_len=load.output_len,
+        repeats=load.repeats,
+        bench_command=shlex.join(["vllm", "bench", "serve", *load.arguments(0)]),
+        **values,
+    )
 
 
 def _bench(target: Target, load: Load, seed: int) -> dict[str, Any]:
