@@ -1,6 +1,6 @@
 """The command line: ``qwen3-fp8-ascend`` and ``python -m qwen3_fp8_ascend``.
 
-Exit codes: 0 fine, 1 a threshold missed, 2 bad input or set-up.
+`terminal` has the conventions that all commands keep.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 
 from qwen3_fp8_ascend import __version__
-from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.bench import command as bench
+from qwen3_fp8_ascend.terminal import Json, be_quiet, check_choices, err, is_quiet, out, run, write_text
 
 app = typer.Typer(
     help="Serve block-FP8 checkpoints with vLLM on Ascend NPUs and on CPUs: look, convert, check.",
+    epilog="Exit codes: 0 fine, 1 a threshold missed, 2 bad input or set-up, 130 after Ctrl-C. "
+    "Colour and progress only on a terminal; NO_COLOR is obeyed.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -39,12 +37,15 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but JSON and errors.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    if quiet:
+        be_quiet()
     logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.WARNING,
+        level=logging.DEBUG if verbose else logging.ERROR if quiet else logging.WARNING,
         format="%(message)s",
         handlers=[RichHandler(console=err, show_time=False, show_path=False)],
     )
@@ -91,7 +92,7 @@ def quantize(
     """Turn a bf16 checkpoint into block FP8 (e4m3, 128x128), shard by shard; resumes where it was stopped."""
     from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
 
-    quantize_checkpoint(source, destination, ignore=tuple(ignore or ()), overwrite=overwrite)
+    quantize_checkpoint(source, destination, ignore=tuple(ignore or ()), overwrite=overwrite, progress=not is_quiet())
     err.print(f"wrote {destination}", highlight=False)
 
 
@@ -104,41 +105,50 @@ def dequantize(
     """Turn a block-FP8 checkpoint into bf16, shard by shard; resumes where it was stopped."""
     from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 
-    dequantize_checkpoint(source, destination, overwrite=overwrite)
+    dequantize_checkpoint(source, destination, overwrite=overwrite, progress=not is_quiet())
     err.print(f"wrote {destination}", highlight=False)
 
 
-@app.command(epilog="Example: qwen3-fp8-ascend verify http://127.0.0.1:8000 --model qwen3-8b-fp8 --json")
+@app.command(epilog="Example: qwen3-fp8-ascend verify http://127.0.0.1:8000 --model qwen3-8b-fp8 --wait 600 --json")
 def verify(
     url: Annotated[str, typer.Argument(help="Address of a running OpenAI-compatible server.")],
     model: Annotated[str | None, typer.Option(help="The model's served name; default: the first it lists.")] = None,
     language: Annotated[
         list[str] | None, typer.Option(help="A language the model speaks (en, zh); repeatable. Default: both.")
     ] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the server.")] = 0,
+    form: Annotated[str, typer.Option(help="Language of the report: en or zh.")] = "en",
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Ask a running server the three questions of the verification report; exit 1 if an answer fails."""
     from qwen3_fp8_ascend import verify as verification
 
-    name = model or verification.served_model(url)
-    answers = [verification.ask(url, name, q, tuple(language or ("en", "zh"))) for q in verification.QUESTIONS]
+    check_choices("--form", [form], verification.WORDINGS)
+    check_choices("--language", language or [], ("en", "zh"))
+    with err.status(f"waiting for {url}"):
+        verification.wait_until_up(url, wait)
+    server = verification.server_facts(url, model)
+    languages = tuple(language or ("en", "zh"))
+    answers = [verification.ask(url, server["model"], q, languages) for q in verification.QUESTIONS]
+    text = json.dumps(verification.document(server, answers), indent=2, ensure_ascii=False)
+    if output is not None:
+        write_text(output, text + "\n")
     if as_json:
-        print(json.dumps([answer.to_dict() for answer in answers], indent=2, ensure_ascii=False))
+        print(text)
     else:
-        for number, answer in enumerate(answers, 1):
-            verification.render(number, answer, out)
+        lines = verification.report_lines(server["root"], answers, form)
+        out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     if any(answer.verdict == "failed" for answer in answers):
         raise typer.Exit(1)
 
 
+bench.add_commands(app)
+
+
 def main() -> None:
-    """Entry point: the user's mistakes end in one clear message and exit code 2, not in a traceback."""
-    try:
-        app()
-    except BlockFp8Error as error:
-        err.print("[bold red]error[/]", end=" ")
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+    """Entry point."""
+    sys.exit(run(app))
 
 
 if __name__ == "__main__":

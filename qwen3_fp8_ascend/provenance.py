@@ -34,7 +34,13 @@ def command() -> str:
         words = ["python", *sys.orig_argv[1:]]
     else:
         words = [*(["python"] if sys.argv[0].endswith(".py") else []), *sys.argv]
-    return shlex.join(Path(word).name if word.startswith("/") else word for word in words)
+    return shlex.join(_without_folders(word) for word in words)
+
+
+def _without_folders(word: str) -> str:
+    """`/a/b` as `b`, and `name=/a/b` as `name=b`."""
+    name, equals, value = word.rpartition("=")
+    return name + equals + (Path(value).name if value.startswith("/") else value)
 
 
 def commit() -> str:

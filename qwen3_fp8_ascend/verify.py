@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 from rich.console import Console
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.provenance import provenance
 
 MIN_TOKENS = 4
 """Chat models may hold a prompt that ends in "Answer:" for finished and stop at once; they have to say something."""
@@ -85,20 +90,163 @@ def render(number: int, answer: Answer, console: Console) -> None:
     console.print(f"  {answer.text}", highlight=False, markup=False)
 
 
-def served_model(base_url: str) -> str:
-    """The first model that a server lists.
+@dataclass(frozen=True)
+class Wording:
+    """The words of the report's form in one language; `labels` are for the questions in turn."""
+
+    title: str
+    questions: tuple[str, ...]
+    labels: tuple[str, ...]
+    failed: str
+    not_applicable: str
+    complete: str
+    incomplete: str
+
+
+WORDINGS = {
+    "en": Wording(
+        title="{model}: functional verification",
+        questions=("Basic text completion", "Arithmetic", "Chinese"),
+        labels=("Generated", "Answer", "Chinese"),
+        failed="failed",
+        not_applicable="not applicable",
+        complete="{model}: functional verification complete",
+        incomplete="{model}: functional verification failed, {failed} of {asked}",
+    ),
+    "zh": Wording(
+        title="{model} 功能验证",
+        questions=("基本文本补全", "数学推理", "中文能力"),
+        labels=("生成", "回答", "中文"),
+        failed="未通过",
+        not_applicable="不适用",
+        complete="{model} 功能验证完成",
+        incomplete="{model} 功能验证未通过: {failed}/{asked}",
+    ),
+}
+RULE = "=" * 40
+SHOWN = 100
+"""Characters of an answer in the report's form."""
+
+
+def report_lines(model: str, answers: Sequence[Answer], language: str = "en") -> list[str]:
+    """All answers in the form of the verification report, in English ("en") or Chinese ("zh")."""
+    words = WORDINGS[language]
+    lines = [RULE, words.title.format(model=model), RULE]
+    for number, (answer, question, label) in enumerate(zip(answers, words.questions, words.labels, strict=True), 1):
+        text = " ".join(answer.text.split())
+        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        lines.append(f"[Test {number}] {question}...")
+        if answer.verdict == "passed":
+            lines.append(f"✅ {label}: {shown}")
+        else:
+            mark, verdict = ("❌", words.failed) if answer.verdict == "failed" else ("➖", words.not_applicable)
+            lines.append(f"{mark} {label}: {shown} ({verdict}: {answer.reason})")
+    failed = sum(answer.verdict == "failed" for answer in answers)
+    end = f"❌ {words.incomplete}" if failed else f"✅ {words.complete}"
+    return [*lines, RULE, end.format(model=model, failed=failed, asked=len(answers)), RULE]
+
+
+def document(server: dict[str, Any], answers: Sequence[Answer]) -> dict[str, Any]:
+    """What `--json` prints: the answers with the server that gave them and the machine that asked."""
+    return {
+        "kind": "verify",
+        "version": 1,
+        "provenance": provenance(),
+        "server": server,
+        "answers": [answer.to_dict() for answer in answers],
+    }
+
+
+def wait_until_up(base_url: str, seconds: float, tick: Callable[[float], None] | None = None) -> None:
+    """Return once a server answers, at the latest after `seconds`; `tick(waited)` is called before each pause.
 
     Raises:
-        BlockFp8Error: the server cannot be reached or lists none.
+        BlockFp8Error: it does not.
     """
+    start = time.monotonic()
+    while True:
+        try:
+            with urllib.request.urlopen(f"{_root(base_url)}/health", timeout=10):
+                return
+        except urllib.error.HTTPError as answer:
+            if answer.code == 404:  # a server that is not vLLM may have no /health
+                return
+            error: Exception = answer
+        except (OSError, ValueError) as refused:
+            error = refused
+        waited = time.monotonic() - start
+        if waited >= seconds or isinstance(error, ValueError):
+            raise BlockFp8Error(
+                "no server is up there" + (f" after {seconds:g} s" if seconds else ""),
+                where=base_url,
+                got=f"{type(error).__name__}: {error}",
+                fix="start one (scripts/serve_qwen3-8b-fp8.sh), give its address, or wait longer (--wait)",
+            )
+        if tick is not None:
+            tick(waited)
+        time.sleep(min(1.0, seconds - waited))
+
+
+def server_facts(base_url: str, model: str | None = None) -> dict[str, Any]:
+    """What a server says of itself: `url`, `model` (as served), `root` (the checkpoint), `max_model_len`, `vllm`.
+
+    Without `model` the first one that it lists. `root` is the name of the folder that is served; where it lies is the
+    server's affair (`served_root` says it).
+    Raises:
+        BlockFp8Error: the server cannot be reached, lists no model, or not this one.
+    """
+    entry = _listed(base_url, model)
+    return {
+        "url": base_url,
+        "model": entry.id,
+        "root": PurePath(_root_of(entry)).name,
+        "max_model_len": getattr(entry, "max_model_len", None),
+        "vllm": _vllm_version(base_url),
+    }
+
+
+def served_root(base_url: str, model: str) -> str:
+    """The folder or hub name that a server has a model from.
+
+    Raises:
+        BlockFp8Error: as `server_facts`.
+    """
+    return _root_of(_listed(base_url, model))
+
+
+def _root_of(entry: Any) -> str:
+    return str(getattr(entry, "root", None) or entry.id)
+
+
+def _listed(base_url: str, model: str | None) -> Any:
     openai, client = _client(base_url)
     try:
-        models = client.models.list().data
+        models = {entry.id: entry for entry in client.models.list().data}
     except openai.OpenAIError as error:
         raise _unanswered(base_url, error) from error
     if not models:
-        raise BlockFp8Error("the server lists no model", where=base_url)
-    return models[0].id
+        raise BlockFp8Error("the server lists no model", where=base_url, fix="look into the server's log")
+    name = next(iter(models)) if model is None else model
+    if name not in models:
+        raise BlockFp8Error(
+            f"the server does not serve {name!r}",
+            where=base_url,
+            expected=f"one of {', '.join(models)}",
+            fix="give the model's served name with --model, or leave it out",
+        )
+    return models[name]
+
+
+def _vllm_version(base_url: str) -> str | None:
+    try:
+        with urllib.request.urlopen(f"{_root(base_url)}/version", timeout=10) as answer:
+            return json.load(answer)["version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _root(base_url: str) -> str:
+    return base_url.rstrip("/").removesuffix("/v1")
 
 
 def _client(base_url: str) -> tuple[Any, Any]:
@@ -107,8 +255,7 @@ def _client(base_url: str) -> tuple[Any, Any]:
     except ImportError as error:
         fix = "pip install 'qwen3-fp8-ascend[verify]'"
         raise BlockFp8Error("the openai client is not installed", fix=fix) from error
-    root = base_url.rstrip("/").removesuffix("/v1")
-    return openai, openai.OpenAI(base_url=f"{root}/v1", api_key="none", max_retries=0, timeout=600)
+    return openai, openai.OpenAI(base_url=f"{_root(base_url)}/v1", api_key="none", max_retries=0, timeout=600)
 
 
 def _unanswered(base_url: str, error: Exception, model: str | None = None) -> BlockFp8Error:

