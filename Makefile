@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 MODEL ?=
 
-.PHONY: help venv demo test test-fast lint bench wheel clean
+.PHONY: help venv demo test test-fast test-long lint bench wheel clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -28,6 +28,9 @@ test: lint test-triton-ascend test-triton test-vllm-ascend  ## everything that n
 
 test-fast: venv  ## the tests that start no server
 	$(PY) -m pytest -m 'not server'
+
+test-long: venv  ## the long forms of the reliability tests: load, faults, fuzzing, sanitizers (about an hour)
+	$(PY) -m pytest --long -m long
 
 lint: venv
 	$(PY) -m ruff check .

@@ -16,8 +16,16 @@ ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Servers last: they take minutes, and what breaks them is mostly found sooner."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the long forms too: `make test-long`")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Servers last: they take minutes, and what breaks them is mostly found sooner. Long forms only with `--long`."""
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
     items.sort(key=lambda item: item.get_closest_marker("server") is not None)
 
 

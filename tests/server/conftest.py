@@ -19,15 +19,6 @@ EAGER = "--enforce-eager"
 Start = Callable[..., Server]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without `--long` the long forms are visible skips."""
-    if config.getoption("--long", default=False):
-        return
-    for item in items:
-        if item.get_closest_marker("long"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
-
-
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Start a server for the length of a test: `start(model, *arguments, **environment)`."""

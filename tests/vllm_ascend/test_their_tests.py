@@ -11,8 +11,8 @@ SOURCE = Path(os.environ["ASCEND_SOURCE"])
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
-def outcomes(registered: bool, report: Path) -> dict[str, str]:
-    """Outcome of each of vLLM-Ascend's quantization tests, by name."""
+def outcomes(registered: bool, report: Path, tree: Path = SOURCE) -> dict[str, str]:
+    """Outcome of each quantization test in a tree of vLLM-Ascend, by name."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "vllm_ascend_unit_tests", "-p", "no:cacheprovider"]
     environment = os.environ | {
         "PYTHONPATH": f"{SUPPORT}{os.pathsep}{os.environ['PYTHONPATH']}",
@@ -21,7 +21,7 @@ def outcomes(registered: bool, report: Path) -> dict[str, str]:
     }
     done = subprocess.run(
         [*command, f"--junitxml={report}", "tests/ut/quantization"],
-        cwd=SOURCE,
+        cwd=tree,
         env=environment,
         capture_output=True,
         text=True,

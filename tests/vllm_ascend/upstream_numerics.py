@@ -1,0 +1,34 @@
+"""Run by test_upstream.py where the pull request is applied: its scheme against this project's specification."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from vllm_ascend.quantization.methods.w8a8 import fp8_block_exact
+
+from qwen3_fp8_ascend import reference
+from qwen3_fp8_ascend.testing.judges import random_problem
+from tests.ut.quantization.conftest_quantization import create_mock_vllm_config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), [(384, 256), (200, 576), (128, 100)])
+def test_linear(n: int, k: int, dtype: torch.dtype) -> None:
+    problem = random_problem(5, (n,), k)
+    x = problem.x.to(dtype)
+    config = create_mock_vllm_config()
+    config.model_config.dtype = dtype
+    parent = "vllm_ascend.quantization.methods.w8a8.fp8_block"
+    with (
+        patch(f"{parent}.get_current_vllm_config", return_value=config),
+        patch(f"{parent}.is_950", return_value=False),
+        patch.object(fp8_block_exact, "is_950", return_value=False),
+    ):
+        scheme = fp8_block_exact.AscendFp8BlockExactLinearMethod((128, 128))
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(problem.weight, requires_grad=False)
+    layer.weight_scale_inv = torch.nn.Parameter(problem.scale, requires_grad=False)
+    expected = reference.block_linear(x, problem.weight, problem.scale, compute_dtype=torch.float64)
+    scheme.process_weights_after_loading(layer)
+    error = (scheme.apply(layer, x).double() - expected).norm() / expected.norm()
+    assert error <= (1e-6 if dtype == torch.float32 else 1e-2)
