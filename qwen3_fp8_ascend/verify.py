@@ -66,9 +66,11 @@ def _check_sixty(text: str) -> str | None:
 
 def _check_chinese(text: str) -> str | None:
     letters = [c for c in text if not c.isspace()]
-    chinese = sum("\u4e00" <= c <= "\u9fff" for c in letters)
-    if len(letters) < 10 or chinese < 0.5 * len(letters):
-        return f"{chinese} of {len(letters)} characters are Chinese"
+    chinese = [c for c in letters if "\u4e00" <= c <= "\u9fff"]
+    if len(letters) < 10 or len(chinese) < 0.5 * len(letters):
+        return f"{len(chinese)} of {len(letters)} characters are Chinese"
+    if len(set(chinese)) < 0.25 * len(chinese):
+        return f"it repeats itself: {len(chinese)} Chinese characters, {len(set(chinese))} different ones"
     return None
 
 

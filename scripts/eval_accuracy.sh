@@ -15,7 +15,7 @@ replace none of vLLM's; --install makes that environment. Each setting is a flag
   --model NAME         EVAL_MODEL        qwen3-8b-fp8: the served name
   --tokenizer NAME     EVAL_TOKENIZER    Qwen/Qwen3-8B-FP8, or a folder (lm_eval only)
   --api KIND           EVAL_API          completions; or chat, with the model's chat template (lm_eval only)
-  --max-length N       EVAL_MAX_LENGTH   4096: that of the server
+  --max-length N       EVAL_MAX_LENGTH   4096: that of the server; answers take up to half of it
   --limit N            EVAL_LIMIT        none: all questions of each task
   --concurrency N      EVAL_CONCURRENCY  8
   --output FOLDER      EVAL_OUTPUT       eval-results
@@ -81,7 +81,7 @@ url=${url%/v1}
 
 if [ "$tool" = lm_eval ]; then
   requirements=('lm_eval[api]>=0.4.9,<0.5' 'transformers>=4.56')
-  arguments="model=$model,tokenizer=$tokenizer,num_concurrent=$concurrency,max_length=$max_length,tokenized_requests=False"
+  arguments="model=$model,tokenizer=$tokenizer,num_concurrent=$concurrency,max_length=$max_length,max_gen_toks=$((max_length / 2)),tokenized_requests=False"
   if [ "$api" = chat ]; then
     command=("$venv/bin/lm_eval" --model local-chat-completions
       --model_args "$arguments,base_url=$url/v1/chat/completions" --apply_chat_template --fewshot_as_multiturn)
@@ -95,7 +95,7 @@ else
   IFS=, read -ra datasets <<<"$tasks"
   command=("$venv/bin/evalscope" eval --model "$model" --eval-type openai_api --api-url "$url/v1" --api-key EMPTY
     --datasets "${datasets[@]}" --eval-batch-size "$concurrency" --work-dir "$output"
-    --generation-config '{"temperature": 0, "max_tokens": 2048}')
+    --generation-config "{\"temperature\": 0, \"max_tokens\": $((max_length / 2))}")
   [ -z "$limit" ] || command+=(--limit "$limit")
 fi
 command+=("$@")

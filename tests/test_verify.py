@@ -24,6 +24,11 @@ COMPLETION, ARITHMETIC, CHINESE = QUESTIONS
         (ARITHMETIC, " 60"),
         (ARITHMETIC, "60.0 kilometers per hour"),
         (CHINESE, "人工智能（AI）是计算机科学的一个重要分支，旨在创造能够模拟人类智能的系统。"),
+        (
+            CHINESE,
+            "人工智能的基本概念包括：机器学习，即让计算机从数据中学习；深度学习，即使用多层神经网络处理复杂模式；自然语言处理，"
+            "即理解和生成人类语言；以及计算机视觉，即识别和理解图像。机器学习和深度学习是人工智能的基础。",
+        ),
     ],
 )
 def test_good_answers_pass(question, text: str) -> None:
@@ -42,6 +47,7 @@ def test_good_answers_pass(question, text: str) -> None:
         (ARITHMETIC, "240"),
         (CHINESE, "Artificial intelligence is a branch of computer science."),
         (CHINESE, "人工"),
+        (CHINESE, "- 1. 用户工公公公公公公公公公公公公公公公公公公公公公公公公公公"),
     ],
 )
 def test_bad_answers_fail_with_a_reason(question, text: str) -> None:

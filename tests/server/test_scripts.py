@@ -60,6 +60,15 @@ def test_serve_then_verify(served: tuple[subprocess.Popen[bytes], str], tmp_path
     assert "SmolLM2-135M-Instruct-FP8 功能验证" in done.stdout
 
 
+def test_what_the_model_cannot_do_fails(served: tuple[subprocess.Popen[bytes], str]) -> None:
+    """SmolLM2 was not made for Chinese; asked to be judged on it, the script says that its answer is none."""
+    _, url = served
+    done = verify(url, "--wait", "300", "--form", "en")
+    print(done.stdout)
+    assert done.returncode == 1
+    assert "❌ Chinese: " in done.stdout
+
+
 def test_its_throughput_is_measured(served: tuple[subprocess.Popen[bytes], str], tmp_path: Path) -> None:
     _, url = served
     output = tmp_path / "throughput.json"
