@@ -221,11 +221,11 @@ def _root_of(entry: Any) -> str:
 
 
 def _listed(base_url: str, model: str | None) -> Any:
-    openai, client = _client(base_url)
+    openai, client = client_of(base_url)
     try:
         models = {entry.id: entry for entry in client.models.list().data}
     except openai.OpenAIError as error:
-        raise _unanswered(base_url, error) from error
+        raise unanswered(base_url, error) from error
     if not models:
         raise BlockFp8Error("the server lists no model", where=base_url, fix="look into the server's log")
     name = next(iter(models)) if model is None else model
@@ -251,7 +251,7 @@ def _root(base_url: str) -> str:
     return base_url.rstrip("/").removesuffix("/v1")
 
 
-def _client(base_url: str) -> tuple[Any, Any]:
+def client_of(base_url: str) -> tuple[Any, Any]:
     try:
         import openai
     except ImportError as error:
@@ -260,7 +260,7 @@ def _client(base_url: str) -> tuple[Any, Any]:
     return openai, openai.OpenAI(base_url=f"{_root(base_url)}/v1", api_key="none", max_retries=0, timeout=600)
 
 
-def _unanswered(base_url: str, error: Exception, model: str | None = None) -> BlockFp8Error:
+def unanswered(base_url: str, error: Exception, model: str | None = None) -> BlockFp8Error:
     return BlockFp8Error(
         "the server did not answer",
         where=base_url if model is None else f"{base_url}, model {model!r}",
@@ -276,7 +276,7 @@ def ask(base_url: str, model: str, question: Question, languages: tuple[str, ...
     Raises:
         BlockFp8Error: the server cannot be reached or refuses the request.
     """
-    openai, client = _client(base_url)
+    openai, client = client_of(base_url)
     text, stamps = "", []
     start = time.perf_counter()
     try:
@@ -293,7 +293,7 @@ def ask(base_url: str, model: str, question: Question, languages: tuple[str, ...
                 stamps.append(time.perf_counter())
                 text += chunk.choices[0].text
     except openai.OpenAIError as error:
-        raise _unanswered(base_url, error, model) from error
+        raise unanswered(base_url, error, model) from error
     end = time.perf_counter()
     if question.language in languages:
         reason = question.check(text)

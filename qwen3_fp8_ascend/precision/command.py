@@ -1,0 +1,223 @@
+"""``qwen3-fp8-ascend eval-precision``: run, compare, linears."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.precision.prompts import all_prompts
+from qwen3_fp8_ascend.precision.render import markdown_table
+from qwen3_fp8_ascend.terminal import Json, check_choices, err, out, write_text
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(
+    help="Compare what two backends, machines or precisions make of the same prompts.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Model = Annotated[Path, typer.Argument(help="A checkpoint folder: block FP8, or bf16.")]
+Backend = Annotated[
+    str, typer.Option(help="Backend of block-FP8 linears; also reference-fp64, or dequantized (expanded to --dtype).")
+]
+Activation = Annotated[str, typer.Option(help="dynamic (W8A8) or none (W8A16).")]
+Dtype = Annotated[str, typer.Option(help="Dtype of everything but the FP8 weights.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or npu.")]
+Prompts = Annotated[Path | None, typer.Option(help="A JSON list of texts instead of the package's own prompts.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts only.")]
+
+
+def add_commands(main: typer.Typer) -> None:
+    """Make `eval-precision` a command of the command line."""
+    main.add_typer(app, name="eval-precision")
+
+
+@app.command(
+    epilog="Examples: qwen3-fp8-ascend eval-precision run ./Qwen3-8B-FP8 cpu.run --backend cpu; "
+    "qwen3-fp8-ascend eval-precision run http://127.0.0.1:8000 npu.run --name npu"
+)
+def run(
+    source: Annotated[str, typer.Argument(help="A checkpoint folder, or http://HOST:PORT of a running vLLM.")],
+    output: Annotated[Path, typer.Argument(help="The file to write.")],
+    name: Annotated[str | None, typer.Option(help="What tables call this run.")] = None,
+    model: Annotated[str | None, typer.Option(help="Served name, of a server; default: the first it lists.")] = None,
+    backend: Backend = "cpu",
+    activation: Activation = "dynamic",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    prompts: Prompts = None,
+    limit: Limit = None,
+    greedy_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each greedy continuation.")] = 16,
+    logits: Annotated[bool, typer.Option(help="Keep all logits: 4 bytes a token and vocabulary entry.")] = True,
+    layers: Annotated[bool, typer.Option(help="Keep the outputs of all layers.")] = True,
+) -> None:
+    """Run the prompts once and save what was computed, to be compared here or on another machine."""
+    from qwen3_fp8_ascend.precision.runs import save_run
+
+    texts = _texts(prompts, limit)
+    with err.status("") as status:
+        if source.startswith(("http://", "https://")):
+            from qwen3_fp8_ascend.precision.served import run_server
+
+            made = run_server(
+                source, model, texts, name or "server", greedy_tokens=greedy_tokens, progress=status.update
+            )
+        else:
+            from qwen3_fp8_ascend.precision.direct import run_model
+
+            loaded, tokenizer = _load(Path(source), backend, activation, dtype, device)
+            made = run_model(
+                loaded,
+                tokenizer,
+                texts,
+                name or _default_name(loaded, backend, activation, dtype),
+                Path(source).name,
+                greedy_tokens=greedy_tokens,
+                keep_logits=logits,
+                keep_layers=layers,
+                progress=status.update,
+            )
+    save_run(made, output)
+    err.print(f"wrote {output}: {made.name}, {len(texts)} prompts, {made.tokens} tokens", highlight=False)
+
+
+@app.command(
+    epilog="Example: qwen3-fp8-ascend eval-precision compare reference.run cpu.run npu.run --floor reference-fp64.run "
+    "--html precision.html"
+)
+def compare(
+    reference: Annotated[Path, typer.Argument(help="The run that the others are compared with.")],
+    runs: Annotated[list[Path], typer.Argument(help="Runs of the same prompts and tokenizer.")],
+    floor: Annotated[
+        Path | None, typer.Option(help="The reference with sums in another order or precision: the noise floor.")
+    ] = None,
+    min_top1: Annotated[float, typer.Option(min=0, max=1, help="Exit 1 if a run's top-1 agreement is less.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the table and plots to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare saved runs, wherever they were made."""
+    from qwen3_fp8_ascend.precision import compare as comparison
+    from qwen3_fp8_ascend.precision import render
+    from qwen3_fp8_ascend.precision.runs import load_run
+
+    base = load_run(reference)
+    rows = [comparison.compare(load_run(path), base) for path in runs]
+    document = comparison.document(base, rows, None if floor is None else comparison.compare(load_run(floor), base))
+    text = json.dumps(document, indent=2, ensure_ascii=False)
+    if output is not None:
+        write_text(output, text + "\n")
+    if markdown is not None:
+        write_text(markdown, render.markdown(document))
+    if html is not None:
+        write_text(html, render.page(document))
+    if as_json:
+        print(text)
+    else:
+        _print_table(*render.cells(document))
+    if any(row.top1_agreement < min_top1 for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: qwen3-fp8-ascend eval-precision linears ./Qwen3-8B-FP8 --backend cpu --limit 2")
+def linears(
+    model: Model,
+    backend: Backend = "cpu",
+    activation: Activation = "dynamic",
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    prompts: Prompts = None,
+    limit: Limit = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge every linear by itself: the same activations to the backend and to the fp64 specification."""
+    from qwen3_fp8_ascend.precision import linears as judge
+
+    texts = _texts(prompts, limit)
+    with err.status("") as status:
+        loaded, tokenizer = _load(model, "reference", activation, dtype, device)
+        judged = judge.judge_linears(loaded, tokenizer, texts, backend, status.update)
+    document = judge.document(model, activation, judged)
+    if output is not None:
+        write_text(output, json.dumps(document, indent=2) + "\n")
+    if as_json:
+        print(json.dumps(document, indent=2))
+        return
+    header = ["linears alone", "linears", "vectors", "cosine", "smallest", "p99 rel", "max rel", "equal bits"]
+    _print_table(
+        header,
+        [
+            [
+                f"{row.name} vs {row.against}",
+                str(row.linears),
+                str(row.vectors),
+                f"{row.cosine:.9f}",
+                f"{row.min_cosine:.9f}",
+                f"{row.p99_rel:.2e}",
+                f"{row.max_rel:.2e}",
+                f"{row.equal:.3%}",
+            ]
+            for row in judged
+        ],
+    )
+
+
+def _texts(prompts: Path | None, limit: int | None) -> list[str]:
+    texts = all_prompts()
+    if prompts is not None:
+        try:
+            texts = json.loads(prompts.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BlockFp8Error(
+                "the prompts cannot be read", where=prompts, got=error, fix="give a JSON file"
+            ) from error
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t for t in texts):
+            raise BlockFp8Error("the prompts are no list of texts", where=prompts, expected='["text", ...]')
+    return texts[:limit]
+
+
+def _load(folder: Path, backend: str, activation: str, dtype: str, device: str) -> tuple[torch.nn.Module, Any]:
+    check_choices("--dtype", [dtype], DTYPES)
+    check_choices("--activation", [activation], ("dynamic", "none"))
+    try:
+        import torch
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        fix = "pip install transformers, or make the run through a server"
+        raise BlockFp8Error("a direct run needs transformers", got=error, fix=fix) from error
+    from qwen3_fp8_ascend.precision.direct import load_model
+
+    if device == "npu":
+        import torch_npu  # noqa: F401 - makes the device known to torch
+    loaded = load_model(folder, backend, activation, getattr(torch, dtype), device)
+    return loaded, AutoTokenizer.from_pretrained(folder)
+
+
+def _default_name(model: torch.nn.Module, backend: str, activation: str, dtype: str) -> str:
+    from qwen3_fp8_ascend.precision.direct import DEQUANTIZED, BlockFp8Linear
+
+    if not any(isinstance(module, BlockFp8Linear) for module in model.modules()):
+        return f"{DEQUANTIZED} {dtype}" if backend == DEQUANTIZED else dtype
+    return f"{backend} {'w8a8' if activation == 'dynamic' else 'w8a16'}"
+
+
+def _print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A table on a terminal, Markdown in a pipe or where a terminal is too narrow for it."""
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    if out.is_terminal and table.__rich_measure__(out, out.options.update(width=1000)).minimum <= out.width:
+        out.print(table)
+    else:
+        out.print(markdown_table(header, rows), markup=False, highlight=False, soft_wrap=True)

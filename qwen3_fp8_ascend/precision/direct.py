@@ -1,0 +1,206 @@
+"""Runs without a server: a transformers model whose linears are replaced by ours. All logits and layer outputs.
+
+This is also how a GPU or an NPU is measured by itself, without vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwen3_fp8_ascend import ops, reference
+from qwen3_fp8_ascend.checkpoints.folder import Checkpoint, find_quantization, read_checkpoint
+from qwen3_fp8_ascend.checkpoints.header import TensorEntry
+from qwen3_fp8_ascend.checkpoints.shard import TORCH_DTYPES, ShardReader
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import BlockFp8Config
+from qwen3_fp8_ascend.precision.runs import TOP, Run
+
+DEQUANTIZED = "dequantized"
+WIDE = "reference-fp64"
+"""The specification with fp64 sums: the same arithmetic in another order and precision, for the noise floor."""
+
+Progress = Callable[[str], None]
+
+
+class BlockFp8Linear(torch.nn.Module):
+    """A linear layer of a block-FP8 checkpoint, computed by one of our backends.
+
+    Shapes: x (..., k) -> (..., n) in x.dtype.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, backend: str, activation: str
+    ) -> None:
+        super().__init__()
+        self.bias, self.activation = bias, activation
+        self.packed = None if backend == WIDE else ops.pack_weight(weight, scale, backend)
+        self.original = (weight, scale) if backend == WIDE else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.packed is not None:
+            return ops.block_linear(x, self.packed, self.bias, self.activation)
+        assert self.original is not None
+        out = reference.block_linear(x, *self.original, activation=self.activation, compute_dtype=torch.float64).to(
+            x.dtype
+        )
+        return out if self.bias is None else out + self.bias
+
+
+def load_model(folder: Path, backend: str, activation: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """A checkpoint as a transformers model; block-FP8 linears are ours, or expanded if `backend` is "dequantized".
+
+    Raises:
+        BlockFp8Error: the checkpoint is damaged, another FP8 format, or of a model that transformers does not know.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    checkpoint = read_checkpoint(folder)
+    quantization = find_quantization(checkpoint.config)
+    if quantization is not None:
+        BlockFp8Config.from_dict(*quantization)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except ValueError as error:
+        fix = "install a transformers that knows it, or make the run through a server"
+        raise BlockFp8Error("transformers does not know this model", where=folder, got=error, fix=fix) from error
+    for holder in (config, getattr(config, "text_config", None)):
+        if holder is not None and hasattr(holder, "quantization_config"):
+            del holder.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with ShardReader(folder) as reader, torch.no_grad():
+        _fill(model, checkpoint, reader, backend, activation, dtype, device)
+    _compute_buffers(model, config, device)
+    return model.eval()
+
+
+def _fill(
+    model: torch.nn.Module,
+    checkpoint: Checkpoint,
+    reader: ShardReader,
+    backend: str,
+    activation: str,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    tensors = checkpoint.tensors
+    state: dict[str, torch.Tensor] = {}
+    for name, entry in tensors.items():
+        if name.endswith(".weight_scale_inv"):
+            continue
+        tensor = _read(reader, entry)
+        module, _, kind = name.rpartition(".")
+        if entry.dtype != "F8_E4M3":
+            state[name] = tensor.to(device, dtype)
+            continue
+        scale_name = f"{module}.weight_scale_inv"
+        if kind != "weight" or scale_name not in tensors:
+            fix = "look at the checkpoint with `qwen3-fp8-ascend inspect`"
+            raise BlockFp8Error("an FP8 tensor has no block scales", where=name, expected=scale_name, fix=fix)
+        scale = _read(reader, tensors[scale_name]).float()
+        if backend == DEQUANTIZED:
+            state[name] = ops.dequantize_weight(tensor, scale, dtype=dtype).to(device)
+            continue
+        bias = tensors.get(f"{module}.bias")
+        ours = BlockFp8Linear(
+            tensor.to(device),
+            scale.to(device),
+            None if bias is None else _read(reader, bias).to(device, dtype),
+            backend,
+            activation,
+        )
+        model.set_submodule(module, ours)
+    state = {name: tensor for name, tensor in state.items() if not _belongs_to_ours(model, name)}
+    missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()  # type: ignore[operator]
+    still = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if still:
+        raise BlockFp8Error(
+            "tensors of the model are not in the checkpoint",
+            where=checkpoint.folder,
+            expected=", ".join(still[:3]),
+            got=f"{len(missing)} missing, {len(unexpected)} that the model does not have",
+            fix="make the run through a server",
+        )
+
+
+def _belongs_to_ours(model: torch.nn.Module, name: str) -> bool:
+    try:
+        return isinstance(model.get_submodule(name.rpartition(".")[0]), BlockFp8Linear)
+    except AttributeError:
+        return False
+
+
+def _read(reader: ShardReader, entry: TensorEntry) -> torch.Tensor:
+    data = bytearray().join(reader.chunks(entry))
+    dtype = TORCH_DTYPES[entry.dtype]
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(entry.shape) if data else torch.empty(entry.shape)
+
+
+def _compute_buffers(model: torch.nn.Module, config: Any, device: str) -> None:
+    """Make anew what no checkpoint holds and a meta device cannot compute: frequencies of position embeddings."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            with torch.device(device):
+                model.set_submodule(name, type(module)(config))
+
+
+def run_model(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    name: str,
+    source: str,
+    *,
+    greedy_tokens: int,
+    keep_logits: bool,
+    keep_layers: bool,
+    progress: Progress = lambda text: None,
+) -> Run:
+    """What the model makes of the prompts: teacher-forced, and continued greedily for `greedy_tokens`."""
+    device = next(model.parameters()).device
+    all_ids, logprobs, tops, top_values, logits, layers, greedy = [], [], [], [], [], [], []
+    with torch.inference_mode():
+        for number, prompt in enumerate(prompts, 1):
+            progress(f"{name}: prompt {number} of {len(prompts)}")
+            ids = torch.tensor([tokenizer(prompt).input_ids], device=device)
+            out = model(ids, output_hidden_states=keep_layers, use_cache=False)
+            scores = out.logits[0, :-1].float().cpu()
+            normalized = scores.double().log_softmax(-1)
+            best = normalized.topk(min(TOP, normalized.shape[1]), dim=-1)
+            all_ids.append(ids[0].cpu().numpy())
+            logprobs.append(normalized.gather(1, ids[0, 1:, None].cpu())[:, 0].float().numpy())
+            tops.append(best.indices.numpy())
+            top_values.append(best.values.float().numpy())
+            if keep_logits:
+                logits.append(scores.numpy())
+            if keep_layers:
+                layers.append(torch.stack([h[0, :-1].float().cpu() for h in out.hidden_states[1:]]).numpy())
+            greedy.append(list(_continue(model, ids, greedy_tokens)))
+    return Run(
+        name,
+        source,
+        list(prompts),
+        np.concatenate(all_ids).astype(np.int64),
+        np.array([len(ids) for ids in all_ids], dtype=np.int64),
+        np.concatenate(logprobs),
+        np.concatenate(tops),
+        np.concatenate(top_values),
+        np.array(greedy, dtype=np.int64).reshape(len(prompts), greedy_tokens),
+        np.concatenate(logits) if keep_logits else None,
+        np.concatenate(layers, axis=1) if keep_layers else None,
+    )
+
+
+def _continue(model: torch.nn.Module, ids: torch.Tensor, steps: int) -> Iterator[int]:
+    """Greedy tokens; an end token does not end them, so that all continuations are equally long."""
+    cache = None
+    for _ in range(steps):
+        out = model(ids, past_key_values=cache, use_cache=True)
+        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        yield int(ids)

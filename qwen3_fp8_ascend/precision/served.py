@@ -1,0 +1,74 @@
+"""Runs through a running server: its log-probabilities of the prompts' tokens, and greedy continuations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.precision.runs import TOP, Run
+from qwen3_fp8_ascend.verify import client_of, server_facts, unanswered, wait_until_up
+
+
+def run_server(
+    url: str,
+    model: str | None,
+    prompts: Sequence[str],
+    name: str,
+    *,
+    greedy_tokens: int,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Run:
+    """What a vLLM server makes of the prompts; of each position it gives the most probable tokens, not all logits.
+
+    Raises:
+        BlockFp8Error: no server there, it serves no such model, or it is not a vLLM that gives log-probabilities.
+    """
+    wait_until_up(url, 0)
+    facts = server_facts(url, model)
+    all_ids, logprobs, tops, top_values, greedy = [], [], [], [], []
+    for number, prompt in enumerate(prompts, 1):
+        progress(f"{name}: prompt {number} of {len(prompts)}")
+        choice = _complete(url, facts["model"], prompt, greedy_tokens)
+        positions = choice["prompt_logprobs"]
+        all_ids.append(np.array(choice["prompt_token_ids"], dtype=np.int64))
+        for token, entries in zip(choice["prompt_token_ids"][1:], positions[1:], strict=True):
+            logprobs.append(entries[str(token)]["logprob"])
+            best = sorted(entries.items(), key=lambda item: item[1]["rank"])[:TOP]
+            filling = [(-1, {"logprob": -np.inf})] * (TOP - len(best))
+            tops.append([int(t) for t, _ in [*best, *filling]])
+            top_values.append([e["logprob"] for _, e in [*best, *filling]])
+        greedy.append(choice["token_ids"])
+    return Run(
+        name,
+        str(facts.get("root") or facts["model"]),
+        list(prompts),
+        np.concatenate(all_ids),
+        np.array([len(ids) for ids in all_ids], dtype=np.int64),
+        np.array(logprobs, dtype=np.float32),
+        np.array(tops, dtype=np.int64),
+        np.array(top_values, dtype=np.float32),
+        np.array(greedy, dtype=np.int64).reshape(len(prompts), greedy_tokens),
+    )
+
+
+def _complete(url: str, model: str, prompt: str, greedy_tokens: int) -> dict[str, Any]:
+    openai, client = client_of(url)
+    extra = {"prompt_logprobs": TOP, "return_token_ids": True, "ignore_eos": True}
+    try:
+        answer = client.completions.create(
+            model=model, prompt=prompt, max_tokens=greedy_tokens, temperature=0, extra_body=extra
+        )
+    except openai.OpenAIError as error:
+        raise unanswered(url, error, model) from error
+    choice: dict[str, Any] = answer.choices[0].model_dump()
+    if not choice.get("prompt_logprobs") or not choice.get("prompt_token_ids"):
+        raise BlockFp8Error(
+            "the server gives no log-probabilities of the prompt",
+            where=url,
+            expected="prompt_logprobs and prompt_token_ids, as vLLM's completions have them",
+            fix="use a vLLM that is among the tested versions",
+        )
+    return choice

@@ -1,0 +1,180 @@
+"""Saved runs, comparisons and the command, on a small random model."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from qwen3_fp8_ascend.cli import app
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.precision import runs
+from qwen3_fp8_ascend.precision.compare import compare
+from qwen3_fp8_ascend.precision.direct import BlockFp8Linear, load_model
+from qwen3_fp8_ascend.precision.prompts import PROMPTS, all_prompts
+from qwen3_fp8_ascend.terminal import run as run_command
+from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
+
+LIMIT = "2"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "qwen3"
+    return write_block_fp8_qwen3(folder, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def saved(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A run made by the command once for each set of options."""
+    folder, made = tmp_path_factory.mktemp("runs"), {}
+
+    def make(*options: str, source: Path = model) -> Path:
+        path = folder / f"{abs(hash((options, source)))}.run"
+        if path not in made:
+            line = ["eval-precision", "run", str(source), str(path), "--limit", LIMIT, "--greedy-tokens", "4"]
+            made[path] = run_command(app, [*line, *options])
+            assert made[path] == 0
+        return path
+
+    return make
+
+
+def test_a_run_is_what_transformers_computes(model: Path, saved: Callable[..., Path]) -> None:
+    """The original checkpoint, loaded by us and by transformers itself."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = model.with_name("qwen3-bf16")
+    run = runs.load_run(saved(source=folder))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(folder)(all_prompts()[:1], return_tensors="pt").input_ids
+    with torch.inference_mode():
+        out = theirs(ids, output_hidden_states=True)
+        continued = theirs.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    count = ids.shape[1] - 1
+    assert run.logits is not None and run.layers is not None
+    np.testing.assert_allclose(run.logits[:count], out.logits[0, :-1].numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(run.layers[-1, :count], out.hidden_states[-1][0, :-1].numpy(), rtol=1e-4, atol=1e-5)
+    assert run.greedy[0].tolist() == continued[0, -4:].tolist()
+
+
+def test_every_linear_of_a_block_fp8_model_is_ours(model: Path) -> None:
+    loaded = load_model(model, "cpu", "dynamic", torch.float32, "cpu")
+    ours = [name for name, module in loaded.named_modules() if isinstance(module, BlockFp8Linear)]
+    assert len(ours) == 2 * 7
+    assert not [name for name, tensor in loaded.named_parameters() if tensor.is_meta]
+
+
+@pytest.mark.parametrize("activation", ["dynamic", "none"])
+def test_backends_against_the_reference(saved: Callable[..., Path], activation: str) -> None:
+    options = ("--activation", activation)
+    reference = runs.load_run(saved("--backend", "reference", *options))
+    floor = compare(runs.load_run(saved("--backend", "reference-fp64", *options)), reference)
+    row = compare(runs.load_run(saved("--backend", "cpu", *options)), reference)
+    if activation == "none":
+        assert row.cosine is not None and row.cosine > 1 - 1e-9
+        assert row.layers is not None and row.layers["max_rel"] < 1e-4
+        assert row.top1_agreement == 1.0
+    assert row.kl_mean <= 3 * floor.kl_mean + 1e-9
+    expanded = compare(runs.load_run(saved("--backend", "dequantized")), reference)
+    assert expanded.kl_mean > 10 * floor.kl_mean or activation == "none"
+
+
+def test_a_comparison_notices_a_wrong_model(saved: Callable[..., Path]) -> None:
+    """The negative control: one layer off by 3 %."""
+    reference = runs.load_run(saved("--backend", "reference", "--activation", "none"))
+    wrong = dataclasses.replace(reference, logits=reference.logits * 1.03, layers=reference.layers.copy())
+    wrong.layers[1] += 0.03 * np.abs(wrong.layers[1]).mean()
+    row = compare(wrong, reference)
+    assert row.max_rel == pytest.approx(0.03, rel=1e-3)
+    assert row.layers is not None and row.layers["max_rel"] > 0.01
+
+
+def test_without_logits_the_divergence_is_a_lower_bound(saved: Callable[..., Path]) -> None:
+    reference, run = (runs.load_run(saved("--backend", b)) for b in ("reference", "dequantized"))
+    short = dataclasses.replace(run, logits=None, layers=None)
+    full, bound = compare(run, reference), compare(short, reference)
+    assert bound.cosine is None and bound.layers is None and bound.kl_from == "top 20"
+    assert 0 <= bound.kl_mean <= full.kl_mean + 1e-7
+
+
+def test_runs_survive_their_file(saved: Callable[..., Path], tmp_path: Path) -> None:
+    run = runs.load_run(saved("--backend", "cpu"))
+    runs.save_run(run, tmp_path / "again.run")
+    again = runs.load_run(tmp_path / "again.run")
+    for field in dataclasses.fields(run):
+        a, b = getattr(run, field.name), getattr(again, field.name)
+        assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+
+
+def test_a_damaged_file_is_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
+    whole = saved("--backend", "cpu").read_bytes()
+    for name, data in {"cut": whole[:-100], "short": whole[:50], "empty": b"", "noise": b"x" * 100}.items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(BlockFp8Error, match="no saved run"):
+            runs.load_run(path)
+    with pytest.raises(BlockFp8Error, match="no saved run"):
+        runs.load_run(tmp_path / "absent")
+
+
+def test_runs_of_other_prompts_or_tokens_are_refused(saved: Callable[..., Path]) -> None:
+    run = runs.load_run(saved("--backend", "cpu"))
+    with pytest.raises(BlockFp8Error, match="different prompts"):
+        compare(dataclasses.replace(run, prompts=["a", "b"]), run)
+    other = dataclasses.replace(run, ids=run.ids + 1)
+    with pytest.raises(BlockFp8Error, match="tokenizers differ"):
+        compare(other, run)
+
+
+def test_compare_writes_table_page_and_json(
+    saved: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(saved("--backend", b)) for b in ("reference", "cpu", "dequantized", "reference-fp64")]
+    outputs = [str(tmp_path / name) for name in ("t.md", "t.html", "t.json")]
+    line = ["eval-precision", "compare", *paths[:3], "--floor", paths[3]]
+    line += ["--markdown", outputs[0], "--html", outputs[1], "--output", outputs[2]]
+    assert run_command(app, line) == 0
+    document = json.loads(Path(outputs[2]).read_text())
+    assert [row["name"] for row in document["rows"]] == ["cpu w8a8", "dequantized float32"]
+    table = Path(outputs[0]).read_text()
+    assert table.count("\n| ") == 4 and "noise floor: reference-fp64" in table
+    assert "data:image/svg+xml;base64," in Path(outputs[1]).read_text()
+    assert "| cpu w8a8 vs reference w8a8 |" in capsys.readouterr().out
+    assert run_command(app, [*line, "--min-top1", "1.0"]) == (
+        0 if all(row["top1_agreement"] == 1 for row in document["rows"]) else 1
+    )
+
+
+def test_linears_alone_are_exact(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["eval-precision", "linears", str(model), "--backend", "cpu", "--limit", "1", "--json"]
+    assert run_command(app, line) == 0
+    ours, specification = json.loads(capsys.readouterr().out)["rows"]
+    assert ours["linears"] == 14 and specification["name"] == "reference"
+    assert ours["max_rel"] < 1e-6 and ours["min_cosine"] > 1 - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "absent", "out.run"], "checkpoint folder cannot be read"),
+        (["run", "http://127.0.0.1:9", "out.run"], "server"),
+        (["run", "absent", "out.run", "--dtype", "int8"], "float32"),
+        (["run", "absent", "out.run", "--prompts", "absent.json"], "prompts cannot be read"),
+        (["compare", "absent.run", "absent.run"], "no saved run"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(app, ["eval-precision", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "what to do:" in error
+
+
+def test_the_prompts_cover_what_the_report_asks() -> None:
+    assert set(PROMPTS) == {"English", "Chinese", "arithmetic", "code"}
+    assert len(set(all_prompts())) == len(all_prompts()) >= 12
