@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import typer.main
 
+from benchmarks import tutorial
 from qwen3_fp8_ascend.cli import app
 from qwen3_fp8_ascend.terminal import UsageError
 from tests.support.documents import Code, Document, read
@@ -161,6 +162,16 @@ def test_scripts_take_what_the_documents_give_them(line: str, tmp_path: Path) ->
 
 
 RESULTS = ROOT / "docs" / "results"
+
+
+@pytest.mark.parametrize("language", tutorial.TUTORIALS)
+def test_the_tutorial_quotes_its_results(language: str) -> None:
+    text = tutorial.TUTORIALS[language].read_text(encoding="utf-8")
+    for name, quoted in (
+        ("verify-smollm2", tutorial.verification(tutorial.load("verify-smollm2"))),
+        ("throughput-smollm2", tutorial.throughput(tutorial.load("throughput-smollm2"), language)),
+    ):
+        assert f"<!-- table: {name} -->\n{quoted}\n<!-- end of table -->" in text, "python -m benchmarks.tutorial"
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
