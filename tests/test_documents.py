@@ -174,6 +174,17 @@ def test_the_tutorial_quotes_its_results(language: str) -> None:
         assert f"<!-- table: {name} -->\n{quoted}\n<!-- end of table -->" in text, "python -m benchmarks.tutorial"
 
 
+def test_the_errors_of_the_faq_exist() -> None:
+    """Each quoted beginning of an error stands in the sources that print it."""
+    sources = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("qwen3_fp8_ascend/**/*.py")]
+    code = re.sub(r"\{[^}]*\}|\$\w+", "X", "\n".join(path.read_text(encoding="utf-8") for path in sources))
+    faq = tutorial.TUTORIALS["en"].read_text(encoding="utf-8").split("## FAQ")[1]
+    quoted = re.findall(r"^\| `([^`]+)` \|", faq, re.MULTILINE)
+    assert len(quoted) >= 5
+    for line in quoted:
+        assert line.replace("'X'", "X") in code, line
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
 def test_results_name_what_made_them_and_no_folder_of_a_machine(path: Path) -> None:
     text = path.read_text()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
 from qwen3_fp8_ascend.testing.server import failure_in, free_port, serving_environment, stop
-from qwen3_fp8_ascend.verify import wait_until_up
+from qwen3_fp8_ascend.verify import QUESTIONS, ask, wait_until_up
 from tests.support.documents import read
 
 pytestmark = pytest.mark.server
@@ -132,3 +134,42 @@ def test_stopping_the_script_stops_the_server(served: Served) -> None:
     served.process.wait(60)
     done = served.shell("scripts/verify_qwen3-8b-fp8.sh --url http://127.0.0.1:8000 --wait 0")
     assert done.returncode == 2 and "no server is up there" in done.stderr
+
+
+@pytest.mark.long
+def test_two_ranks_through_the_script(tmp_path: Path) -> None:
+    """`--tensor-parallel-size 2` on a CPU: each rank gets cores of its own, and the server answers."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two ranks need two cores")
+    model = write_block_fp8_qwen3(tmp_path / "qwen3", num_key_value_heads=4)
+    port = free_port()
+    command = ["bash", "scripts/serve_qwen3-8b-fp8.sh", "--model", model, "--port", str(port), "--max-model-len", "512"]
+    command += [
+        "--tensor-parallel-size",
+        "2",
+        "--kv-cache-gib",
+        "1",
+        "--python",
+        sys.executable,
+        "--",
+        "--enforce-eager",
+    ]
+    log = tmp_path / "server.log"
+    environment = serving_environment()
+    del environment["VLLM_CPU_OMP_THREADS_BIND"]
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
+    try:
+        wait_until_up(f"http://127.0.0.1:{port}", 400)
+        answer = ask(f"http://127.0.0.1:{port}", "qwen3-8b-fp8", QUESTIONS[0])
+    except ValueError:
+        print(failure_in(log))
+        raise
+    finally:
+        stop(process)
+    assert answer.tokens >= 4
+    bindings = re.search(r"VLLM_CPU_OMP_THREADS_BIND=\S*'?([\d,]+)\|([\d,]+)", log.read_text(errors="replace"))
+    assert bindings and not set(bindings[1].split(",")) & set(bindings[2].split(","))
+    assert "tensor_parallel_size=2" in log.read_text(errors="replace")
