@@ -46,13 +46,22 @@ def _without_folders(word: str) -> str:
 def commit() -> str:
     """The commit of the sources this runs from, "-dirty" if they were changed; else the package's version."""
     root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
+    described = _git(root, "describe", "--always") if (root / ".git").exists() else ""
+    if not described:
         return f"release {__version__}"
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return f"{described}-dirty" if changed else described
+
+
+def _git(root: Path, *arguments: str) -> str:
+    """What git prints; nothing if it is not there. It only reads: it takes no lock that another git would meet."""
     try:
-        described = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "--no-optional-locks", *arguments], cwd=root, capture_output=True, text=True, check=False
+        )
     except OSError:
-        return f"release {__version__}"
-    return described.stdout.strip() or f"release {__version__}"
+        return ""
+    return done.stdout.strip()
 
 
 def installed_version(name: str) -> str | None:

@@ -18,7 +18,10 @@ from rich.console import Console
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
 
-out = Console()
+WIDE = 200
+"""Columns where nobody's window sets them, so that a program reads whole words."""
+
+out = Console(width=None if sys.stdout.isatty() else WIDE)
 err = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]

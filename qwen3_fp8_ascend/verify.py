@@ -140,9 +140,10 @@ def report_lines(model: str, answers: Sequence[Answer], language: str = "en") ->
         lines.append(f"[Test {number}] {question}...")
         if answer.verdict == "passed":
             lines.append(f"✅ {label}: {shown}")
+        elif answer.verdict == "failed":
+            lines.append(f"❌ {label}: {shown} ({words.failed}: {answer.reason})")
         else:
-            mark, verdict = ("❌", words.failed) if answer.verdict == "failed" else ("➖", words.not_applicable)
-            lines.append(f"{mark} {label}: {shown} ({verdict}: {answer.reason})")
+            lines.append(f"➖ {label}: {shown} ({words.not_applicable})")
     failed = sum(answer.verdict == "failed" for answer in answers)
     end = f"❌ {words.incomplete}" if failed else f"✅ {words.complete}"
     return [*lines, RULE, end.format(model=model, failed=failed, asked=len(answers)), RULE]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import typer.main
 
+from benchmarks import tutorial
 from qwen3_fp8_ascend.cli import app
 from qwen3_fp8_ascend.terminal import UsageError
 from tests.support.documents import Code, Document, read
@@ -161,6 +162,27 @@ def test_scripts_take_what_the_documents_give_them(line: str, tmp_path: Path) ->
 
 
 RESULTS = ROOT / "docs" / "results"
+
+
+@pytest.mark.parametrize("language", tutorial.TUTORIALS)
+def test_the_tutorial_quotes_its_results(language: str) -> None:
+    text = tutorial.TUTORIALS[language].read_text(encoding="utf-8")
+    for name, quoted in (
+        ("verify-smollm2", tutorial.verification(tutorial.load("verify-smollm2"))),
+        ("throughput-smollm2", tutorial.throughput(tutorial.load("throughput-smollm2"), language)),
+    ):
+        assert f"<!-- table: {name} -->\n{quoted}\n<!-- end of table -->" in text, "python -m benchmarks.tutorial"
+
+
+def test_the_errors_of_the_faq_exist() -> None:
+    """Each quoted beginning of an error stands in the sources that print it."""
+    sources = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("qwen3_fp8_ascend/**/*.py")]
+    code = re.sub(r"\{[^}]*\}|\$\w+", "X", "\n".join(path.read_text(encoding="utf-8") for path in sources))
+    faq = tutorial.TUTORIALS["en"].read_text(encoding="utf-8").split("## FAQ")[1]
+    quoted = re.findall(r"^\| `([^`]+)` \|", faq, re.MULTILINE)
+    assert len(quoted) >= 5
+    for line in quoted:
+        assert line.replace("'X'", "X") in code, line
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)

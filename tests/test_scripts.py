@@ -101,6 +101,18 @@ def test_a_machine_without_npu_is_served_on_its_cpu() -> None:
     assert "VLLM_CPU_KVCACHE_SPACE" in lines[-1]
 
 
+def test_an_npu_that_cannot_be_used_is_told_and_not_replaced() -> None:
+    from qwen3_fp8_ascend.backends.soc import missing_npu
+
+    reason = missing_npu()
+    if reason is None:
+        pytest.skip("this machine has an NPU")
+    done = run(SERVE, "--device", "npu", "--model", ".", ASCEND_HOME_PATH="/opt/cann")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: the NPU cannot be used: {reason}; what to do: ")
+    assert done.stderr.count("\n") == 1
+
+
 OTHER = {
     "model": "tests",
     "source": "huggingface",

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ COMMANDS = [
     ("bench", "serving"),
     ("bench", "linear"),
 ]
+ROOT = Path(__file__).parent.parent
 ESCAPE = "\x1b["
 
 
@@ -285,4 +287,8 @@ def test_json_to_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
         done = run("verify", url, "--output", target, preexec_fn=limited(100))
     assert done.returncode == 2 and "the result cannot be written" in done.stderr and "free some space" in done.stderr
     assert done.stderr.count("\n") == 1
+    if shutil.which("git") and (ROOT / ".git").exists():
+        path = ["git", "rev-parse", "--path-format=absolute", "--git-path", "index.lock"]
+        lock = subprocess.run(path, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
+        assert not Path(lock).exists(), "asking for the commit left a lock behind"
     assert [path.name for path in tmp_path.iterdir()] == ["verify.json"] and target.read_text() == "what was there"

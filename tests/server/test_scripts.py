@@ -1,101 +1,175 @@
-"""The scripts of the verification report, from beginning to end: serve, verify, stop."""
+"""The tutorial's commands as they stand there, and what the scripts of the verification report do on a real server."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
 from qwen3_fp8_ascend.testing.server import failure_in, free_port, serving_environment, stop
+from qwen3_fp8_ascend.verify import QUESTIONS, ask, wait_until_up
+from tests.support.documents import read
 
 pytestmark = pytest.mark.server
 
-SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+ROOT = Path(__file__).parent.parent.parent
+BLOCKS = [block for block in read(ROOT / "docs" / "tutorial.md").code() if block.language == "bash"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """The server that the tutorial's own command started."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+    environment: dict[str, str]
+
+    def shell(self, text: str) -> subprocess.CompletedProcess[str]:
+        """Run a block of the tutorial against this server."""
+        line = text.replace("http://127.0.0.1:8000", self.url)
+        bash = ["bash", "-euo", "pipefail", "-c", line]
+        start = time.monotonic()
+        done = subprocess.run(
+            bash, capture_output=True, text=True, check=False, cwd=ROOT, env=self.environment, timeout=300
+        )
+        print(f"\n$ {line}({time.monotonic() - start:.1f} s)\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
+        return done
 
 
 @pytest.fixture(scope="module")
-def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """The demo's model behind the serve script, and its address."""
+def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """Start the tutorial's server, on another port."""
+    assert smollm2 == ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct-FP8"
+    if Path(sys.executable).parent.resolve() != (ROOT / ".venv" / "bin").resolve():
+        pytest.skip("the tutorial is for the environment that `make venv` creates")
+    (command,) = [block.text for block in BLOCKS if block.label == "server"]
     port = free_port()
+    environment = serving_environment(SERVE_PORT=str(port), HF_HUB_OFFLINE="1")
     log = tmp_path_factory.mktemp("served") / "server.log"
-    command = ["bash", SCRIPTS / "serve_qwen3-8b-fp8.sh", "--model", smollm2, "--port", str(port)]
-    command += ["--max-model-len", "1024", "--kv-cache-gib", "1", "--python", sys.executable, "--", "--enforce-eager"]
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            command,
+            ["bash", "-c", f"exec {command}"],
             stdout=sink,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=serving_environment(),
+            cwd=ROOT,
+            env=environment,
             start_new_session=True,
         )
     try:
-        yield process, f"http://127.0.0.1:{port}"
-    except BaseException:
-        print(failure_in(log))
-        raise
+        url = f"http://127.0.0.1:{port}"
+        try:
+            wait_until_up(url, 300)
+        except ValueError:
+            print(failure_in(log))
+            raise
+        yield Served(process, url, log, environment)
     finally:
         stop(process)
 
 
-def verify(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    script = ["bash", str(SCRIPTS / "verify_qwen3-8b-fp8.sh"), "--python", sys.executable, "--url", url]
-    return subprocess.run([*script, *arguments], capture_output=True, text=True, check=False, timeout=600)
+@pytest.mark.parametrize("number", [n for n, block in enumerate(BLOCKS) if block.label in ("run", "dry run")])
+def test_the_tutorial_runs(served: Served, number: int) -> None:
+    text = BLOCKS[number].text
+    done = served.shell(text)
+    if "doctor" in text:
+        # It says what is ready, or names the problems of this machine.
+        assert ("ready to serve block FP8" in done.stdout) == (done.returncode == 0), done.stdout
+        assert done.returncode in (0, 2)
+    else:
+        assert done.returncode == 0
+    if "inspect" in text:
+        assert done.stdout.splitlines()[-1] == "no anomalies"
+    if "/v1/completions" in text:
+        assert json.loads(done.stdout)["choices"][0]["text"].strip()
+    if "verify" in text:
+        assert "SmolLM2-135M-Instruct-FP8 功能验证完成" in done.stdout
+    if "bench serving" in text:
+        (row,) = json.loads((ROOT / ".cache" / "throughput.json").read_text())["rows"]
+        # Two requests at a time, of eight tokens each: the figures have to agree with each other.
+        assert row["output_tokens_per_second"] == pytest.approx(8 * row["requests_per_second"], rel=0.01)
+        alone = row["ttft_ms"] + 7 * row["tpot_ms"]
+        assert 0.3 < 2e3 / row["requests_per_second"] / alone < 3
 
 
-def test_serve_then_verify(served: tuple[subprocess.Popen[bytes], str], tmp_path: Path) -> None:
-    _, url = served
+def test_its_log_says_what_the_tutorial_says(served: Served) -> None:
+    log = served.log.read_text(errors="replace")
+    assert "Application startup complete" in log and "block FP8 on cpu: backend cpu (" in log
+
+
+def test_what_the_model_cannot_do_fails(served: Served) -> None:
+    """SmolLM2 was not made for Chinese; asked to be judged on it, the script says that its answer is none."""
+    done = served.shell("scripts/verify_qwen3-8b-fp8.sh --url http://127.0.0.1:8000 --form en")
+    assert done.returncode == 1
+    assert "❌ Chinese: " in done.stdout and "✅ Answer: " in done.stdout
+
+
+def test_json_says_who_answered(served: Served, tmp_path: Path) -> None:
     output = tmp_path / "verify.json"
-    done = verify(url, "--wait", "300", "--languages", "en", "--output", str(output))
-    print(done.stdout, done.stderr)
+    done = served.shell(f"scripts/verify_qwen3-8b-fp8.sh --url http://127.0.0.1:8000 --languages en --output {output}")
+    assert done.returncode == 0
     found = json.loads(output.read_text())
     assert found["server"]["model"] == "qwen3-8b-fp8" and found["server"]["root"] == "SmolLM2-135M-Instruct-FP8"
-    verdicts = [answer["verdict"] for answer in found["answers"]]
-    assert verdicts[0] == "passed" and verdicts[2] == "not applicable"
-    assert done.returncode == (1 if "failed" in verdicts else 0)
-    assert "SmolLM2-135M-Instruct-FP8 功能验证" in done.stdout
+    assert [answer["verdict"] for answer in found["answers"]] == ["passed", "passed", "not applicable"]
 
 
-def test_what_the_model_cannot_do_fails(served: tuple[subprocess.Popen[bytes], str]) -> None:
-    """SmolLM2 was not made for Chinese; asked to be judged on it, the script says that its answer is none."""
-    _, url = served
-    done = verify(url, "--wait", "300", "--form", "en")
-    print(done.stdout)
-    assert done.returncode == 1
-    assert "❌ Chinese: " in done.stdout
-
-
-def test_its_throughput_is_measured(served: tuple[subprocess.Popen[bytes], str], tmp_path: Path) -> None:
-    _, url = served
-    output = tmp_path / "throughput.json"
-    load = ["--requests", "4", "--concurrency", "2", "--input-len", "16", "--output-len", "8", "--repeats", "1"]
-    command = [sys.executable, "-m", "qwen3_fp8_ascend", "bench", "serving", "--server", f"CPU, FP8={url}"]
-    done = subprocess.run([*command, *load, "--output", output], capture_output=True, text=True, check=False)
-    print(done.stdout, done.stderr)
-    assert done.returncode == 0
-    (row,) = json.loads(output.read_text())["rows"]
-    # Two requests at a time, of eight tokens each: the figures have to agree with each other.
-    assert row["output_tokens_per_second"] == pytest.approx(8 * row["requests_per_second"], rel=0.01)
-    alone = row["ttft_ms"] + 7 * row["tpot_ms"]
-    assert 0.3 < 2e3 / row["requests_per_second"] / alone < 3
-
-
-def test_a_wrong_model_name_is_told(served: tuple[subprocess.Popen[bytes], str]) -> None:
-    _, url = served
-    done = verify(url, "--wait", "300", "--model", "Qwen3-8B-FP8")
+def test_a_wrong_model_name_is_told(served: Served) -> None:
+    done = served.shell("scripts/verify_qwen3-8b-fp8.sh --url http://127.0.0.1:8000 --model Qwen3-8B-FP8")
     assert (done.returncode, done.stdout) == (2, "")
     assert "does not serve 'Qwen3-8B-FP8'" in done.stderr and "one of qwen3-8b-fp8" in done.stderr
 
 
-def test_the_script_is_the_server(served: tuple[subprocess.Popen[bytes], str]) -> None:
-    """Its process became vLLM's (`exec`), so that stopping the script stops the server."""
-    process, url = served
-    assert verify(url, "--wait", "300", "--languages", "en").returncode in (0, 1)
-    os.kill(process.pid, signal.SIGTERM)
-    process.wait(60)
-    done = verify(url, "--wait", "0")
+def test_stopping_the_script_stops_the_server(served: Served) -> None:
+    """Its process became vLLM's (`exec`)."""
+    os.kill(served.process.pid, signal.SIGTERM)
+    served.process.wait(60)
+    done = served.shell("scripts/verify_qwen3-8b-fp8.sh --url http://127.0.0.1:8000 --wait 0")
     assert done.returncode == 2 and "no server is up there" in done.stderr
+
+
+@pytest.mark.long
+def test_two_ranks_through_the_script(tmp_path: Path) -> None:
+    """`--tensor-parallel-size 2` on a CPU: each rank gets cores of its own, and the server answers."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("two ranks need two cores")
+    model = write_block_fp8_qwen3(tmp_path / "qwen3", num_key_value_heads=4)
+    port = free_port()
+    command = ["bash", "scripts/serve_qwen3-8b-fp8.sh", "--model", model, "--port", str(port), "--max-model-len", "512"]
+    command += [
+        "--tensor-parallel-size",
+        "2",
+        "--kv-cache-gib",
+        "1",
+        "--python",
+        sys.executable,
+        "--",
+        "--enforce-eager",
+    ]
+    log = tmp_path / "server.log"
+    environment = serving_environment()
+    del environment["VLLM_CPU_OMP_THREADS_BIND"]
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+        )
+    try:
+        wait_until_up(f"http://127.0.0.1:{port}", 400)
+        answer = ask(f"http://127.0.0.1:{port}", "qwen3-8b-fp8", QUESTIONS[0])
+    except ValueError:
+        print(failure_in(log))
+        raise
+    finally:
+        stop(process)
+    assert answer.tokens >= 4
+    bindings = re.search(r"VLLM_CPU_OMP_THREADS_BIND=\S*'?([\d,]+)\|([\d,]+)", log.read_text(errors="replace"))
+    assert bindings and not set(bindings[1].split(",")) & set(bindings[2].split(","))
+    assert "tensor_parallel_size=2" in log.read_text(errors="replace")
