@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3_fp8_ascend import reference
+from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import ascendc
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import ShardGrid
@@ -61,5 +61,13 @@ def test_packed_weight_is_one_byte_a_weight_and_32_bytes_a_block() -> None:
 def test_pack_refuses_what_the_kernels_cannot_address() -> None:
     with pytest.raises(BlockFp8Error, match="too many columns"):
         ascendc.pack(torch.zeros(1, 65409).to(torch.float8_e4m3fn), torch.ones(1, 512), ShardGrid((1,), 65409))
-    with pytest.raises(BlockFp8Error, match="too large"):
-        ascendc.pack(torch.zeros(1, 1).to(torch.float8_e4m3fn), torch.full((1, 1), 3e38), ShardGrid((1,), 1))
+
+
+def test_scales_that_overflow_with_the_decode_bias_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed scales carry 2^8, so the largest fp32 scales have no packed form."""
+    monkeypatch.setattr(ops, "select_backend", lambda *_: ascendc.BACKEND)
+    weight = torch.zeros(1, 1).to(torch.float8_e4m3fn)
+    limit = torch.full((1, 1), torch.finfo(torch.float32).max / 256)
+    assert torch.isfinite(ops.pack_weight(weight, limit).tensors[1]).all()
+    with pytest.raises(BlockFp8Error, match="up to 1.33e"):
+        ops.pack_weight(weight, limit * 1.01)
