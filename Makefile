@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 MODEL ?=
 
-.PHONY: help venv demo test test-fast test-long lint bench wheel clean
+.PHONY: help venv demo test test-fast test-long lint bench report wheel clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -39,6 +39,9 @@ lint: venv
 
 bench: venv  ## CPU micro-benchmark: correctness, then interleaved medians against the peers
 	$(PY) -m benchmarks.bench_linear
+
+report: venv  ## the verification report in docs/, from docs/results/
+	$(PY) -m qwen3_fp8_ascend report docs/results --output docs
 
 wheel: venv  ## a wheel in dist/
 	$(PY) -m pip --disable-pip-version-check wheel -qq --no-build-isolation --no-deps --wheel-dir dist .

@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from qwen3_fp8_ascend import __version__
 from qwen3_fp8_ascend.bench import command as bench
 from qwen3_fp8_ascend.precision import command as precision
+from qwen3_fp8_ascend.report import command as report
 from qwen3_fp8_ascend.terminal import Json, be_quiet, check_choices, err, is_quiet, out, run, write_text
 
 app = typer.Typer(
@@ -146,6 +147,7 @@ def verify(
 
 bench.add_commands(app)
 precision.add_commands(app)
+report.add_commands(app)
 
 
 def main() -> None:

@@ -57,8 +57,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def plot(document: Mapping[str, Any]) -> bytes:
-    """Mean KL of each comparison, and the largest relative error layer by layer, as SVG.
+def plotting(name: str) -> Any:
+    """matplotlib's pyplot, drawing the same bytes from the same numbers.
 
     Raises:
         BlockFp8Error: matplotlib is not installed.
@@ -66,12 +66,22 @@ def plot(document: Mapping[str, Any]) -> bytes:
     try:
         import matplotlib
     except ImportError as error:
-        fix = "pip install 'qwen3-fp8-ascend[bench]', or leave out --html"
+        fix = "pip install 'qwen3-fp8-ascend[bench]', or leave out what draws"
         raise BlockFp8Error("plots need matplotlib", fix=fix) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams["svg.hashsalt"] = "precision"
+    matplotlib.rcParams["svg.hashsalt"] = name
+    return pyplot
+
+
+def plot(document: Mapping[str, Any]) -> bytes:
+    """Mean KL of each comparison, and the largest relative error layer by layer, as SVG.
+
+    Raises:
+        BlockFp8Error: matplotlib is not installed.
+    """
+    pyplot = plotting("precision")
     rows = [*document["rows"], *([document["floor"]] if document["floor"] is not None else [])]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     names = [f"{row['name']}\nvs {row['against']}" for row in rows]

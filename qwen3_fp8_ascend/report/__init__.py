@@ -1,0 +1,1 @@
+"""The verification report, written from the result files of real runs: `results` reads them, `pages` writes."""

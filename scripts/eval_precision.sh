@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Compares block FP8 with its reference and with the original model. See --help.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+Usage: scripts/eval_precision.sh --fp8 FOLDER [SETTINGS] [-- FURTHER OPTIONS OF `eval-precision run`]
+
+Makes the runs that the report's precision table needs, compares them and writes the table (Markdown), a page with
+plots (HTML) and the result for `qwen3-fp8-ascend report` (JSON). Runs that exist are kept: to compare machines, copy
+their *.run files into one folder and start this again. Each setting is a flag or a variable; the flag wins.
+
+  --fp8 FOLDER         PRECISION_FP8          the block-FP8 checkpoint
+  --bf16 FOLDER        PRECISION_BF16         none: the original checkpoint, to show what quantization itself costs
+  --backend NAME       PRECISION_BACKEND      cpu; the backend to be judged
+  --device NAME        PRECISION_DEVICE       cpu; or npu, cuda
+  --activation KIND    PRECISION_ACTIVATION   dynamic (W8A8); or none (W8A16)
+  --server ADDRESS     PRECISION_SERVER       none: also a run through a server, for example http://127.0.0.1:8000
+  --limit N            PRECISION_LIMIT        all prompts
+  --output FOLDER      PRECISION_OUTPUT       precision
+  --python PATH        PYTHON                 .venv/bin/python of this project, else python3
+  --dry-run                                   print the commands instead
+  --help
+
+Examples:
+  scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --bf16 ./Qwen3-8B
+  scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --backend ascendc --device npu -- --dtype bfloat16
+
+Exit codes: 0 fine, 2 bad input or set-up.
+TEXT
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=scripts/common.sh
+. "$root/scripts/common.sh"
+
+fp8=${PRECISION_FP8:-}
+bf16=${PRECISION_BF16:-}
+backend=${PRECISION_BACKEND:-cpu}
+device=${PRECISION_DEVICE:-cpu}
+activation=${PRECISION_ACTIVATION:-dynamic}
+server=${PRECISION_SERVER:-}
+limit=${PRECISION_LIMIT:-}
+output=${PRECISION_OUTPUT:-precision}
+python=${PYTHON:-}
+dry_run=
+
+while [ $# -gt 0 ]; do
+  case $1 in
+    --help | -h) usage; exit 0 ;;
+    --dry-run) dry_run=1; shift; continue ;;
+    --) shift; break ;;
+    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
+  esac
+  case $1 in
+    --fp8 | --bf16 | --backend | --device | --activation | --server | --limit | --output | --python)
+      [ $# -ge 2 ] || fail "$1 needs a value" "see --help"
+      printf -v "${1#--}" %s "$2"
+      shift 2
+      ;;
+    *) fail "unknown setting $1" "see --help; options of \`eval-precision run\` go after --" ;;
+  esac
+done
+[ -n "$fp8" ] || fail "no checkpoint" "give --fp8 FOLDER"
+one_of activation "$activation" dynamic none
+[ -z "$limit" ] || whole_number limit "$limit"
+python=$(find_python "$python" "$root")
+evaluate=("$python" -m qwen3_fp8_ascend eval-precision)
+options=("$@")
+[ -z "$limit" ] || options+=(--limit "$limit")
+
+do_it() {
+  if [ -n "$dry_run" ]; then quoted "$@"; else quoted "$@" >&2 && "$@"; fi
+}
+
+make_run() { # NAME SOURCE OPTIONS...
+  local file=$output/$1.run source=$2
+  shift 2
+  if [ -z "$dry_run" ] && [ -e "$file" ]; then
+    echo "keeping $file" >&2
+  else
+    do_it "${evaluate[@]}" run "$source" "$file" "$@" ${options[@]+"${options[@]}"}
+  fi
+}
+
+suffix=w8a8
+[ "$activation" = dynamic ] || suffix=w8a16
+compared=("$output/$backend-$suffix.run")
+make_run "reference-$suffix" "$fp8" --backend reference --activation "$activation"
+make_run "reference-fp64-$suffix" "$fp8" --backend reference-fp64 --activation "$activation"
+make_run "$backend-$suffix" "$fp8" --backend "$backend" --activation "$activation" --device "$device"
+if [ -n "$bf16" ]; then
+  make_run original "$bf16" --name original --device "$device"
+  compared+=("$output/original.run")
+fi
+if [ -n "$server" ]; then
+  make_run server "$server" --name server
+  compared+=("$output/server.run")
+fi
+do_it "${evaluate[@]}" compare "$output/reference-$suffix.run" "${compared[@]}" \
+  --floor "$output/reference-fp64-$suffix.run" --output "$output/precision-$suffix.json" \
+  --markdown "$output/precision-$suffix.md" --html "$output/precision-$suffix.html"
