@@ -57,7 +57,8 @@ def dequantize_weight(
             "weights dequantize to a floating-point dtype", expected=_names(ACTIVATION_DTYPES), got=dtype
         )
     chosen = select_backend(backend, weight.device.type, block=grid.block)
-    return chosen.dequantize_weight(weight.contiguous(), scale.float().contiguous(), grid, dtype)
+    codes = weight.view(torch.uint8).contiguous().view(weight.dtype)
+    return chosen.dequantize_weight(codes, scale.float().contiguous(), grid, dtype)
 
 
 def pack_weight(
@@ -91,7 +92,9 @@ def pack_weight(
     chosen = select_backend(backend, weight.device.type, _computes(activation), grid.block)
     if check_values:
         check_scale_values(scale, limit=chosen.max_scale)
-    tensors = chosen.pack(weight.contiguous(), scale.float().contiguous(), grid)
+    # As bytes: a strided FP8 tensor cannot be copied on NPUs before the Ascend 950.
+    codes = weight.view(torch.uint8).contiguous().view(weight.dtype)
+    tensors = chosen.pack(codes, scale.float().contiguous(), grid)
     return PackedWeight(chosen.name, grid, tensors)
 
 

@@ -144,7 +144,8 @@ def _single_row_kernel() -> str:
 def _dequantized_activation(x: torch.Tensor) -> torch.Tensor:
     """x after quantization, in x.dtype: what the stock product multiplies in W8A8."""
     codes, scale = torch.ops.qwen3_fp8_ascend.ascendc_group_quantize(x)
-    return (e4m3.decode(codes) * scale.repeat_interleave(TILE, dim=1).narrow(1, 0, x.shape[1])).to(x.dtype)
+    values = torch.nn.functional.pad(e4m3.decode(codes), (0, -x.shape[1] % TILE)).unflatten(1, (-1, TILE))
+    return (values * scale.unsqueeze(-1)).flatten(1).narrow(1, 0, x.shape[1]).to(x.dtype)
 
 
 def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:

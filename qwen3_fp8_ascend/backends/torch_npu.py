@@ -8,7 +8,6 @@ those chips this backend is used only when asked for by name.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -28,13 +27,25 @@ DECODE_PIECE = 1 << 22
 """Weights decoded at a time: the fp32 and int32 temporaries of a piece take about 80 MB."""
 
 
-def _torch_npu() -> Any:
-    return importlib.import_module("torch_npu")
+NATIVE_OPERATORS = ("npu_dynamic_block_quant", "npu_quant_matmul")
+"""What the path of A5 calls; torch_npu registers them for every chip."""
+
+
+def _operators() -> Any:
+    return torch.ops.npu
 
 
 def _has_fp8_matmul() -> bool:
+    """Whether this process's NPU multiplies e4m3. Asked when weights are packed; from then on their layout tells."""
     generation = soc.current_generation()
     return generation is not None and generation.fp8_matmul
+
+
+def _unusable() -> str | None:
+    if reason := soc.missing_npu():
+        return reason
+    absent = [name for name in NATIVE_OPERATORS if not hasattr(_operators(), name)] if _has_fp8_matmul() else []
+    return f"this torch_npu has no {' and no '.join(absent)}: install a newer one" if absent else None
 
 
 def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[torch.Tensor, ...]:
@@ -42,11 +53,20 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[t
 
     Shapes: A5: codes (n', k'), every shard padded to whole blocks of rows, scale (n' / 128, k' / 128) fp32, and, only
         if that moved rows, their numbers (n,) int64. A2, A3: codes (n, k'), scales of rows (n, k' / 128) fp32.
+    Raises:
+        BlockFp8Error: the weight is too large for the scratch (A2, A3).
     """
     codes = weight.view(torch.uint8)
     k_padded = ceil_div(grid.k, _BLOCK) * _BLOCK
     codes = torch.nn.functional.pad(codes, (0, k_padded - grid.k)) if k_padded != grid.k else codes
     if not _has_fp8_matmul():
+        if not prefill.fits(codes.numel()):
+            raise BlockFp8Error(
+                "the weight is too large for the scratch into which this backend decodes",
+                expected=f"at most {prefill.SCRATCH_LIMIT // prefill.RESERVED_ITEMSIZE} weights",
+                got=f"{codes.shape[0]} x {codes.shape[1]}",
+                fix="choose the backend `ascendc` or `triton`, or more ranks (--tensor-parallel-size)",
+            )
         prefill.reserve(codes.numel(), codes.device)
         return codes.contiguous(), row_scales(scale, grid).contiguous()
     if all(width % _BLOCK == 0 for width in grid.widths):
@@ -60,25 +80,27 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[t
 
 
 def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    if x.shape[0] == 0 or packed.k == 0:
+    if x.shape[0] == 0 or packed.k == 0 or packed.n == 0:
         out = x.new_zeros(x.shape[0], packed.n)
-    elif _has_fp8_matmul():
-        out = _native_linear(x, packed)
+    elif packed.tensors[0].shape[0] != packed.tensors[1].shape[0]:  # scales of blocks, not of rows
+        out = _native_linear(x, *packed.tensors)
     else:
         return torch_npu_scratch_linear(x, *packed.tensors, bias)
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def _native_linear(x: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
+def _native_linear(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, kept: torch.Tensor | None = None
+) -> torch.Tensor:
     """W8A8 in the chip's own block-scaled product (A5).
 
+    Shapes: x (m, k) bf16/fp16; codes, scale and kept as `_pack` returns them -> (m, n) in x.dtype.
     Raises:
-        BlockFp8Error: x is fp32, which the operators do not take. Their shape functions accept almost anything, so
-            shapes are those that `_pack` made and `ops.block_linear` checked.
+        BlockFp8Error: operands that do not fit each other. The operators' own shape functions accept almost anything.
     """
     _check_activation(x)
-    npu = _torch_npu()
-    codes, scale, *kept = packed.tensors
+    _check_packed(codes, scale, x.shape[1], rows=_BLOCK, where="npu_quant_matmul")
+    npu = _operators()
     padded = torch.nn.functional.pad(x, (0, codes.shape[1] - x.shape[1])) if x.shape[1] != codes.shape[1] else x
     x_codes, x_scale = npu.npu_dynamic_block_quant(
         padded.contiguous(),
@@ -95,7 +117,7 @@ def _native_linear(x: torch.Tensor, packed: PackedWeight) -> torch.Tensor:
         output_dtype=x.dtype,
         group_sizes=[1, _BLOCK, _BLOCK],
     )
-    return out.index_select(1, kept[0]) if kept else out
+    return out if kept is None else out.index_select(1, kept)
 
 
 def _fake_scratch_linear(
@@ -111,8 +133,11 @@ def torch_npu_scratch_linear(
     """W8A8 by decoding the weight into the scratch, then the stock product.
 
     Shapes: x (m, k), codes (n, k') uint8, scales (n, k' / 128) fp32, bias (n,) -> (m, n) in x.dtype.
+    Raises:
+        BlockFp8Error: operands that do not fit each other.
     Semantics: both operands are rounded to x.dtype once; sums as the stock product makes them.
     """
+    _check_packed(codes, scales, x.shape[1], rows=1, where="torch_npu_scratch_linear")
     rows, columns = codes.shape
     weight = prefill.scratch(rows, columns, x.dtype, x.device)
     step = max(1, DECODE_PIECE // columns)
@@ -132,6 +157,21 @@ def _quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, t
 def _dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:
     scales = row_scales(scale, grid).repeat_interleave(grid.block.k, dim=1).narrow(1, 0, grid.k)
     return (e4m3.decode(weight.view(torch.uint8)) * scales).to(dtype)
+
+
+def _check_packed(codes: torch.Tensor, scale: torch.Tensor, k: int, *, rows: int, where: str) -> None:
+    """Refuse operands that `_pack` did not make for this k, by shapes and dtypes alone; a scale covers `rows` rows."""
+    blocks = ceil_div(k, _BLOCK)
+    shapes = {"codes": (scale.shape[0] * rows, blocks * _BLOCK), "scale": (scale.shape[0], blocks)}
+    for (what, shape), tensor, dtype in zip(shapes.items(), (codes, scale), (torch.uint8, torch.float32), strict=True):
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise BlockFp8Error(
+                f"the {what} are not a packed weight's",
+                where=where,
+                expected=f"contiguous {dtype} {shape}",
+                got=f"{'' if tensor.is_contiguous() else 'strided '}{tensor.dtype} {tuple(tensor.shape)}",
+                fix=f"pass the tensors of ops.pack_weight(..., backend='torch_npu') for k = {k}",
+            )
 
 
 def _check_activation(x: torch.Tensor) -> None:
@@ -167,7 +207,7 @@ BACKEND = Backend(
     summary="torch_npu's operators: the FP8 product of Ascend 950; on A2 and A3 a scratch and the stock product",
     computes=frozenset({"w8a8"}),
     device_types=frozenset({"npu"}),
-    unusable=soc.missing_npu,
+    unusable=_unusable,
     pack=_pack,
     linear=_linear,
     quantize_activation=_quantize_activation,

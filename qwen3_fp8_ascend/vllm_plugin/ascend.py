@@ -27,6 +27,11 @@ class BlockFp8NpuConfig(BlockFp8AscendConfig):
         self.quant_description: dict[str, Any] = {}
         """vLLM-Ascend looks into it for ModelSlim's per-tensor types; its own FP8 config leaves it empty too."""
 
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Those that NPUs multiply; the scratch is reserved for two bytes an element before any graph is captured."""
+        return [torch.bfloat16, torch.float16]
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str, tid2eid: Any = None) -> QuantizeMethodBase | None:
         """As the base class; vLLM-Ascend's mixture-of-experts layers pass a table `tid2eid` and are refused."""
         return super().get_quant_method(layer, prefix)

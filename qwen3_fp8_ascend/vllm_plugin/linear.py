@@ -220,7 +220,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         row = scale_row = 0
         for shard, (rows, scale_rows) in enumerate(zip(grid.widths, grid.scale_rows, strict=True)):
             name = self._tensor_name(shard)
-            codes = weight[row : row + rows]
+            codes = weight.view(torch.uint8)[row : row + rows]
             nan_codes = ops.count_nan_codes(codes)
             if nan_codes and nan_codes == codes.numel():
                 raise BlockFp8Error("a weight is missing from the checkpoint", where=f"{name}.weight", fix=DAMAGED)

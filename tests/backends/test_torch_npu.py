@@ -58,7 +58,7 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """The backend on a CPU, as if that were a chip of the generation."""
     generation = next(g for g in soc.GENERATIONS if g.name == request.param)
     monkeypatch.setattr(soc, "current_generation", lambda: generation)
-    monkeypatch.setattr(torch_npu, "_torch_npu", lambda: DocumentedOperators)
+    monkeypatch.setattr(torch_npu, "_operators", lambda: DocumentedOperators)
     monkeypatch.setattr(prefill, "_scratch", {})
     backend = dataclasses.replace(torch_npu.BACKEND, device_types=frozenset({"cpu"}), unusable=lambda: None)
     monkeypatch.setitem(registry.LOADED, "torch_npu", backend)
@@ -164,3 +164,53 @@ def test_the_operator_traces_with_any_number_of_rows(chip: str) -> None:
         (problem.x.bfloat16(), *packed.tensors, None),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+@pytest.mark.parametrize(("widths", "k"), SHAPES)
+def test_operands_that_do_not_fit_each_other_are_refused(chip: str, widths: tuple[int, ...], k: int) -> None:
+    """torch_npu's shape functions let such operands pass: tests/vllm_ascend/test_environment.py."""
+    packed = pack(random_problem(2, widths, k))
+    codes, scale, *kept = packed.tensors
+    x = torch.ones(2, k, dtype=torch.bfloat16)
+    wrong = [
+        (codes[:, :-1], scale),
+        (codes.view(torch.int8), scale),
+        (codes, scale[:, :0]),
+        (codes, torch.cat([scale, scale])),
+        (codes, scale.bfloat16()),
+        (codes.T.contiguous().T, scale) if min(codes.shape) > 1 else (codes.view(torch.float8_e4m3fn), scale),
+    ]
+    for pair in wrong:
+        with pytest.raises(BlockFp8Error, match=r"not a packed weight's"):
+            ops.block_linear(x, dataclasses.replace(packed, tensors=(*pair, *kept)))
+
+
+@pytest.mark.parametrize("chip", ["A2"], indirect=True)
+def test_a_weight_beyond_the_scratch_is_refused_at_load(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "SCRATCH_LIMIT", 2 * 64 * 128 - 1)
+    with pytest.raises(BlockFp8Error, match=r"too large for the scratch"):
+        pack(random_problem(2, (64,), 128))
+
+
+@pytest.mark.parametrize("chip", ["A5"], indirect=True)
+def test_a_torch_npu_without_the_operators_is_a_reason(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soc, "missing_npu", lambda: None)
+    assert torch_npu._unusable() is None
+    monkeypatch.delattr(DocumentedOperators, "npu_quant_matmul")
+    assert torch_npu._unusable() == "this torch_npu has no npu_quant_matmul: install a newer one"
+
+
+def test_it_compiles_whole_without_asking_the_machine(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile traces depends on the packed weight alone, and is one graph for any number of rows."""
+    problem = random_problem(5, (256, 192), 300, bias=True)
+    packed = pack(problem)
+
+    def ask() -> None:
+        raise AssertionError("asked which NPU this is")
+
+    monkeypatch.setattr(soc, "current_generation", ask)
+    monkeypatch.setattr(soc, "missing_npu", ask)
+    compiled = torch.compile(ops.block_linear, backend="eager", fullgraph=True, dynamic=True)
+    for rows in (5, 2):
+        x = problem.x.bfloat16()[:rows]
+        assert torch.equal(compiled(x, packed, problem.bias), ops.block_linear(x, packed, problem.bias))
