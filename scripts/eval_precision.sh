@@ -6,15 +6,17 @@ usage() {
   cat <<'TEXT'
 Usage: scripts/eval_precision.sh --fp8 FOLDER [SETTINGS] [-- FURTHER OPTIONS OF `eval-precision run`]
 
-Makes the runs that the report's precision table needs, compares them and writes the table (Markdown), a page with
-plots (HTML) and the result for `qwen3-fp8-ascend report` (JSON). Runs that exist are kept: to compare machines, copy
-their *.run files into one folder and start this again. Each setting is a flag or a variable; the flag wins.
+Makes the runs that the report's precision table needs, compares them, judges every linear and every decoder layer by
+itself, and writes the table (Markdown), a page with plots (HTML) and the results for `qwen3-fp8-ascend report` (JSON).
+The reference and the original are computed on the CPU. Runs that exist are kept: to compare machines, copy their
+*.run files into one folder and start this again. Each setting is a flag or a variable; the flag wins.
 
   --fp8 FOLDER         PRECISION_FP8          the block-FP8 checkpoint
   --bf16 FOLDER        PRECISION_BF16         none: the original checkpoint, to show what quantization itself costs
   --backend NAME       PRECISION_BACKEND      cpu; the backend to be judged
-  --device NAME        PRECISION_DEVICE       cpu; or npu, cuda
+  --device NAME        PRECISION_DEVICE       cpu; or npu, cuda: what that backend computes on
   --activation KIND    PRECISION_ACTIVATION   dynamic (W8A8); or none (W8A16)
+  --dtype TYPE         PRECISION_DTYPE        float32; of everything but the FP8 weights
   --server ADDRESS     PRECISION_SERVER       none: also a run through a server, for example http://127.0.0.1:8000
   --limit N            PRECISION_LIMIT        all prompts
   --output FOLDER      PRECISION_OUTPUT       precision
@@ -24,7 +26,8 @@ their *.run files into one folder and start this again. Each setting is a flag o
 
 Examples:
   scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --bf16 ./Qwen3-8B
-  scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --backend ascendc --device npu -- --dtype bfloat16
+  scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --backend ascendc --device npu --activation none --output npu
+  scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --server http://127.0.0.1:8000 -- --greedy-tokens 32
 
 Exit codes: 0 fine, 2 bad input or set-up.
 TEXT
@@ -39,6 +42,7 @@ bf16=${PRECISION_BF16:-}
 backend=${PRECISION_BACKEND:-cpu}
 device=${PRECISION_DEVICE:-cpu}
 activation=${PRECISION_ACTIVATION:-dynamic}
+dtype=${PRECISION_DTYPE:-float32}
 server=${PRECISION_SERVER:-}
 limit=${PRECISION_LIMIT:-}
 output=${PRECISION_OUTPUT:-precision}
@@ -53,7 +57,7 @@ while [ $# -gt 0 ]; do
     --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
   esac
   case $1 in
-    --fp8 | --bf16 | --backend | --device | --activation | --server | --limit | --output | --python)
+    --fp8 | --bf16 | --backend | --device | --activation | --dtype | --server | --limit | --output | --python)
       [ $# -ge 2 ] || fail "$1 needs a value" "see --help"
       printf -v "${1#--}" %s "$2"
       shift 2
@@ -62,41 +66,57 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ -n "$fp8" ] || fail "no checkpoint" "give --fp8 FOLDER"
+one_of device "$device" cpu npu cuda
 one_of activation "$activation" dynamic none
+one_of dtype "$dtype" float32 bfloat16 float16
 [ -z "$limit" ] || whole_number limit "$limit"
 python=$(find_python "$python" "$root")
+if [ -z "$dry_run" ]; then
+  # Before anything takes minutes.
+  for folder in "$fp8" ${bf16:+"$bf16"}; do
+    [ -f "$folder/config.json" ] || fail "there is no checkpoint in $folder" "give a folder with a config.json"
+  done
+fi
+
 evaluate=("$python" -m qwen3_fp8_ascend eval-precision)
-options=("$@")
-[ -z "$limit" ] || options+=(--limit "$limit")
+some=()
+[ -z "$limit" ] || some=(--limit "$limit")
+suffix=w8a8
+[ "$activation" = dynamic ] || suffix=w8a16
+[ "$dtype" = float32 ] || suffix+=-$dtype
 
 do_it() {
   if [ -n "$dry_run" ]; then quoted "$@"; else quoted "$@" >&2 && "$@"; fi
 }
 
+further=("$@")
 make_run() { # NAME SOURCE OPTIONS...
   local file=$output/$1.run source=$2
   shift 2
   if [ -z "$dry_run" ] && [ -e "$file" ]; then
     echo "keeping $file" >&2
   else
-    do_it "${evaluate[@]}" run "$source" "$file" "$@" ${options[@]+"${options[@]}"}
+    do_it "${evaluate[@]}" run "$source" "$file" "$@" ${some[@]+"${some[@]}"} ${further[@]+"${further[@]}"}
   fi
 }
 
-suffix=w8a8
-[ "$activation" = dynamic ] || suffix=w8a16
+same=(--activation "$activation" --dtype "$dtype")
 compared=("$output/$backend-$suffix.run")
-make_run "reference-$suffix" "$fp8" --backend reference --activation "$activation"
-make_run "reference-fp64-$suffix" "$fp8" --backend reference-fp64 --activation "$activation"
-make_run "$backend-$suffix" "$fp8" --backend "$backend" --activation "$activation" --device "$device"
+make_run "reference-$suffix" "$fp8" --backend reference "${same[@]}"
+make_run "reference-fp64-$suffix" "$fp8" --backend reference-fp64 "${same[@]}"
+make_run "$backend-$suffix" "$fp8" --backend "$backend" --device "$device" "${same[@]}"
 if [ -n "$bf16" ]; then
-  make_run original "$bf16" --name original --device "$device"
-  compared+=("$output/original.run")
+  original=original
+  [ "$dtype" = float32 ] || original+=-$dtype
+  make_run "$original" "$bf16" --name original --dtype "$dtype"
+  compared+=("$output/$original.run")
 fi
 if [ -n "$server" ]; then
-  make_run server "$server" --name server
-  compared+=("$output/server.run")
+  make_run "server-$suffix" "$server" --name server
+  compared+=("$output/server-$suffix.run")
 fi
+do_it "${evaluate[@]}" linears "$fp8" --backend "$backend" --device "$device" "${same[@]}" ${some[@]+"${some[@]}"} \
+  --output "$output/linears-$suffix.json"
 do_it "${evaluate[@]}" compare "$output/reference-$suffix.run" "${compared[@]}" \
   --floor "$output/reference-fp64-$suffix.run" --output "$output/precision-$suffix.json" \
   --markdown "$output/precision-$suffix.md" --html "$output/precision-$suffix.html"

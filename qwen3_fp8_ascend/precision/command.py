@@ -12,6 +12,7 @@ from rich.table import Table
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.precision.prompts import all_prompts
 from qwen3_fp8_ascend.precision.render import markdown_table
+from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.terminal import Json, check_choices, err, out, write_text
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ Backend = Annotated[
 ]
 Activation = Annotated[str, typer.Option(help="dynamic (W8A8) or none (W8A16).")]
 Dtype = Annotated[str, typer.Option(help="Dtype of everything but the FP8 weights.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or npu.")]
+Device = Annotated[str | None, typer.Option(help="cpu (the default), cuda or npu; of a server: what it computes on.")]
 Prompts = Annotated[Path | None, typer.Option(help="A JSON list of texts instead of the package's own prompts.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts only.")]
 
@@ -53,14 +54,18 @@ def run(
     backend: Backend = "cpu",
     activation: Activation = "dynamic",
     dtype: Dtype = "float32",
-    device: Device = "cpu",
+    device: Device = None,
     prompts: Prompts = None,
     limit: Limit = None,
     greedy_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each greedy continuation.")] = 16,
     logits: Annotated[bool, typer.Option(help="Keep all logits: 4 bytes a token and vocabulary entry.")] = True,
     layers: Annotated[bool, typer.Option(help="Keep the outputs of all layers.")] = True,
 ) -> None:
-    """Run the prompts once and save what was computed, to be compared here or on another machine."""
+    """Run the prompts once and save what was computed, to be compared here or on another machine.
+
+    A folder is loaded with transformers, with no server: all logits and layers' outputs. A server gives the
+    probabilities of the most probable tokens; --backend, --activation and --dtype are then its own.
+    """
     from qwen3_fp8_ascend.precision.runs import save_run
 
     texts = _texts(prompts, limit)
@@ -69,11 +74,18 @@ def run(
             from qwen3_fp8_ascend.precision.served import run_server
 
             made = run_server(
-                source, model, texts, name or "server", greedy_tokens=greedy_tokens, progress=status.update
+                source,
+                model,
+                texts,
+                name or "server",
+                greedy_tokens=greedy_tokens,
+                device=device,
+                progress=status.update,
             )
         else:
-            from qwen3_fp8_ascend.precision.direct import run_model
+            from qwen3_fp8_ascend.precision.direct import describe, run_model
 
+            device = device or "cpu"
             loaded, tokenizer = _load(Path(source), backend, activation, dtype, device)
             made = run_model(
                 loaded,
@@ -84,6 +96,7 @@ def run(
                 greedy_tokens=greedy_tokens,
                 keep_logits=logits,
                 keep_layers=layers,
+                facts=provenance() | describe(loaded, backend, activation, dtype, device),
                 progress=status.update,
             )
     save_run(made, output)
@@ -100,6 +113,7 @@ def compare(
     floor: Annotated[
         Path | None, typer.Option(help="The reference with sums in another order or precision: the noise floor.")
     ] = None,
+    min_cosine: Annotated[float, typer.Option(max=1, help="Exit 1 if the cosine of a run's logits is less.")] = -1,
     min_top1: Annotated[float, typer.Option(min=0, max=1, help="Exit 1 if a run's top-1 agreement is less.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
@@ -111,6 +125,9 @@ def compare(
     from qwen3_fp8_ascend.precision import render
     from qwen3_fp8_ascend.precision.runs import load_run
 
+    for path in (output, markdown, html):
+        if path is not None and path.is_dir():
+            raise BlockFp8Error("the result cannot be written", where=path, got="a folder", fix="name a file")
     base = load_run(reference)
     rows = [comparison.compare(load_run(path), base) for path in runs]
     document = comparison.document(base, rows, None if floor is None else comparison.compare(load_run(floor), base))
@@ -124,8 +141,9 @@ def compare(
     if as_json:
         print(text)
     else:
+        out.print(render.title(document), markup=False, highlight=False, soft_wrap=True)
         _print_table(*render.cells(document))
-    if any(row.top1_agreement < min_top1 for row in rows):
+    if any(row.top1_agreement < min_top1 or (row.cosine is not None and row.cosine < min_cosine) for row in rows):
         raise typer.Exit(1)
 
 
@@ -135,42 +153,28 @@ def linears(
     backend: Backend = "cpu",
     activation: Activation = "dynamic",
     dtype: Dtype = "float32",
-    device: Device = "cpu",
+    device: Annotated[str, typer.Option(help="What the backend computes on: cpu, cuda or npu.")] = "cpu",
     prompts: Prompts = None,
     limit: Limit = None,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge every linear by itself: the same activations to the backend and to the fp64 specification."""
+    """Judge every linear and every decoder layer by itself: the same input to the backend and to the fp64
+    specification. The model itself is computed on the CPU, by the specification."""
     from qwen3_fp8_ascend.precision import linears as judge
 
     texts = _texts(prompts, limit)
     with err.status("") as status:
-        loaded, tokenizer = _load(model, "reference", activation, dtype, device)
-        judged = judge.judge_linears(loaded, tokenizer, texts, backend, status.update)
-    document = judge.document(model, activation, judged)
+        _check_device(device)
+        loaded, tokenizer = _load(model, "reference", activation, dtype, "cpu")
+        judged = judge.judge_linears(loaded, tokenizer, texts, backend, device, status.update)
+    document = judge.document(model, activation, dtype, device, judged)
     if output is not None:
         write_text(output, json.dumps(document, indent=2) + "\n")
     if as_json:
         print(json.dumps(document, indent=2))
         return
-    header = ["linears alone", "linears", "vectors", "cosine", "smallest", "p99 rel", "max rel", "equal bits"]
-    _print_table(
-        header,
-        [
-            [
-                f"{row.name} vs {row.against}",
-                str(row.linears),
-                str(row.vectors),
-                f"{row.cosine:.9f}",
-                f"{row.min_cosine:.9f}",
-                f"{row.p99_rel:.2e}",
-                f"{row.max_rel:.2e}",
-                f"{row.equal:.3%}",
-            ]
-            for row in judged
-        ],
-    )
+    _print_table(*judge.cells(document))
 
 
 def _texts(prompts: Path | None, limit: int | None) -> list[str]:
@@ -183,7 +187,8 @@ def _texts(prompts: Path | None, limit: int | None) -> list[str]:
                 "the prompts cannot be read", where=prompts, got=error, fix="give a JSON file"
             ) from error
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t for t in texts):
-            raise BlockFp8Error("the prompts are no list of texts", where=prompts, expected='["text", ...]')
+            fix = "write a JSON list of texts"
+            raise BlockFp8Error("the prompts are no list of texts", where=prompts, expected='["text", ...]', fix=fix)
     return texts[:limit]
 
 
@@ -198,16 +203,34 @@ def _load(folder: Path, backend: str, activation: str, dtype: str, device: str) 
         raise BlockFp8Error("a direct run needs transformers", got=error, fix=fix) from error
     from qwen3_fp8_ascend.precision.direct import load_model
 
-    if device == "npu":
-        import torch_npu  # noqa: F401 - makes the device known to torch
+    _check_device(device)
     loaded = load_model(folder, backend, activation, getattr(torch, dtype), device)
-    return loaded, AutoTokenizer.from_pretrained(folder)
+    try:
+        return loaded, AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        fix = "copy the tokenizer's files into the folder"
+        raise BlockFp8Error("the tokenizer cannot be loaded", where=folder, got=error, fix=fix) from error
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that is not there; torch knows an NPU from here on."""
+    import torch
+
+    from qwen3_fp8_ascend.backends.soc import missing_npu
+
+    check_choices("--device", [device], ("cpu", "cuda", "npu"))
+    missing = missing_npu() if device == "npu" else None
+    if device == "cuda" and not torch.cuda.is_available():
+        missing = "torch sees no GPU"
+    if missing:
+        fix = "run it on a machine that has one, or take --device cpu"
+        raise BlockFp8Error("the device cannot be used", where=f"--device {device}", got=missing, fix=fix)
 
 
 def _default_name(model: torch.nn.Module, backend: str, activation: str, dtype: str) -> str:
-    from qwen3_fp8_ascend.precision.direct import DEQUANTIZED, BlockFp8Linear
+    from qwen3_fp8_ascend.precision.direct import DEQUANTIZED, has_our_linears
 
-    if not any(isinstance(module, BlockFp8Linear) for module in model.modules()):
+    if not has_our_linears(model):
         return f"{DEQUANTIZED} {dtype}" if backend == DEQUANTIZED else dtype
     return f"{backend} {'w8a8' if activation == 'dynamic' else 'w8a16'}"
 

@@ -19,6 +19,7 @@ from qwen3_fp8_ascend.checkpoints.shard import TORCH_DTYPES, ShardReader
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockFp8Config
 from qwen3_fp8_ascend.precision.runs import TOP, Run
+from qwen3_fp8_ascend.provenance import npu_name
 
 DEQUANTIZED = "dequantized"
 WIDE = "reference-fp64"
@@ -45,9 +46,8 @@ class BlockFp8Linear(torch.nn.Module):
         if self.packed is not None:
             return ops.block_linear(x, self.packed, self.bias, self.activation)
         assert self.original is not None
-        out = reference.block_linear(x, *self.original, activation=self.activation, compute_dtype=torch.float64).to(
-            x.dtype
-        )
+        wide = reference.block_linear(x, *self.original, activation=self.activation, compute_dtype=torch.float64)
+        out = wide.to(x.dtype)
         return out if self.bias is None else out + self.bias
 
 
@@ -160,6 +160,7 @@ def run_model(
     greedy_tokens: int,
     keep_logits: bool,
     keep_layers: bool,
+    facts: dict[str, Any],
     progress: Progress = lambda text: None,
 ) -> Run:
     """What the model makes of the prompts: teacher-forced, and continued greedily for `greedy_tokens`."""
@@ -194,7 +195,26 @@ def run_model(
         np.array(greedy, dtype=np.int64).reshape(len(prompts), greedy_tokens),
         np.concatenate(logits) if keep_logits else None,
         np.concatenate(layers, axis=1) if keep_layers else None,
+        facts,
     )
+
+
+def has_our_linears(model: torch.nn.Module) -> bool:
+    """Whether any linear is of a block-FP8 checkpoint and ours."""
+    return any(isinstance(module, BlockFp8Linear) for module in model.modules())
+
+
+def describe(model: torch.nn.Module, backend: str, activation: str, dtype: str, device: str) -> dict[str, str]:
+    """How a run is computed, for its facts; a model without our linears has neither backend nor activation."""
+    facts = {"device": device_name(device), "dtype": dtype}
+    return facts | {"backend": backend, "activation": activation} if has_our_linears(model) else facts
+
+
+def device_name(device: str) -> str:
+    """The name of the GPU or NPU, or "cpu"."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return (npu_name() or device) if device == "npu" else device
 
 
 def _continue(model: torch.nn.Module, ids: torch.Tensor, steps: int) -> Iterator[int]:

@@ -1,39 +1,61 @@
-"""Every linear of a model judged by itself: the same activations to the backend and to the specification.
+"""Every linear and every decoder layer of a model judged by itself: the same input to the backend and to the oracle.
 
 In W8A8 one flipped rounding moves an activation by a whole code, and layers amplify it, so whole models are compared
-above a noise floor. A linear by itself has no such floor: here the specification computes the model's activations, and
-at each linear the backend gets the same input.
+above a noise floor. A linear by itself has no such floor, and within one decoder layer little is amplified: here the
+specification computes the model's activations on the CPU, and at each linear and each layer the backend gets the
+same input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from qwen3_fp8_ascend import ops, reference
-from qwen3_fp8_ascend.precision.direct import BlockFp8Linear
-from qwen3_fp8_ascend.precision.metrics import closeness
+from qwen3_fp8_ascend.precision.compare import BOUND_COSINE
+from qwen3_fp8_ascend.precision.direct import WIDE, BlockFp8Linear, device_name
+from qwen3_fp8_ascend.precision.metrics import Closeness, closeness
 from qwen3_fp8_ascend.provenance import command, provenance
+
+LINEAR, LAYER = "linear", "decoder layer"
 
 
 @dataclass(frozen=True)
 class Judged:
-    """All linears of a model together, over all prompts; see `metrics.Closeness`. `equal` is the share of outputs
-    whose bits are those of the fp64 oracle rounded once to the activations' dtype."""
+    """All linears or decoder layers of a model together, over all prompts; see `metrics.Closeness`.
+
+    `near` is the share of vectors whose cosine reaches the bound of whole runs (`compare.BOUND_COSINE`), `equal` the
+    share of a linear's outputs whose bits are those of the oracle: fp64 sums, rounded once to the activations' dtype.
+    """
 
     name: str
     against: str
-    linears: int
+    unit: str
+    units: int
     vectors: int
     cosine: float
     min_cosine: float
     p99_rel: float
     max_rel: float
-    equal: float
+    near: float
+    equal: float | None
+
+
+class Elsewhere(torch.nn.Module):
+    """A linear whose input comes from the CPU and whose output returns there."""
+
+    def __init__(self, linear: BlockFp8Linear, device: str) -> None:
+        super().__init__()
+        self.linear, self.device = linear, device
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.to(self.device)).to(x.device)
 
 
 def judge_linears(
@@ -41,68 +63,133 @@ def judge_linears(
     tokenizer: Any,
     prompts: Sequence[str],
     backend: str,
+    device: str = "cpu",
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Judged]:
-    """Judge a backend and the fp32 specification by the fp64 one, on a model loaded with the backend "reference".
+    """Judge a backend and the fp32 specification by the fp64 one.
 
+    `model` is on the CPU and was loaded with the backend "reference".
     Raises:
         BlockFp8Error: the backend cannot run here.
     """
-    results: dict[str, list[tuple[Any, float]]] = {backend: [], "reference": []}
+    ours: dict[torch.nn.Module, torch.nn.Module] = {}
+    exact: dict[torch.nn.Module, torch.nn.Module] = {}
+    for linear in model.modules():
+        if isinstance(linear, BlockFp8Linear):
+            assert linear.packed is not None
+            weight, scale = linear.packed.tensors[:2]
+            bias = None if linear.bias is None else linear.bias.to(device)
+            theirs = BlockFp8Linear(weight.to(device), scale.to(device), bias, backend, linear.activation)
+            ours[linear] = Elsewhere(theirs, device)
+            exact[linear] = BlockFp8Linear(weight, scale, linear.bias, WIDE, linear.activation)
+    layers = _decoder_layers(model)
+    units = {LINEAR: len(ours), LAYER: len(layers)}
+    found: dict[tuple[str, str], list[tuple[Closeness, np.ndarray, float | None]]] = {}
     hooks = []
-    linears = [module for module in model.modules() if isinstance(module, BlockFp8Linear)]
-    for layer in linears:
-        assert layer.packed is not None
-        weight, scale = layer.packed.tensors[:2]
-        packed = ops.pack_weight(weight, scale, backend)
 
-        def look(
-            layer: BlockFp8Linear, args: Any, out: torch.Tensor, packed: Any = packed, w: Any = weight, s: Any = scale
-        ) -> None:
-            x = args[0].flatten(0, -2)
-            oracle = reference.block_linear(x, w, s, activation=layer.activation, compute_dtype=torch.float64)
-            theirs = ops.block_linear(x, packed, None, layer.activation)
-            mine = out.flatten(0, -2) if layer.bias is None else out.flatten(0, -2) - layer.bias
-            for name, got in ((backend, theirs), ("reference", mine)):
-                equal = float((got == oracle.to(got.dtype)).double().mean())
-                results[name].append((closeness(got.double().cpu().numpy(), oracle.cpu().numpy()), equal))
+    def watch(module: torch.nn.Module, unit: str, backends: torch.nn.Module, oracles: torch.nn.Module) -> None:
+        def look(module: torch.nn.Module, args: Any, keywords: dict[str, Any], out: Any) -> None:
+            oracle = _vectors(oracles(*args, **keywords))
+            for name, got in ((backend, _vectors(backends(*args, **keywords))), ("reference", _vectors(out))):
+                equal = float((got == oracle).double().mean()) if unit == LINEAR else None
+                a, b = got.double().numpy(), oracle.double().numpy()
+                found.setdefault((unit, name), []).append((closeness(a, b), _cosines(a, b), equal))
 
-        hooks.append(layer.register_forward_hook(look))
+        hooks.append(module.register_forward_hook(look, with_kwargs=True))
+
+    for layer, mine, oracle in [(layer, _twin(layer, ours), _twin(layer, exact)) for layer in layers]:
+        watch(layer, LAYER, mine, oracle)
+    for linear in ours:
+        watch(linear, LINEAR, ours[linear], exact[linear])
     try:
         with torch.inference_mode():
             for number, prompt in enumerate(prompts, 1):
-                progress(f"linears: prompt {number} of {len(prompts)}")
-                ids = torch.tensor([tokenizer(prompt).input_ids], device=next(model.parameters()).device)
-                model(ids, use_cache=False)
+                progress(f"linears and layers: prompt {number} of {len(prompts)}")
+                model(torch.tensor([tokenizer(prompt).input_ids]), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return [_together(name, len(linears), found) for name, found in results.items()]
+    order = [(unit, name) for unit in units for name in (backend, "reference")]
+    return [_together(name, unit, units[unit], found[unit, name]) for unit, name in order if (unit, name) in found]
 
 
-def _together(name: str, linears: int, found: list[tuple[Any, float]]) -> Judged:
-    vectors = sum(c.vectors for c, _ in found)
+def _decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The members of the outermost lists of modules that hold our linears."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
+    outermost = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    return [layer for m in outermost for layer in m if any(isinstance(x, BlockFp8Linear) for x in layer.modules())]
+
+
+def _twin(module: torch.nn.Module, replaced: Mapping[torch.nn.Module, torch.nn.Module]) -> torch.nn.Module:
+    """The same module with other linears; parameters are shared, hooks are not."""
+    if module in replaced:
+        return replaced[module]
+    twin = copy.copy(module)
+    twin._modules = {name: child and _twin(child, replaced) for name, child in module._modules.items()}
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        setattr(twin, hooks, OrderedDict())
+    return twin
+
+
+def _vectors(out: Any) -> torch.Tensor:
+    """What a module gave, as rows; a decoder layer of some models gives more than its output."""
+    return (out[0] if isinstance(out, tuple) else out).flatten(0, -2)
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.einsum("ij,ij->i", a, b) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-300)
+
+
+def _together(name: str, unit: str, units: int, found: list[tuple[Closeness, np.ndarray, float | None]]) -> Judged:
+    vectors = sum(c.vectors for c, _, _ in found)
+    equal = [(share, c.vectors) for c, _, share in found if share is not None]
     return Judged(
         name,
         "reference-fp64",
-        linears,
+        unit,
+        units,
         vectors,
-        sum(c.cosine * c.vectors for c, _ in found) / vectors,
-        min(c.min_cosine for c, _ in found),
-        max(c.p99_rel for c, _ in found),
-        max(c.max_rel for c, _ in found),
-        sum(equal * c.vectors for c, equal in found) / vectors,
+        sum(c.cosine * c.vectors for c, _, _ in found) / vectors,
+        min(c.min_cosine for c, _, _ in found),
+        max(c.p99_rel for c, _, _ in found),
+        max(c.max_rel for c, _, _ in found),
+        float((np.concatenate([cosines for _, cosines, _ in found]) >= BOUND_COSINE).mean()),
+        sum(share * count for share, count in equal) / vectors if equal else None,
     )
 
 
-def document(model: Path, activation: str, judged: Sequence[Judged]) -> dict[str, Any]:
+def document(model: Path, activation: str, dtype: str, device: str, judged: Sequence[Judged]) -> dict[str, Any]:
     """The JSON form that `report` reads."""
     return {
         "kind": "linears",
         "version": 1,
         "provenance": provenance(),
         "command": command(),
+        "bound": {"cosine": BOUND_COSINE},
         "model": model.name,
         "activation": activation,
+        "dtype": dtype,
+        "device": device_name(device),
         "rows": [asdict(row) for row in judged],
     }
+
+
+def cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table."""
+    bound = document["bound"]["cosine"]
+    header = ["alone", "", "vectors", "cosine", "smallest", f"≥ {bound}", "p99 rel", "max rel", "equal bits"]
+    rows = [
+        [
+            f"{row['name']} vs {row['against']}",
+            f"{row['units']} {row['unit']}s",
+            str(row["vectors"]),
+            f"{row['cosine']:.9f}",
+            f"{row['min_cosine']:.9f}",
+            f"{row['near']:.2%}",
+            f"{row['p99_rel']:.1e}",
+            f"{row['max_rel']:.1e}",
+            "—" if row["equal"] is None else f"{row['equal']:.2%}",
+        ]
+        for row in document["rows"]
+    ]
+    return header, rows

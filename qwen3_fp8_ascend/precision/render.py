@@ -17,38 +17,77 @@ def _number(value: float | None, form: str) -> str:
     return "—" if value is None else format(value, form)
 
 
-def _layers(row: Row) -> float | None:
-    return row["layers"] and row["layers"]["cosine"]
+def _layers(row: Row, key: str) -> float | None:
+    return row["layers"] and row["layers"][key]
 
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "cosine": lambda r: _number(r["cosine"], ".7f"),
-    "p99 rel": lambda r: _number(r["p99_rel"], ".2e"),
-    "max rel": lambda r: _number(r["max_rel"], ".2e"),
-    "layers' cosine": lambda r: _number(_layers(r), ".7f"),
-    "KL mean": lambda r: ("≥ " if r["kl_from"] != "all logits" else "") + _number(r["kl_mean"], ".2e"),
-    "KL p99": lambda r: _number(r["kl_p99"], ".2e"),
-    "top-1": lambda r: _number(r["top1_agreement"], ".2%"),
-    "greedy": lambda r: _number(r["greedy_match"], ".2%"),
-    "perplexity": lambda r: f"{r['perplexity']:.4f} / {r['perplexity_reference']:.4f}",
+def _divergence(row: Row, key: str) -> str:
+    # From the most probable tokens alone it is a lower bound.
+    return ("" if row["kl_from"] == "all logits" else "≥ ") + _number(row[key], ".1e")
+
+
+METRICS: dict[str, Callable[[Row], str]] = {
+    "logits: cosine, mean": lambda r: _number(r["cosine"], ".7f"),
+    "logits: cosine, smallest": lambda r: _number(r["min_cosine"], ".7f"),
+    "logits: relative error, p99": lambda r: _number(r["p99_rel"], ".1e"),
+    "logits: relative error, max": lambda r: _number(r["max_rel"], ".1e"),
+    "layers' outputs: cosine, mean": lambda r: _number(_layers(r, "cosine"), ".7f"),
+    "layers' outputs: relative error, p99": lambda r: _number(_layers(r, "p99_rel"), ".1e"),
+    "layers' outputs: relative error, max": lambda r: _number(_layers(r, "max_rel"), ".1e"),
+    "KL divergence, mean, nats": lambda r: _divergence(r, "kl_mean"),
+    "KL divergence, p99, nats": lambda r: _divergence(r, "kl_p99"),
+    "log-probability off by, mean, nats": lambda r: _number(r["logprob_distance"], ".1e"),
+    "top-1 agreement": lambda r: _number(r["top1_agreement"], ".2%"),
+    "greedy tokens equal": lambda r: _number(r["greedy_match"], ".2%"),
+    "greedy continuations equal": lambda r: _number(r["greedy_prompts"], ".2%"),
+    "perplexity": lambda r: _number(r["perplexity"], ".4f"),
+    "perplexity of the reference": lambda r: _number(r["perplexity_reference"], ".4f"),
 }
-"""Columns of the table and what each shows of a row."""
+"""Lines of the table and what each shows of a comparison."""
+
+WITHIN = {True: "✅", False: "❌", None: "—"}
+
+
+def title(document: Mapping[str, Any]) -> str:
+    """Which checkpoint, and against what everything in the table is compared."""
+    return f"{document['reference']['model']}: against {document['reference']['name']}"
 
 
 def cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table; the last row is the noise floor if there is one."""
-    rows = [[f"{r['name']} vs {r['against']}", *(show(r) for show in COLUMNS.values())] for r in document["rows"]]
-    floor = document["floor"]
-    if floor is not None:
-        rows.append([f"noise floor: {floor['name']} vs {floor['against']}", *(f(floor) for f in COLUMNS.values())])
-    return ["comparison", *COLUMNS], rows
+    """Header and lines of the table: a column for each comparison, the last one for the noise floor if there is one."""
+    columns = columns_of(document)
+    bound = document["bound"]
+    lines = [[name, *(show(column) for column in columns)] for name, show in METRICS.items()]
+    reached = f"cosine ≥ {bound['cosine']} and top-1 ≥ {bound['top1']:.1%}"
+    lines.append([reached, *(WITHIN[column["within"]] for column in columns)])
+    names = [row["name"] for row in document["rows"]]
+    return ["", *names, *(["noise floor"] if document["floor"] is not None else [])], lines
+
+
+def columns_of(document: Mapping[str, Any]) -> list[Row]:
+    """The comparisons and the noise floor."""
+    return [*document["rows"], *([document["floor"]] if document["floor"] is not None else [])]
+
+
+def made(document: Mapping[str, Any]) -> list[str]:
+    """On which machine each run was made."""
+    runs = {document["reference"]["name"]: document["reference"]["provenance"]}
+    runs |= {row["name"]: row["made"] for row in columns_of(document)}
+    return [f"{name}: {machine(facts)}" for name, facts in runs.items()]
+
+
+def machine(facts: Mapping[str, Any]) -> str:
+    """A machine, date and commit in a line."""
+    device = facts.get("device", "cpu")
+    first = [] if device == "cpu" else [device]
+    return ", ".join([*first, facts["cpu"], f"{facts['cores']} cores", facts["date"], f"commit {facts['commit']}"])
 
 
 def markdown(document: Mapping[str, Any]) -> str:
     """The table in Markdown, with what made it below."""
-    facts = document["provenance"]
-    made = f"{facts['cpu']}, {facts['cores']} cores, {facts['date']}, commit {facts['commit']}"
-    return f"{markdown_table(*cells(document))}\n\n`{document['command']}` — {made}\n"
+    runs = "\n".join(f"- {line}" for line in made(document))
+    table = markdown_table(*cells(document))
+    return f"**{title(document)}**\n\n{table}\n\n{runs}\n\n```text\n{document['command']}\n```\n"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -72,7 +111,13 @@ def plotting(name: str) -> Any:
     from matplotlib import pyplot
 
     matplotlib.rcParams["svg.hashsalt"] = name
+    # Viewers that draw text themselves find it; the default is curves, ten times as large.
+    matplotlib.rcParams["svg.fonttype"] = "none"
+    matplotlib.rcParams["font.family"] = "sans-serif"
     return pyplot
+
+
+FLOOR_COLOUR = "0.45"
 
 
 def plot(document: Mapping[str, Any]) -> bytes:
@@ -82,43 +127,73 @@ def plot(document: Mapping[str, Any]) -> bytes:
         BlockFp8Error: matplotlib is not installed.
     """
     pyplot = plotting("precision")
-    rows = [*document["rows"], *([document["floor"]] if document["floor"] is not None else [])]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    names = [f"{row['name']}\nvs {row['against']}" for row in rows]
-    colours = [f"C{i}" for i in range(len(rows))]
-    left.barh(range(len(rows)), [max(row["kl_mean"], 1e-14) for row in rows], color=colours)
-    left.set_yticks(range(len(rows)), names, fontsize=7)
+    columns = columns_of(document)
+    names = [row["name"] for row in document["rows"]]
+    colours = [f"C{i}" for i in range(len(names))]
+    if document["floor"] is not None:
+        names, colours = [*names, "noise floor"], [*colours, FLOOR_COLOUR]
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(11, 3.4), layout="constrained", gridspec_kw={"width_ratios": (1, 1.3)}
+    )
+    divergences = [max(column["kl_mean"], 1e-16) for column in columns]
+    bars = left.barh(range(len(names)), divergences, color=colours, height=0.6)
+    left.bar_label(bars, [f"{value:.1e}" for value in divergences], padding=3, fontsize=8)
+    left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     left.set_xscale("log")
-    left.set_xlabel("KL divergence, mean, nats a token")
-    for row, name, colour in zip(rows, names, colours, strict=True):
-        if row["layer_rel"]:
-            right.plot(range(1, len(row["layer_rel"]) + 1), row["layer_rel"], color=colour, label=name)
-    right.set_yscale("log")
-    right.set_xlabel("layer")
-    right.set_ylabel("largest relative error of an output")
+    left.set_xlim(min(divergences) / 3, max(divergences) * 100)
+    left.set_title("KL divergence, mean, nats a token", fontsize=10)
+    for column, name, colour in zip(columns, names, colours, strict=True):
+        if column["layer_rel"]:
+            count = len(column["layer_rel"])
+            marker = "." if count < 9 else ""
+            style = "--" if name == "noise floor" else "-"
+            right.plot(range(1, count + 1), column["layer_rel"], style, color=colour, label=name, marker=marker)
     if right.get_legend_handles_labels()[0]:
-        right.legend(fontsize=6)
+        right.set_yscale("log")
+        right.legend(fontsize=8)
+        right.grid(axis="y", alpha=0.3)
+        right.xaxis.get_major_locator().set_params(integer=True)
+        right.set_xlabel("layer")
+    else:
+        right.axis("off")
+        right.text(0.5, 0.5, "no layers' outputs in these runs", ha="center")
+    right.set_title("largest relative error of a token's output", fontsize=10)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title(document), fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     return buffer.getvalue()
 
 
+STYLE = """
+body { font-family: sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222 }
+table { border-collapse: collapse }
+td, th { border: 1px solid #ccc; padding: .3em .7em; text-align: right; font-variant-numeric: tabular-nums }
+td:first-child, th:first-child { text-align: left }
+tr:nth-child(even) { background: #f6f6f6 }
+img { max-width: 100% }
+pre { background: #f6f6f6; padding: .7em; white-space: pre-wrap; overflow-wrap: anywhere }
+"""
+
+
 def page(document: Mapping[str, Any]) -> str:
     """One HTML page with the table and the plots inside it."""
-    header, rows = cells(document)
+    header, lines = cells(document)
 
     def line(cell: str, values: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{cell}>{html.escape(v)}</{cell}>" for v in values) + "</tr>"
+        return "<tr>" + "".join(f"<{cell}>{html.escape(v)}</{cell}>" for v in values) + "</tr>\n"
 
     picture = base64.b64encode(plot(document)).decode()
-    facts = "".join(line("td", [key, str(value)]) for key, value in document["provenance"].items())
-    style = "body{font-family:sans-serif;margin:2em}td,th{border:1px solid #ccc;padding:.3em .6em;text-align:right}"
-    style += "table{border-collapse:collapse}td:first-child,th:first-child{text-align:left}"
+    heading = html.escape(title(document))
+    runs = "".join(f"<li>{html.escape(run)}</li>\n" for run in made(document))
+    facts = "".join(line("td", [key, str(v)]) for key, v in document["provenance"].items() if key != "command")
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Precision</title><style>{style}</style>'
-        f"<h1>Precision</h1><table>{line('th', header)}{''.join(line('td', row) for row in rows)}</table>"
-        f'<p><img alt="KL divergence and relative errors by layer" src="data:image/svg+xml;base64,{picture}"></p>'
-        f"<h2>Made by</h2><p><code>{html.escape(document['command'])}</code></p><table>{facts}</table></html>\n"
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{heading}</title>\n<style>{STYLE}</style>\n'
+        f"<h1>{heading}</h1>\n<table>\n{line('th', header)}{''.join(line('td', row) for row in lines)}</table>\n"
+        f'<p><img alt="KL divergence and relative errors by layer" src="data:image/svg+xml;base64,{picture}"></p>\n'
+        f"<h2>Runs</h2>\n<ul>\n{runs}</ul>\n<h2>Compared by</h2>\n<pre>{html.escape(document['command'])}</pre>\n"
+        f"<table>\n{facts}</table>\n</html>\n"
     )

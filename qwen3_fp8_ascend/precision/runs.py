@@ -29,6 +29,9 @@ class Run:
     Shapes: ids (all tokens,) int64, lengths (prompts,) int64, logprobs (tokens,) fp32 of the text's own tokens, top_ids
         and top_logprobs (tokens, TOP) most probable first, greedy (prompts, steps) int64 the greedy continuation,
         logits (tokens, vocabulary) fp32 and layers (layers, tokens, hidden) fp32 or None.
+
+    `facts` are those of `provenance`, and `device` (cpu, or the name of an NPU or GPU; "not said" of a server
+    elsewhere); of a direct run also `backend`, `activation` and `dtype`.
     """
 
     name: str

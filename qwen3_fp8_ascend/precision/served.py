@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.precision.runs import TOP, Run
+from qwen3_fp8_ascend.provenance import npu_name, provenance
 from qwen3_fp8_ascend.verify import client_of, server_facts, unanswered, wait_until_up
 
 
@@ -19,10 +21,12 @@ def run_server(
     name: str,
     *,
     greedy_tokens: int,
+    device: str | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Run:
     """What a vLLM server makes of the prompts; of each position it gives the most probable tokens, not all logits.
 
+    `device`: what it computes on. If nobody says so, a server on this machine computes on its NPU if there is one.
     Raises:
         BlockFp8Error: no server there, it serves no such model, or it is not a vLLM that gives log-probabilities.
     """
@@ -51,7 +55,13 @@ def run_server(
         np.array(tops, dtype=np.int64),
         np.array(top_values, dtype=np.float32),
         np.array(greedy, dtype=np.int64).reshape(len(prompts), greedy_tokens),
+        facts=provenance() | {"device": device or _device_of(url), "vLLM of the server": str(facts["vllm"])},
     )
+
+
+def _device_of(url: str) -> str:
+    here = (urllib.parse.urlsplit(url).hostname or "") in ("localhost", "127.0.0.1", "::1")
+    return (npu_name() or "cpu") if here else "not said"
 
 
 def _complete(url: str, model: str, prompt: str, greedy_tokens: int) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +13,14 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.cli import app
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.precision import runs
 from qwen3_fp8_ascend.precision.compare import compare
 from qwen3_fp8_ascend.precision.direct import BlockFp8Linear, load_model
 from qwen3_fp8_ascend.precision.prompts import PROMPTS, all_prompts
+from qwen3_fp8_ascend.precision.render import METRICS
 from qwen3_fp8_ascend.terminal import run as run_command
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
 
@@ -142,10 +146,17 @@ def test_compare_writes_table_page_and_json(
     assert run_command(app, line) == 0
     document = json.loads(Path(outputs[2]).read_text())
     assert [row["name"] for row in document["rows"]] == ["cpu w8a8", "dequantized float32"]
-    table = Path(outputs[0]).read_text()
-    assert table.count("\n| ") == 4 and "noise floor: reference-fp64" in table
-    assert "data:image/svg+xml;base64," in Path(outputs[1]).read_text()
-    assert "| cpu w8a8 vs reference w8a8 |" in capsys.readouterr().out
+    assert [row["within"] is None for row in document["rows"]] == [False, True]  # another arithmetic is not judged
+    assert {row["made"]["device"] for row in document["rows"]} == {"cpu"}
+    table, page = Path(outputs[0]).read_text(), Path(outputs[1]).read_text()
+    header = "|  | cpu w8a8 | dequantized float32 | noise floor |"
+    assert table.startswith("**qwen3: against reference w8a8**") and header in table
+    assert len(re.findall(r"^\| .* \|$", table, re.MULTILINE)) == 2 + len(METRICS) + 1
+    assert "data:image/svg+xml;base64," in page and "<th>noise floor</th>" in page
+    assert header in capsys.readouterr().out
+    cosines = [row["cosine"] for row in document["rows"]]
+    assert run_command(app, [*line, "--min-cosine", str(min(cosines))]) == 0
+    assert run_command(app, [*line, "--min-cosine", str(min(cosines) + 1e-9)]) == 1
     assert run_command(app, [*line, "--min-top1", "1.0"]) == (
         0 if all(row["top1_agreement"] == 1 for row in document["rows"]) else 1
     )
@@ -154,9 +165,43 @@ def test_compare_writes_table_page_and_json(
 def test_linears_alone_are_exact(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["eval-precision", "linears", str(model), "--backend", "cpu", "--limit", "1", "--json"]
     assert run_command(app, line) == 0
-    ours, specification = json.loads(capsys.readouterr().out)["rows"]
-    assert ours["linears"] == 14 and specification["name"] == "reference"
-    assert ours["max_rel"] < 1e-6 and ours["min_cosine"] > 1 - 1e-9
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["name"], row["units"], row["unit"]) for row in rows] == [
+        ("cpu", 14, "linear"),
+        ("reference", 14, "linear"),
+        ("cpu", 2, "decoder layer"),
+        ("reference", 2, "decoder layer"),
+    ]
+    ours, specification, layers, _ = rows
+    for row in (ours, specification):
+        assert row["max_rel"] < 1e-6 and row["min_cosine"] > 1 - 1e-9 and row["near"] == 1
+        assert row["equal"] > 0.3
+    assert layers["cosine"] > 0.99999 and layers["near"] > 0.99 and layers["equal"] is None
+
+
+def test_linears_alone_notice_a_wrong_backend(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: one part in a thousand too much."""
+    right = ops.block_linear
+
+    def wrong(x: torch.Tensor, packed: ops.PackedWeight, *rest: Any) -> torch.Tensor:
+        out = right(x, packed, *rest)
+        return out if packed.backend == "reference" else out * 1.001
+
+    monkeypatch.setattr(ops, "block_linear", wrong)
+    assert run_command(app, ["eval-precision", "linears", str(model), "--limit", "1", "--json"]) == 0
+    ours, specification, layers, _ = json.loads(capsys.readouterr().out)["rows"]
+    assert ours["max_rel"] == pytest.approx(1e-3, rel=0.01) and ours["equal"] < 0.1
+    assert specification["max_rel"] < 1e-6 and layers["p99_rel"] > 1e-4
+
+
+def test_biases_are_added_where_the_specification_adds_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_block_fp8_qwen3(tmp_path / "biased", attention_bias=True)
+    line = ["eval-precision", "linears", str(model), "--limit", "1", "--dtype", "bfloat16", "--json"]
+    assert run_command(app, line) == 0
+    ours, specification, *_ = json.loads(capsys.readouterr().out)["rows"]
+    assert ours["equal"] > 0.99 and specification["equal"] > 0.99
 
 
 @pytest.mark.parametrize(
@@ -165,6 +210,9 @@ def test_linears_alone_are_exact(model: Path, capsys: pytest.CaptureFixture[str]
         (["run", "absent", "out.run"], "checkpoint folder cannot be read"),
         (["run", "http://127.0.0.1:9", "out.run"], "server"),
         (["run", "absent", "out.run", "--dtype", "int8"], "float32"),
+        (["run", "absent", "out.run", "--device", "tpu"], "unknown value"),
+        (["run", "absent", "out.run", "--device", "npu"], "the device cannot be used"),
+        (["linears", "absent", "--device", "cuda"], "the device cannot be used"),
         (["run", "absent", "out.run", "--prompts", "absent.json"], "prompts cannot be read"),
         (["compare", "absent.run", "absent.run"], "no saved run"),
     ],
