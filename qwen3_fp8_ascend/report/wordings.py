@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Words:
-    """One language. `hardware`, `machine`, `against`, `reached` and `property_rows` are templates; `metrics` and `units` translate.
+    """One language; `hardware`, `machine`, `against`, `reached` and `property_rows` are templates.
 
     `claims` are in the order of `pages.KINDS`, `chips` in that of `results.CHIPS`.
     """
