@@ -1,12 +1,15 @@
 """Everything here needs the real vLLM-Ascend and torch-npu: `make test-vllm-ascend`."""
 
 import ctypes
+import dataclasses
+import importlib
 import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -41,6 +44,16 @@ MOE = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
+
+
+FIGURES: list[str] = []
+"""Lines that tests have to show, printed at the end whether output is captured or not."""
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if FIGURES:
+        terminalreporter.section("figures")
+        terminalreporter.write("\n".join(FIGURES) + "\n")
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -93,7 +106,6 @@ def rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def build(rank: None) -> Callable[[Any], torch.nn.Module]:
     """vLLM's own model of an engine's config, made of FakeTensors on `npu:0`."""
-    ctypes.CDLL(os.environ["NPU_DEVICE_GUARD"])
     from torch._subclasses.fake_tensor import FakeTensorMode
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -109,3 +121,87 @@ def build(rank: None) -> Callable[[Any], torch.nn.Module]:
         return model
 
     return make
+
+
+if MISSING is None:
+    importlib.import_module("torch_npu")  # which makes `npu` a kind of device
+    ctypes.CDLL(os.environ["NPU_DEVICE_GUARD"])
+    NPU = torch.device("npu:0")
+
+CHIPS = {
+    "A2": ("Ascend910B3", ("ascendc", "triton", "torch_npu")),
+    "A3": ("Ascend910_9392", ("ascendc", "triton", "torch_npu")),
+    "A5": ("Ascend950PR_9589", ("torch_npu", "triton")),
+}
+"""A chip of each generation, and the backends that serve it."""
+
+PAIRS = [(generation, backend) for generation, (_, backends) in CHIPS.items() for backend in backends]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """An NPU that a test pretends to have, and the backend that serves it."""
+
+    generation: str
+    backend: str
+
+    @property
+    def native(self) -> bool:
+        return (self.generation, self.backend) == ("A5", "torch_npu")
+
+
+@pytest.fixture(params=PAIRS, ids="-".join)
+def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Chip]:
+    """As if an NPU of that generation were here and the backend were built."""
+    from qwen3_fp8_ascend.backends import prefill, registry, soc
+
+    generation, name = request.param
+    chosen = next(g for g in soc.GENERATIONS if g.name == generation)
+    monkeypatch.setattr(soc, "current_generation", lambda: chosen)
+    monkeypatch.setattr(prefill, "_scratch", {})
+    monkeypatch.setattr(prefill, "_capturing", lambda device: False)  # the real question goes to the driver
+    if name == "triton":
+        pretend_triton(CHIPS[generation][0], monkeypatch)
+    backend = dataclasses.replace(registry.load_backend(name), unusable=lambda: None)
+    monkeypatch.setitem(registry.LOADED, name, backend)
+    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, name)
+    registry.select_backend.cache_clear()
+    yield Chip(generation, name)
+    registry.select_backend.cache_clear()
+
+
+class Launch:
+    """A Triton kernel that is only launched: its operands are tensors on the device, none of them FP8."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert grid and all(isinstance(size, int) and size > 0 for size in grid)
+
+        def launch(*operands: Any, **constants: Any) -> None:
+            tensors = [operand for operand in operands if isinstance(operand, torch.Tensor)]
+            assert tensors and all(t.device == NPU and t.dtype != torch.float8_e4m3fn for t in tensors)
+            assert all(isinstance(o, int) for o in operands if not isinstance(o, torch.Tensor))
+
+        return launch
+
+
+def pretend_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton backend without Triton, which has an environment of its own: everything but the kernels is real."""
+    from qwen3_fp8_ascend.backends import triton
+    from qwen3_fp8_ascend.triton_kernels.configuration import architecture
+
+    language = ModuleType("triton.language")
+    language.constexpr = lambda value: value  # type: ignore[attr-defined]
+    stand_in = ModuleType("triton")
+    stand_in.jit, stand_in.language = (lambda function: function), language  # type: ignore[attr-defined]
+    with monkeypatch.context() as imports:
+        imports.setitem(sys.modules, "triton", stand_in)
+        imports.setitem(sys.modules, "triton.language", language)
+        pack_lanes = importlib.import_module("qwen3_fp8_ascend.triton_kernels.lanes").pack_lanes
+        imports.delitem(sys.modules, "qwen3_fp8_ascend.triton_kernels.lanes")
+    kernels = dict.fromkeys(("quantize", "values", "dequantize", "packed_dequantize", "linear"), Launch())
+    kernels |= {"pack_lanes": pack_lanes, "dot_type": None}
+    monkeypatch.setattr(triton, "_kernels", lambda: SimpleNamespace(**kernels))
+    monkeypatch.setattr(triton, "_chip", lambda device_type: architecture(name))
+    monkeypatch.setattr(triton, "_cores", lambda device_type, index: (20, 40))
+    monkeypatch.setattr(triton, "_device_module", lambda device_type: SimpleNamespace(current_device=lambda: 0))
+    monkeypatch.setattr(triton, "keeps_subnormals", lambda device_type, index: True)

@@ -1,11 +1,7 @@
-"""Loading and running Qwen3-8B's layers on `npu:0` with FakeTensors: shapes, dtypes, memory, and what a graph sees.
+"""Qwen3-8B as vLLM and vLLM-Ascend build it, on `npu:0` with FakeTensors: loading, layers, shapes, dtypes, memory."""
 
-FakeTensors have no values. An operation that needs one on the host (`.item()`, a branch on data, a shape that depends
-on data) raises under them, and so would be found here; those are what a graph on an NPU cannot capture either.
-"""
-
-import dataclasses
-from collections.abc import Callable, Iterator
+import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +11,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vllm.config import set_current_vllm_config
 
 from qwen3_fp8_ascend import ops
-from qwen3_fp8_ascend.backends import operators, prefill, registry, soc
+from qwen3_fp8_ascend.backends import prefill
 from qwen3_fp8_ascend.vllm_plugin import linear
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
+from tests.ascendc.test_backend import schemas  # noqa: F401
+from tests.support.npu_graph import FP8_VIEWS, Capture, Watch
 
-from .conftest import BLOCK_FP8, QWEN3_8B, engine_config, write_config
+from .conftest import BLOCK_FP8, FIGURES, NPU, QWEN3_8B, Chip, engine_config, write_config
 
-NPU = torch.device("npu:0")
-CHIPS = [("A2", "ascendc"), ("A2", "torch_npu"), ("A5", "torch_npu")]
-"""A generation and a backend that serves it. Triton's needs its compiler at load: tests/triton_ascend."""
+ONE_LAYER = QWEN3_8B | {"num_hidden_layers": 1, "vocab_size": 264}
 
 
-@pytest.fixture(params=CHIPS, ids=["A2-ascendc", "A2-torch_npu", "A5-torch_npu"])
-def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
-    """As if an NPU of that generation were here and the backend were built."""
-    name, chosen = request.param
-    generation = next(g for g in soc.GENERATIONS if g.name == name)
-    monkeypatch.setattr(soc, "current_generation", lambda: generation)
-    monkeypatch.setattr(prefill, "_scratch", {})
-    monkeypatch.setattr(prefill, "_capturing", lambda device: False)  # the real question goes to the driver
+@pytest.fixture(autouse=True)
+def any_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dummy weights are filled with numbers; FakeTensors have none."""
     monkeypatch.setattr(linear, "_fill_with_small_values", lambda codes, scale: None)
-    backend = dataclasses.replace(registry.load_backend(chosen), unusable=lambda: None)
-    monkeypatch.setitem(registry.LOADED, chosen, backend)
-    monkeypatch.setenv(registry.ENVIRONMENT_VARIABLE, chosen)
-    registry.select_backend.cache_clear()
-    yield request.param
-    registry.select_backend.cache_clear()
 
 
 def load(model: torch.nn.Module, config: Any) -> dict[str, torch.nn.Module]:
@@ -64,88 +49,85 @@ def resident_bytes(model: torch.nn.Module) -> int:
     return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def test_memory_of_qwen3_8b(tmp_path: Path, build: Callable[[Any], torch.nn.Module], chip: tuple[str, str]) -> None:
+@pytest.fixture(scope="module")
+def bf16_bytes(tmp_path_factory: pytest.TempPathFactory, build: Callable[[Any], torch.nn.Module]) -> int:
+    """What Qwen3-8B takes in BF16."""
+    folder = write_config(tmp_path_factory.mktemp("bf16"), **QWEN3_8B)
+    return resident_bytes(build(engine_config(folder, quantization=None)))
+
+
+def test_memory_of_vllm_ascend_alone(tmp_path: Path, build: Callable[[Any], torch.nn.Module], bf16_bytes: int) -> None:
+    """Its own way with the same checkpoint on A2, without the flag: 0.30.0rc2 expands it, 0.23.0 cannot build it."""
+    config = engine_config(write_config(tmp_path / "fp8", **QWEN3_8B, quantization_config=BLOCK_FP8), quantization=None)
+    if importlib.metadata.version("vllm-ascend") == "0.23.0":
+        with pytest.raises(AttributeError, match="o_groups") as refused:
+            build(config)
+        FIGURES.append(f"Qwen3-8B-FP8, vLLM-Ascend 0.23.0 alone, without the flag: {refused.value}")
+        return
+    model = build(config)
+    methods = [module for module in model.modules() if hasattr(module, "quant_method")]
+    with set_current_vllm_config(config), model.fake_mode, NPU, torch.no_grad():
+        for module in methods:
+            module.quant_method.process_weights_after_loading(module)
+    assert {type(module.quant_method).__module__.partition(".")[0] for module in methods} <= {"vllm", "vllm_ascend"}
+    upstream = resident_bytes(model)
+    FIGURES.append(f"Qwen3-8B-FP8, vLLM-Ascend alone on A2, after loading: all {upstream / 1e9:.2f} GB")
+    assert upstream == bf16_bytes
+
+
+def test_memory_of_qwen3_8b(
+    tmp_path: Path, build: Callable[[Any], torch.nn.Module], chip: Chip, bf16_bytes: int
+) -> None:
     """Full size: one byte a weight plus one scratch, beside the BF16 that vLLM-Ascend expands the checkpoint to."""
-    generation, backend = chip
     folder = write_config(tmp_path / "fp8", **QWEN3_8B, quantization_config=BLOCK_FP8)
     config = engine_config(folder)
     model = build(config)
     layers = load(model, config)
-    bf16 = resident_bytes(build(engine_config(write_config(tmp_path / "bf16", **QWEN3_8B), quantization=None)))
     linears = sum(layer.packed_weight.n * layer.packed_weight.k for layer in layers.values())
     packed = sum(layer.packed_weight.nbytes for layer in layers.values())
     scratch = prefill.reserved_bytes(NPU)
     total = resident_bytes(model) + scratch
-    print(
-        f"\nQwen3-8B on {generation} with {backend}: linears {packed / 1e9:.3f} GB ({packed / linears:.4f} bytes a "
-        f"weight), scratch {scratch / 1e9:.3f} GB, all {total / 1e9:.2f} GB; in BF16 {bf16 / 1e9:.2f} GB"
+    FIGURES.append(
+        f"Qwen3-8B-FP8 on {chip.generation} with {chip.backend}: linears {packed / 1e9:.3f} GB "
+        f"({packed / linears:.4f} bytes a weight), scratch {scratch / 1e9:.3f} GB, all {total / 1e9:.2f} GB; "
+        f"in BF16 {bf16_bytes / 1e9:.2f} GB"
     )
     assert len(layers) == 4 * 36 and linears == 36 * 192_937_984
     assert packed <= 1.04 * linears
-    assert scratch == (0 if generation == "A5" else 2 * 24576 * 4096)  # the largest linear, gate and up, in bf16
-    assert total - scratch - packed == bf16 - 2 * linears, "something else than the linears changed its size"
+    assert scratch == (0 if chip.native else 2 * 24576 * 4096)  # the largest linear, gate and up, in bf16
+    assert total - scratch - packed == bf16_bytes - 2 * linears, "something else than the linears changed its size"
     assert all(layer.packed_weight.device == NPU for layer in layers.values())
     for layer in layers.values():  # the parameter that others look for is the packed weight itself
         shared = layer.packed_weight.tensors[0].untyped_storage()
         assert id(layer.weight.untyped_storage()) == id(shared) or layer.weight.untyped_storage() == shared
 
 
-@pytest.mark.parametrize("m", [1, 64, 65, 2048])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_shapes_dtypes_and_no_question_to_the_device(
-    tmp_path: Path, build: Callable[[Any], torch.nn.Module], chip: tuple[str, str], m: int, dtype: torch.dtype
-) -> None:
-    narrow = QWEN3_8B | {"num_hidden_layers": 1, "vocab_size": 264}
-    config = engine_config(write_config(tmp_path / "fp8", **narrow, quantization_config=BLOCK_FP8))
-    model = build(config)
-    for name, layer in load(model, config).items():
-        packed = layer.packed_weight
-        with model.fake_mode, torch.no_grad():
-            x = torch.empty(m, packed.k, dtype=dtype, device=NPU)
-            out = layer.quant_method.apply(layer, x, torch.empty(packed.n, dtype=dtype, device=NPU))
-            assert (out.shape, out.dtype, out.device) == ((m, packed.n), dtype, NPU), name
+@pytest.mark.usefixtures("schemas")
+def test_the_layers_of_vllm_ascend_run(tmp_path: Path, build: Callable[[Any], torch.nn.Module], chip: Chip) -> None:
+    """As its model calls them, and so that a graph can capture it. FP8 is only ever viewed, but by A5's product.
+
+    vLLM's loader does not know FakeTensors; what it does to FP8 is tested in tests/vllm_plugin/test_fp8_as_bytes.py.
+    """
+    config = engine_config(write_config(tmp_path / "fp8", **ONE_LAYER, quantization_config=BLOCK_FP8))
+    with Watch() as loading:
+        model = build(config)
+        layers = load(model, config)
+    assert loading.touched_fp8 and loading.touched_fp8 <= FP8_VIEWS
+    for m in (1, 65, 2048):
+        for name, layer in layers.items():
+            with model.fake_mode, torch.no_grad(), torch.device(NPU):
+                x = torch.empty(m, layer.packed_weight.k, dtype=torch.bfloat16)
+                with Capture() as graph:
+                    out, bias = layer(x)
+            assert (out.shape, out.dtype, out.device) == ((m, layer.packed_weight.n), torch.bfloat16, NPU), name
+            assert bias is None and (chip.native or graph.touched_fp8 <= FP8_VIEWS), name
 
 
-def test_what_the_scratch_operator_does_inside(chip: tuple[str, str]) -> None:
-    """The operator hides its body from tracers; here the body itself runs on fake tensors."""
-    if chip != ("A2", "torch_npu"):
-        pytest.skip("only this backend's operator is made of torch operations alone")
-    body = operators.IMPLEMENTATIONS["torch_npu_scratch_linear"]
-    with FakeTensorMode(), NPU:
-        codes, scales = torch.empty(24576, 4096, dtype=torch.uint8), torch.empty(24576, 32)
-        for m in (1, 100):
-            out = body(torch.empty(m, 4096, dtype=torch.bfloat16), codes, scales, None)
-            assert (out.shape, out.dtype, out.device) == ((m, 24576), torch.bfloat16, NPU)
-
-
-def test_ragged_shards_and_columns(chip: tuple[str, str]) -> None:
+def test_ragged_shards_and_columns(chip: Chip) -> None:
     """SmolLM2's: 576 = 4.5 blocks."""
     with FakeTensorMode(), NPU:
         weight = torch.empty(960, 576, dtype=torch.uint8).view(torch.float8_e4m3fn)
         scale = torch.empty(5 + 2 + 2, 5)
-        packed = ops.pack_weight(weight, scale, chip[1], (576, 192, 192), check_values=False)
+        packed = ops.pack_weight(weight, scale, chip.backend, (576, 192, 192), check_values=False)
         out = ops.block_linear(torch.empty(7, 576, dtype=torch.bfloat16), packed)
         assert (out.shape, out.dtype) == ((7, 960), torch.bfloat16)
-
-
-def test_no_operation_touches_fp8_but_the_native_product(chip: tuple[str, str]) -> None:
-    """On A2 and A3 casts, copies and transposes of FP8 fail; only views may see the dtype there."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    seen: set[str] = set()
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            flat = torch.utils._pytree.tree_leaves((args, kwargs))
-            if any(isinstance(t, torch.Tensor) and t.dtype == torch.float8_e4m3fn for t in flat):
-                seen.add(function.name())
-            return function(*args, **(kwargs or {}))
-
-    with FakeTensorMode(), NPU, Watch():
-        weight = torch.empty(256, 256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-        packed = ops.pack_weight(weight, torch.empty(2, 2), chip[1], check_values=False)
-        ops.block_linear(torch.empty(3, 256, dtype=torch.bfloat16), packed)
-    native = {"npu::npu_quant_matmul", "aten::t", "aten::transpose.int"} if chip[0] == "A5" else set()
-    views = {"aten::view.dtype", "aten::detach", "aten::alias", "prim::device"}
-    assert seen <= views | native, seen
-    assert chip[0] != "A5" or "npu::npu_quant_matmul" in seen

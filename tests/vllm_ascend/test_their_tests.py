@@ -7,6 +7,8 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
 
+from .conftest import FIGURES
+
 SOURCE = Path(os.environ["ASCEND_SOURCE"])
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -36,7 +38,8 @@ def outcomes(registered: bool, report: Path, tree: Path = SOURCE) -> dict[str, s
 
 def test_outcomes_are_those_without_this_package(tmp_path: Path) -> None:
     without, with_ours = outcomes(False, tmp_path / "without.xml"), outcomes(True, tmp_path / "with.xml")
-    print(f"\n{SOURCE.name}: without {dict(Counter(without.values()))}, with {dict(Counter(with_ours.values()))}")
+    counts = (dict(sorted(Counter(found.values()).items())) for found in (without, with_ours))
+    FIGURES.append("{}'s own quantization tests: without this package {}, with it {}".format(SOURCE.name, *counts))
     assert with_ours == without
     assert Counter(without.values())["passed"] > 200
     # By vLLM-Ascend's convention the tests of a folder `a2` need an A2; elsewhere one asks for an override that its

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import FIGURES
 from .test_their_tests import SOURCE, SUPPORT, outcomes
 
 RELEASE = "vllm_ascend-0.30.0rc2"
@@ -62,7 +63,7 @@ def test_their_unit_tests_and_the_new_ones(patched: Path, tmp_path: Path) -> Non
     before = outcomes(False, tmp_path / "before.xml")
     after = outcomes(False, tmp_path / "after.xml", tree=patched)
     new = {name: outcome for name, outcome in after.items() if name not in before}
-    print(f"\n{len(before)} tests of {RELEASE}, {len(new)} new ones")
+    FIGURES.append(f"the pull request: {len(before)} tests of {RELEASE} as before, {len(new)} new ones passed")
     assert {name: after.get(name) for name in before} == before
     assert len(new) >= 12 and set(new.values()) == {"passed"} and all("fp8_block_exact" in name for name in new)
 
