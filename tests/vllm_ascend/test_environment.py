@@ -43,3 +43,33 @@ def test_there_is_no_npu_here() -> None:
     import torch_npu
 
     assert not torch_npu.npu.is_available()
+
+
+def test_their_shape_functions_accept_nonsense() -> None:
+    """Which is why this package checks the operands itself."""
+    import torch_npu
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from qwen3_fp8_ascend.backends import torch_npu as backend
+    from qwen3_fp8_ascend.errors import BlockFp8Error
+
+    with FakeTensorMode(), torch.device("npu:0"):
+        x, codes, scale = torch.empty(3, 256), torch.empty(384, 256, dtype=torch.uint8), torch.empty(3, 2)
+        x_codes, x_scale = torch_npu.npu_dynamic_block_quant(
+            x, dst_type=torch.float8_e4m3fn, row_block_size=1, col_block_size=128
+        )
+        for weight, wrong_scale in [(codes, scale), (codes.view(torch.float8_e4m3fn), scale.bfloat16())]:
+            out = torch_npu.npu_quant_matmul(
+                x_codes,
+                weight.t(),
+                wrong_scale.t(),
+                pertoken_scale=x_scale,
+                output_dtype=torch.bfloat16,
+                group_sizes=[1, 128, 128],
+            )
+            assert out.shape == (3, 384)
+        with pytest.raises(BlockFp8Error, match="16-bit activations"):
+            backend._native_linear(x, codes, scale)
+        for wrong in [(codes.view(torch.int8), scale), (codes, scale.bfloat16()), (codes[:300], scale)]:
+            with pytest.raises(BlockFp8Error, match="not a packed weight's"):
+                backend._native_linear(x.bfloat16(), *wrong)

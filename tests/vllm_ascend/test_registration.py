@@ -1,6 +1,8 @@
 """`--quantization ascend` beside vLLM-Ascend: block FP8 is ours, all else is theirs, in every process."""
 
+import importlib.metadata
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -16,6 +18,8 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm_ascend.quantization import AscendModelSlimConfig
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.testing.server import free_port
+from qwen3_fp8_ascend.vllm_plugin import versions
 from qwen3_fp8_ascend.vllm_plugin.ascend import AscendConfig, BlockFp8NpuConfig
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 
@@ -55,8 +59,14 @@ def test_our_config_extends_theirs() -> None:
     assert issubclass(AscendConfig, AscendModelSlimConfig)
 
 
-def report_from_process(order: str, pickled: bytes, sender: Any) -> None:
+def report_from_process(order: str, ours_first: bool, pickled: bytes, sender: Any) -> None:
     """What a fresh process thinks `ascend` is: a spawned process inherits nothing but its arguments."""
+    found = importlib.metadata.entry_points
+
+    def ordered(**selection: str) -> list[importlib.metadata.EntryPoint]:
+        return sorted(found(**selection), key=lambda entry: (entry.name == "qwen3_fp8_ascend") != ours_first)
+
+    importlib.metadata.entry_points = ordered  # type: ignore[assignment]
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 
@@ -67,14 +77,15 @@ def report_from_process(order: str, pickled: bytes, sender: Any) -> None:
     sender.send((f"{registered.__module__}.{registered.__name__}", repr(pickle.loads(pickled))))
 
 
+@pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "ours last"])
 @pytest.mark.parametrize("order", ["plugins, platform, plugins", "platform, plugins, platform"])
-def test_it_survives_in_spawned_processes(tmp_path: Path, order: str) -> None:
-    """API server, engine core and workers are spawned, load the plugins, and get the config by pickle."""
+def test_it_survives_in_spawned_processes(tmp_path: Path, order: str, ours_first: bool) -> None:
+    """Whatever comes first, vLLM-Ascend's platform or the plugins, and whatever the order of their entry points."""
     folder = write_config(tmp_path / "model", quantization_config=BLOCK_FP8 | {"modules_to_not_convert": ["lm_head"]})
     config = engine_config(folder).quant_config
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=report_from_process, args=(order, pickle.dumps(config), sender))
+    process = context.Process(target=report_from_process, args=(order, ours_first, pickle.dumps(config), sender))
     process.start()
     sender.close()
     try:
@@ -84,6 +95,58 @@ def test_it_survives_in_spawned_processes(tmp_path: Path, order: str) -> None:
     assert process.exitcode == 0
     assert registered == "qwen3_fp8_ascend.vllm_plugin.ascend.AscendConfig"
     assert described == repr(config) == "BlockFp8NpuConfig(block=128x128, ignored=1 layers)"
+
+
+WITNESS = """
+import atexit, json, multiprocessing, multiprocessing.util, os
+
+
+def say():
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    config = get_quantization_config("ascend")
+    seen = {"process": multiprocessing.current_process().name, "ascend": f"{config.__module__}.{config.__name__}"}
+    with open(os.environ["WITNESS"], "a") as file:
+        file.write(json.dumps(seen) + "\\n")
+
+
+def register():
+    if multiprocessing.parent_process() is None:
+        atexit.register(say)
+    else:
+        multiprocessing.util.Finalize(None, say, exitpriority=100)
+"""
+
+
+def test_every_process_of_a_real_vllm_serve_has_it(tmp_path: Path) -> None:
+    """Two ranks, up to where the workers ask for CANN. A plugin of the test's says at the end what `ascend` was."""
+    info = tmp_path / "witness-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: witness\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nwitness = witness:register\n")
+    (tmp_path / "witness.py").write_text(WITNESS)
+    folder = write_config(tmp_path / "model", quantization_config=BLOCK_FP8)
+    environment = os.environ | {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}",
+        "WITNESS": str(tmp_path / "seen"),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    arguments = ["--quantization", "ascend", "--load-format", "dummy", "--skip-tokenizer-init"]
+    arguments += ["--max-model-len", "128", "--tensor-parallel-size", "2", "--host", "127.0.0.1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, *arguments, "--port", str(free_port())],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode != 0 and "No module named 'acl'" in log, log[-5000:]
+    assert "quantization=ascend" in log, "the engine core did not say so"
+    seen = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
+    assert {"MainProcess", "EngineCore", "VllmWorker-0", "VllmWorker-1"} <= {line["process"] for line in seen}
+    assert {line["ascend"] for line in seen} == {"qwen3_fp8_ascend.vllm_plugin.ascend.AscendConfig"}
 
 
 def write_modelslim(folder: Path) -> Path:
@@ -124,6 +187,32 @@ def test_a_modelslim_checkpoint_is_still_theirs(tmp_path: Path, build: Callable[
     mine, expected = described(build(with_ours)), described(build(theirs))
     assert mine == expected
     assert any("AscendLinearMethod" in method[0].__name__ for method in expected.values())
+
+
+def test_this_pair_of_versions_is_not_warned_about_and_others_are(caplog: pytest.LogCaptureFixture) -> None:
+    """With the real distributions' metadata; vLLM's version ends in `+empty` on an Ascend machine."""
+    package = logging.getLogger("qwen3_fp8_ascend")
+    package.addHandler(caplog.handler)
+    try:
+        versions.warn_if_untested()
+        assert caplog.text == ""
+        with pytest.MonkeyPatch.context() as other:
+            other.setattr(versions, "TESTED_VLLM_ASCEND", {"0.99.0": "0.99.0"})
+            versions.warn_if_untested()
+    finally:
+        package.removeHandler(caplog.handler)
+    installed = importlib.metadata.version("vllm-ascend")
+    assert f"with vLLM-Ascend {installed}" in caplog.text and importlib.metadata.version("vllm").endswith("+empty")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp32_is_refused_at_the_start(tmp_path: Path, dtype: str) -> None:
+    folder = write_config(tmp_path / "fp8", quantization_config=BLOCK_FP8)
+    if dtype == "bfloat16":
+        assert type(engine_config(folder, dtype=dtype).quant_config) is BlockFp8NpuConfig
+        return
+    with pytest.raises(ValueError, match=r"float32 is not supported for quantization method ascend"):
+        engine_config(folder, dtype=dtype)
 
 
 def test_a_folder_that_is_neither_gets_their_error(tmp_path: Path) -> None:
