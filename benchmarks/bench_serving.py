@@ -37,19 +37,10 @@ from benchmarks.peers import on_huge_pages
 from qwen3_fp8_ascend.backends import select_backend
 from qwen3_fp8_ascend.format import BlockFp8Config
 from qwen3_fp8_ascend.provenance import provenance
-from qwen3_fp8_ascend.testing.models import qwen3_config, qwen3_shapes, write_byte_tokenizer
+from qwen3_fp8_ascend.testing.models import QWEN3_8B, qwen3_config, qwen3_shapes, write_byte_tokenizer
 from qwen3_fp8_ascend.testing.server import Server, exit_on_sigterm, serve, serving_environment
 
 RESULTS = Path(__file__).parent / "results"
-QWEN3_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-}
 ASCEND = ["--quantization", "ascend"]
 FP8_HEAD = ["--additional-config", json.dumps({"qwen3_fp8_ascend": {"lm_head": "fp8"}})]
 SERVERS: dict[str, tuple[list[str], int, int]] = {
@@ -74,7 +65,7 @@ def bench(
 ) -> None:
     """Measure and print; the CSV goes to benchmarks/results/."""
     names = only or list(SERVERS)
-    shapes = qwen3_shapes(qwen3_config(**QWEN3_8B, num_hidden_layers=layers))
+    shapes = qwen3_shapes(qwen3_config(**QWEN3_8B | {"num_hidden_layers": layers}))
     facts = provenance() | {"layers": str(layers), "concurrency": str(concurrency), "eager": str(eager)}
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
     # Before any server is up: an idle vLLM polls, and takes a core from whoever reads beside it.
@@ -113,7 +104,7 @@ def _server(folder: Path, name: str, layers: int, eager: bool, profile: bool) ->
     arguments, linear_bytes, _ = SERVERS[name]
     model = folder / name.replace(" ", "-")
     model.mkdir()
-    config = qwen3_config(**QWEN3_8B, num_hidden_layers=layers)
+    config = qwen3_config(**QWEN3_8B | {"num_hidden_layers": layers})
     if linear_bytes == 1:
         config["quantization_config"] = BlockFp8Config().to_dict()
     (model / "config.json").write_text(json.dumps(config))

@@ -13,6 +13,18 @@ from safetensors.torch import load_file, save_file
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
 from qwen3_fp8_ascend.errors import BlockFp8Error
 
+QWEN3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+}
+"""Qwen3-8B's shape, as changes of `qwen3_config`."""
+
 
 def qwen3_config(**changes: Any) -> dict[str, Any]:
     """config.json of a Qwen3 model: grouped-query attention, q/k norms; two narrow layers unless changed."""

@@ -1,10 +1,11 @@
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.testing.models import write_qwen3, write_with_more_heads
+from qwen3_fp8_ascend.testing.models import QWEN3_8B, qwen3_config, qwen3_shapes, write_qwen3, write_with_more_heads
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -13,6 +14,16 @@ def logits(folder: Path) -> torch.Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model(torch.arange(40)[None]).logits
+
+
+def test_the_shape_is_that_of_qwen3_8b() -> None:
+    """8.2 B parameters, 6.95 B of them not in embeddings, as the model's card says."""
+    shapes = qwen3_shapes(qwen3_config(**QWEN3_8B))
+    assert sum(math.prod(shape) for shape in shapes.values()) == 8_190_735_360
+    inner = {
+        name: shape for name, shape in shapes.items() if name not in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    assert round(sum(map(math.prod, inner.values())) / 1e9, 2) == 6.95
 
 
 def test_more_heads_compute_the_same(tmp_path: Path) -> None:
