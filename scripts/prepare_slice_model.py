@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
@@ -28,16 +29,12 @@ def main() -> int:
     bf16 = fp8.with_name(f"{fp8.name}-bf16")
     try:
         if not bf16.is_dir():
-            part = bf16.with_name(f".{bf16.name}.part")
-            write_qwen3(part, **QWEN3_8B | {"num_hidden_layers": arguments.layers})
-            part.rename(bf16)
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".prepare-", dir=arguments.output) as scratch:
+                write_qwen3(Path(scratch) / "bf16", **QWEN3_8B | {"num_hidden_layers": arguments.layers})
+                (Path(scratch) / "bf16").rename(bf16)
         if not fp8.is_dir():
             quantize_checkpoint(bf16, fp8)
-    except FileExistsError as error:
-        print(
-            f"error: {error.filename} is there; what to do: remove it, a run before this one stopped", file=sys.stderr
-        )
-        return 2
     except BlockFp8Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
