@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 
@@ -49,11 +50,8 @@ def examine() -> Report:
         "cpu": cpu_name(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
     }
-    problems += _vllm_problems(packages)
     serving = _serving()
-    if "npu, w8a8" in serving and serving["npu, w8a8"]["backend"] is None:
-        fix = "build the Ascend C kernels (install with CANN's set_env.sh sourced) or install triton-ascend"
-        problems.append(("there is an NPU, but no backend serves block FP8 on it", fix))
+    problems += _vllm_problems(packages) + _npu_problems(packages, serving)
     return Report(machine, packages, backends, serving, _ascend(packages), problems)
 
 
@@ -99,8 +97,37 @@ def _vllm_problems(packages: dict[str, str | None]) -> list[tuple[str, str]]:
     entry_points = {e.name for e in importlib.metadata.entry_points(group="vllm.general_plugins")}
     if "qwen3_fp8_ascend" not in entry_points:
         problems.append(("vLLM cannot find this plugin", "install the package (pip install .), do not only import it"))
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "qwen3_fp8_ascend" not in allowed.split(","):
+        problems.append((f"VLLM_PLUGINS={allowed} leaves this plugin out", "add qwen3_fp8_ascend to it, or unset it"))
     if shutil.which("c++") is None and shutil.which("g++") is None:
         problems.append(("no C++ compiler: torch.compile cannot work", "install g++, or serve with --enforce-eager"))
+    return problems
+
+
+def _npu_problems(packages: dict[str, str | None], serving: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    from qwen3_fp8_ascend.backends import soc
+
+    problems = []
+    torch_npu, torch = packages["torch-npu"], packages["torch"]
+    if torch_npu and torch and Version(torch_npu).release[:3] != Version(torch).release[:3]:
+        problems.append(
+            (
+                f"torch-npu {torch_npu} is beside torch {torch}",
+                "install the torch-npu that has torch's own version number",
+            )
+        )
+    missing = soc.missing_npu()
+    if packages["vllm-ascend"] and missing is not None:
+        problems.append(
+            (
+                f"vLLM-Ascend is installed, but no NPU can be used: {missing}",
+                "source CANN's set_env.sh; `npu-smi info` and /dev/davinci* show whether the driver sees one here",
+            )
+        )
+    if "npu, w8a8" in serving and serving["npu, w8a8"]["backend"] is None:
+        fix = "build the Ascend C kernels (install with CANN's set_env.sh sourced) or install triton-ascend"
+        problems.append(("there is an NPU, but no backend serves block FP8 on it", fix))
     return problems
 
 
