@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import operators, prefill
 from qwen3_fp8_ascend.backends.registry import PackedWeight
+from qwen3_fp8_ascend.errors import BlockFp8Error
 from tests.ascendc.test_backend import schemas  # noqa: F401
 from tests.support.npu_graph import FP8_VIEWS, Capture, GraphFault, falls_back_to_the_host
 
@@ -69,7 +70,9 @@ def test_a_linear_can_be_captured(
 @pytest.mark.parametrize("m", ROWS)
 def test_weights_only_can_be_captured(chip: Chip, fake: FakeTensorMode, m: int) -> None:
     if chip.backend == "torch_npu":
-        pytest.skip("this backend computes W8A8 only")
+        with pytest.raises(BlockFp8Error, match="computes w8a8, not w8a16"):
+            pack(chip, (256,), 512, "none")
+        return
     graph = capture(pack(chip, (256,), 512, "none"), m, torch.bfloat16, "none")
     assert graph.touched_fp8 == set()
 
