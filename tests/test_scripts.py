@@ -1,5 +1,6 @@
 """The shell scripts without a server: what they would run, what they refuse, and that each setting does something."""
 
+import json
 import os
 import re
 import shlex
@@ -24,7 +25,7 @@ def run(script: str, *arguments: str | Path, **environment: str) -> subprocess.C
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("SERVE_", "VERIFY_", "EVAL_", "VLLM_CPU_", "ASCEND"))
+        if not name.startswith(("SERVE_", "VERIFY_", "EVAL_", "PRECISION_", "VLLM_CPU_", "ASCEND"))
     }
     return subprocess.run(
         ["bash", str(SCRIPTS / script), *map(str, arguments)],
@@ -138,7 +139,7 @@ OTHER = {
 
 def settings(script: str = SERVE) -> dict[str, str]:
     """The settings that --help lists, with their variables."""
-    found = re.findall(r"^  --([a-z-]+) [^ ]+ +([A-Z0-9_]+) ", run(script, "--help").stdout, re.MULTILINE)
+    found = re.findall(r"^  --([a-z0-9-]+) [^ ]+ +([A-Z0-9_]+) ", run(script, "--help").stdout, re.MULTILINE)
     return dict(found)
 
 
@@ -202,6 +203,9 @@ def test_mistakes_of_the_serve_script_end_in_one_line(arguments: list[str], said
 
 VERIFY = "verify_qwen3-8b-fp8.sh"
 EVALUATE = "eval_accuracy.sh"
+PRECISION = "eval_precision.sh"
+NEEDED = {VERIFY: (), EVALUATE: (), PRECISION: ("--fp8", "fp8")}
+"""What a script cannot do without."""
 OTHERS = {
     VERIFY: {
         "url": "http://127.0.0.1:9",
@@ -225,10 +229,22 @@ OTHERS = {
         "output": "some folder",
         "venv": "/opt/eval",
     },
+    PRECISION: {
+        "fp8": "some folder",
+        "bf16": "it's",
+        "backend": "ascendc",
+        "device": "npu",
+        "activation": "none",
+        "dtype": "bfloat16",
+        "server": "http://127.0.0.1:9",
+        "limit": "3",
+        "output": "else where",
+        "python": "/bin/sh",
+    },
 }
 
 
-@pytest.mark.parametrize("script", [VERIFY, EVALUATE])
+@pytest.mark.parametrize("script", OTHERS)
 def test_every_setting_of_the_other_scripts_is_listed(script: str) -> None:
     assert settings(script).keys() == OTHERS[script].keys()
 
@@ -236,13 +252,17 @@ def test_every_setting_of_the_other_scripts_is_listed(script: str) -> None:
 @pytest.mark.parametrize(("script", "name"), [(script, name) for script in OTHERS for name in OTHERS[script]])
 def test_a_setting_of_the_other_scripts_can_be_given_in_three_ways(script: str, name: str) -> None:
     value = OTHERS[script][name]
-    flag = run(script, "--dry-run", f"--{name}", value)
+    base = ["--dry-run", *NEEDED[script]]
+    flag = run(script, *base, f"--{name}", value)
     assert flag.returncode == 0 and flag.stderr == ""
     if name != "api":
         assert value in " ".join(shlex.split(flag.stdout))
-    assert flag.stdout == run(script, "--dry-run", f"--{name}={value}").stdout
-    assert flag.stdout == run(script, "--dry-run", **{settings(script)[name]: value}).stdout
-    assert flag.stdout != run(script, "--dry-run").stdout
+    assert flag.stdout == run(script, *base, f"--{name}={value}").stdout
+    if f"--{name}" in base:
+        base = ["--dry-run"]
+    variable = run(script, *base, **{settings(script)[name]: value})
+    assert variable.returncode == 0 and flag.stdout == variable.stdout
+    assert flag.stdout != run(script, "--dry-run", *NEEDED[script]).stdout
 
 
 @pytest.mark.parametrize(
@@ -255,6 +275,16 @@ def test_a_setting_of_the_other_scripts_can_be_given_in_three_ways(script: str, 
         (EVALUATE, ["--tool", "opencompass"], "choose one of: lm_eval evalscope"),
         (EVALUATE, ["--limit", "0"], "give a whole number"),
         (EVALUATE, ["--venv", "no-such-venv"], "--install"),
+        (PRECISION, [], "no checkpoint"),
+        (PRECISION, ["--bogus"], "unknown setting"),
+        (PRECISION, ["--fp8"], "needs a value"),
+        (PRECISION, ["--fp8", "no-such-folder"], "there is no checkpoint in no-such-folder"),
+        (PRECISION, ["--fp8", "scripts"], "there is no checkpoint in scripts"),
+        (PRECISION, ["--fp8", ".", "--activation", "static"], "choose one of: dynamic none"),
+        (PRECISION, ["--fp8", ".", "--device", "gpu"], "choose one of: cpu npu cuda"),
+        (PRECISION, ["--fp8", ".", "--dtype", "int8"], "choose one of: float32"),
+        (PRECISION, ["--fp8", ".", "--limit", "x"], "give a whole number"),
+        (PRECISION, ["--fp8", ".", "--python", "no-such-python"], "no no-such-python"),
     ],
 )
 def test_mistakes_of_the_other_scripts_end_in_one_line(script: str, arguments: list[str], said: str) -> None:
@@ -279,6 +309,55 @@ def test_accuracy_is_asked_of_the_server_by_its_own_name() -> None:
     scope = shlex.split(run(EVALUATE, "--dry-run", "--tool", "evalscope", "--tasks", "gsm8k,ceval").stdout)
     assert scope[scope.index("--datasets") :][1:3] == ["gsm8k", "ceval"]
     assert option(scope, "--api-url") == "http://127.0.0.1:8000/v1"
+
+
+def test_the_backend_alone_is_computed_on_the_npu() -> None:
+    """What it is compared with comes from the CPU, in the same arithmetic."""
+    base = ["--dry-run", "--fp8", "./Qwen3-8B-FP8", "--bf16", "./Qwen3-8B", "--backend", "ascendc", "--device", "npu"]
+    lines = [shlex.split(line) for line in run(PRECISION, *base, "--", "--greedy-tokens", "4").stdout.splitlines()]
+    *runs, linears, compare = [words[words.index("eval-precision") + 1 :] for words in lines]
+    assert [(words[0], words[1]) for words in runs] == [("run", "./Qwen3-8B-FP8")] * 3 + [("run", "./Qwen3-8B")]
+    assert [option(words, "--backend") for words in runs[:3]] == ["reference", "reference-fp64", "ascendc"]
+    assert [words for words in runs if "npu" in words] == [runs[2]]
+    assert all(words[-2:] == ["--greedy-tokens", "4"] and option(words, "--dtype") == "float32" for words in runs)
+    assert linears[:2] == ["linears", "./Qwen3-8B-FP8"] and option(linears, "--device") == "npu"
+    assert compare[:4] == [
+        "compare",
+        *(f"precision/{name}.run" for name in ("reference-w8a8", "ascendc-w8a8", "original")),
+    ]
+    assert option(compare, "--floor") == "precision/reference-fp64-w8a8.run"
+    w8a16 = run(PRECISION, *base, "--activation", "none").stdout
+    assert w8a16.count("--activation none") == 4 and "precision-w8a16.json" in w8a16
+
+
+def test_precision_from_the_checkpoint_to_the_page(tmp_path: Path) -> None:
+    """On a small random model, twice: what exists is kept, what it needs is compared again."""
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    model, output = write_block_fp8_qwen3(tmp_path / "qwen3"), tmp_path / "out"
+    line = [PRECISION, "--fp8", model, "--bf16", tmp_path / "qwen3-bf16", "--python", sys.executable, "--limit", "1"]
+    done = run(*line, "--output", output, "--", "--greedy-tokens", "2")
+    assert done.returncode == 0, done.stderr
+    header = "|  | cpu w8a8 | original | noise floor |"
+    assert header in done.stdout and header in (output / "precision-w8a8.md").read_text()
+    assert "<h1>qwen3: against reference w8a8</h1>" in (output / "precision-w8a8.html").read_text()
+    written = {name: json.loads((output / f"{name}-w8a8.json").read_text()) for name in ("precision", "linears")}
+    assert [row["name"] for row in written["precision"]["rows"]] == ["cpu w8a8", "original"]
+    assert [row["units"] for row in written["linears"]["rows"]] == [14, 14, 2, 2]
+    times = {path: path.stat().st_mtime_ns for path in output.glob("*.run")}
+    again = run(*line, "--output", output)
+    assert again.returncode == 0 and again.stderr.count("keeping ") == 4 == len(times)
+    assert times == {path: path.stat().st_mtime_ns for path in output.glob("*.run")}
+
+
+def test_precision_through_a_server_that_is_not_there_is_told(tmp_path: Path) -> None:
+    model, output = write_block_fp8_qwen3(tmp_path / "qwen3"), tmp_path / "out"
+    output.mkdir()
+    for name in ("reference", "reference-fp64", "cpu"):
+        (output / f"{name}-w8a8.run").touch()
+    server = ["--server", "http://127.0.0.1:9", "--python", sys.executable]
+    done = run(PRECISION, "--fp8", model, "--output", output, *server)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: no server is up there") and "what to do: " in last
 
 
 def test_an_evaluation_without_a_server_is_told(tmp_path: Path) -> None:

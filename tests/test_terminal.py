@@ -28,6 +28,10 @@ COMMANDS = [
     ("verify",),
     ("bench", "serving"),
     ("bench", "linear"),
+    ("eval-precision", "run"),
+    ("eval-precision", "compare"),
+    ("eval-precision", "linears"),
+    ("report",),
 ]
 ROOT = Path(__file__).parent.parent
 ESCAPE = "\x1b["
@@ -124,6 +128,11 @@ def test_quiet_is_quiet(bf16: Path, fp8: Path, tmp_path: Path) -> None:
         ["dequantize", "no-such-folder", "out"],
         ["verify", "127.0.0.1:8000"],
         ["bench", "nonsense"],
+        ["eval-precision", "run", "no-such-folder", "out.run"],
+        ["eval-precision", "compare", "absent.run", "absent.run"],
+        ["eval-precision", "linears", "no-such-folder"],
+        ["report", "no-such-folder"],
+        ["report", "."],
     ],
     ids=" ".join,
 )

@@ -5,6 +5,7 @@ This is also how a GPU or an NPU is measured by itself, without vLLM.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -219,8 +220,10 @@ def device_name(device: str) -> str:
 
 def _continue(model: torch.nn.Module, ids: torch.Tensor, steps: int) -> Iterator[int]:
     """Greedy tokens; an end token does not end them, so that all continuations are equally long."""
+    # transformers 5 calls it otherwise.
+    kept = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
     cache = None
     for _ in range(steps):
-        out = model(ids, past_key_values=cache, use_cache=True)
-        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        out = model(ids, use_cache=True, **{kept: cache})
+        cache, ids = getattr(out, kept), out.logits[:, -1:].argmax(-1)
         yield int(ids)
