@@ -1,12 +1,15 @@
 """docs/upstream: the pull request applies to the release, follows its rules, and computes what ours does."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.documents import read
 
 from .conftest import FIGURES
 from .test_their_tests import SOURCE, SUPPORT, outcomes
@@ -57,6 +60,18 @@ def test_it_follows_their_style(patched: Path, command: list[str]) -> None:
 def test_the_patch_has_no_context() -> None:
     """What is theirs stays with them: only the lines that are replaced are here."""
     assert [line for line in EDITS.read_text().splitlines() if line.startswith(" ")] == []
+
+
+def test_the_commit_has_their_form(patched: Path) -> None:
+    """The commands of docs/upstream/README.md: Conventional Commits with a body, signed off."""
+    block = next(code.text for code in read(PULL_REQUEST / "README.md").code() if "git commit" in code.text)
+    name = {"GIT_AUTHOR_NAME": "A", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "A", "GIT_COMMITTER_EMAIL": "a@b"}
+    commands = "git init -q\n" + block[block.index("git add") :] + "\ngit log -1 --format=%B\nrm -rf .git\n"
+    done = subprocess.run(
+        ["bash", "-e"], input=commands, cwd=patched, env=os.environ | name, capture_output=True, text=True, check=True
+    )
+    message = done.stdout[done.stdout.rindex("feat(") :]
+    assert re.match(r"feat\(\w+\): [^\n]{20,72}\n\n- .+\n\nSigned-off-by: A <a@b>\n", message, re.DOTALL), done.stdout
 
 
 def test_their_unit_tests_and_the_new_ones(patched: Path, tmp_path: Path) -> None:
