@@ -8,8 +8,8 @@ Usage: scripts/eval_precision.sh --fp8 FOLDER [SETTINGS] [-- FURTHER OPTIONS OF 
 
 Makes the runs that the report's precision table needs, compares them, judges every linear and every decoder layer by
 itself, and writes the table (Markdown), a page with plots (HTML) and the results for `qwen3-fp8-ascend report` (JSON).
-The reference and the original are computed on the CPU. Runs that exist are kept: to compare machines, copy their
-*.run files into one folder and start this again. Each setting is a flag or a variable; the flag wins.
+The reference and the original are computed on the CPU. What exists is kept: to compare machines, copy their *.run
+files into one folder and start this again. Each setting is a flag or a variable; the flag wins.
 
   --fp8 FOLDER         PRECISION_FP8          the block-FP8 checkpoint
   --bf16 FOLDER        PRECISION_BF16         none: the original checkpoint, to show what quantization itself costs
@@ -89,15 +89,15 @@ do_it() {
   if [ -n "$dry_run" ]; then quoted "$@"; else quoted "$@" >&2 && "$@"; fi
 }
 
+keep_or() { # FILE COMMAND...
+  if [ -z "$dry_run" ] && [ -e "$1" ]; then echo "keeping $1" >&2; else do_it "${@:2}"; fi
+}
+
 further=("$@")
 make_run() { # NAME SOURCE OPTIONS...
   local file=$output/$1.run source=$2
   shift 2
-  if [ -z "$dry_run" ] && [ -e "$file" ]; then
-    echo "keeping $file" >&2
-  else
-    do_it "${evaluate[@]}" run "$source" "$file" "$@" ${some[@]+"${some[@]}"} ${further[@]+"${further[@]}"}
-  fi
+  keep_or "$file" "${evaluate[@]}" run "$source" "$file" "$@" ${some[@]+"${some[@]}"} ${further[@]+"${further[@]}"}
 }
 
 same=(--activation "$activation" --dtype "$dtype")
@@ -115,8 +115,9 @@ if [ -n "$server" ]; then
   make_run "server-$suffix" "$server" --name server
   compared+=("$output/server-$suffix.run")
 fi
-do_it "${evaluate[@]}" linears "$fp8" --backend "$backend" --device "$device" "${same[@]}" ${some[@]+"${some[@]}"} \
-  --output "$output/linears-$suffix.json"
+linears=$output/linears-$backend-$suffix.json
+keep_or "$linears" "${evaluate[@]}" linears "$fp8" --backend "$backend" --device "$device" "${same[@]}" \
+  ${some[@]+"${some[@]}"} --output "$linears"
+result=$output/precision-$backend-$suffix
 do_it "${evaluate[@]}" compare "$output/reference-$suffix.run" "${compared[@]}" \
-  --floor "$output/reference-fp64-$suffix.run" --output "$output/precision-$suffix.json" \
-  --markdown "$output/precision-$suffix.md" --html "$output/precision-$suffix.html"
+  --floor "$output/reference-fp64-$suffix.run" --output "$result.json" --markdown "$result.md" --html "$result.html"

@@ -327,7 +327,7 @@ def test_the_backend_alone_is_computed_on_the_npu() -> None:
     ]
     assert option(compare, "--floor") == "precision/reference-fp64-w8a8.run"
     w8a16 = run(PRECISION, *base, "--activation", "none").stdout
-    assert w8a16.count("--activation none") == 4 and "precision-w8a16.json" in w8a16
+    assert w8a16.count("--activation none") == 4 and "precision-ascendc-w8a16.json" in w8a16
 
 
 def test_precision_from_the_checkpoint_to_the_page(tmp_path: Path) -> None:
@@ -338,14 +338,14 @@ def test_precision_from_the_checkpoint_to_the_page(tmp_path: Path) -> None:
     done = run(*line, "--output", output, "--", "--greedy-tokens", "2")
     assert done.returncode == 0, done.stderr
     header = "|  | cpu w8a8 | original | noise floor |"
-    assert header in done.stdout and header in (output / "precision-w8a8.md").read_text()
-    assert "<h1>qwen3: against reference w8a8</h1>" in (output / "precision-w8a8.html").read_text()
-    written = {name: json.loads((output / f"{name}-w8a8.json").read_text()) for name in ("precision", "linears")}
+    assert header in done.stdout and header in (output / "precision-cpu-w8a8.md").read_text()
+    assert "<h1>qwen3: against reference w8a8</h1>" in (output / "precision-cpu-w8a8.html").read_text()
+    written = {name: json.loads((output / f"{name}-cpu-w8a8.json").read_text()) for name in ("precision", "linears")}
     assert [row["name"] for row in written["precision"]["rows"]] == ["cpu w8a8", "original"]
     assert [row["units"] for row in written["linears"]["rows"]] == [14, 14, 2, 2]
     times = {path: path.stat().st_mtime_ns for path in output.glob("*.run")}
     again = run(*line, "--output", output)
-    assert again.returncode == 0 and again.stderr.count("keeping ") == 4 == len(times)
+    assert again.returncode == 0 and again.stderr.count("keeping ") == 5 == len(times) + 1
     assert times == {path: path.stat().st_mtime_ns for path in output.glob("*.run")}
 
 
