@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.errors import BlockFp8Error, describe
 
 E4M3_MAX = 448.0
 """Largest finite e4m3fn value."""
@@ -24,6 +24,10 @@ SCALE_SUFFIX = ".weight_scale_inv"
 
 SCALE_DTYPES = ("F32", "BF16")
 """safetensors dtypes seen for ``weight_scale_inv``; bf16 is upcast to fp32 at load."""
+
+
+MAX_IGNORED = 1 << 16
+"""Bound on the names of an ignore list: many times what the largest models have."""
 
 
 class BlockSize(NamedTuple):
@@ -114,7 +118,11 @@ class BlockFp8Config:
     @classmethod
     def matches(cls, config: Mapping[str, Any] | None) -> bool:
         """Whether a ``quantization_config`` claims to be block FP8 (it may still be refused by `from_dict`)."""
-        return bool(config) and config.get("quant_method") == "fp8" and bool(config.get("weight_block_size"))  # type: ignore[union-attr]
+        return (
+            isinstance(config, Mapping)
+            and config.get("quant_method") == "fp8"
+            and bool(config.get("weight_block_size"))
+        )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str = "config.json: quantization_config") -> BlockFp8Config:
@@ -132,7 +140,7 @@ class BlockFp8Config:
                 f"this is not a block-FP8 checkpoint that can be served: {key!r} does not fit",
                 where=f"{where}.{key}",
                 expected=expected,
-                got=repr(config.get(key, "nothing")),
+                got=describe(config.get(key, "nothing")),
                 fix=fix,
             )
 
@@ -143,7 +151,10 @@ class BlockFp8Config:
             raise refuse("fmt", "'e4m3'", quantize_hint)
         if config.get("activation_scheme", "dynamic") != "dynamic":
             raise refuse("activation_scheme", "'dynamic' (one scale per token and 128 channels)", quantize_hint)
-        if str(config.get("scale_fmt", "float")).lower() not in ("float", "fp32", "float32", "none"):
+        scale_fmt = config.get("scale_fmt")
+        if scale_fmt is not None and (
+            not isinstance(scale_fmt, str) or scale_fmt.lower() not in ("float", "fp32", "float32", "none")
+        ):
             raise refuse("scale_fmt", "fp32 scales ('ue8m0' is not supported)", quantize_hint)
         sizes = config.get("weight_block_size")
         if (
@@ -153,12 +164,20 @@ class BlockFp8Config:
             or not all(isinstance(s, int) and not isinstance(s, bool) and 1 <= s <= 1 << 20 for s in sizes)
         ):
             raise refuse("weight_block_size", "two positive integers, such as [128, 128]", quantize_hint)
-        ignored: list[str] = []
+        ignored: dict[str, None] = {}  # in their order, each once
         for key in ("ignored_layers", "modules_to_not_convert"):
             names = config.get(key) or []
             if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
                 raise refuse(key, "a list of module names", "correct the list in config.json")
-            ignored += [name for name in names if name not in ignored]
+            if len(names) > MAX_IGNORED:
+                raise BlockFp8Error(
+                    "an ignore list has more names than any model has modules",
+                    where=f"{where}.{key}",
+                    expected=f"at most {MAX_IGNORED}; a parent's name stands for all below it",
+                    got=len(names),
+                    fix="correct the list in config.json",
+                )
+            ignored |= dict.fromkeys(names)
         return cls(BlockSize(*sizes), tuple(ignored))
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,11 +1,13 @@
+import json
 import pickle
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize, ShardGrid, scale_shape
+from qwen3_fp8_ascend.format import MAX_IGNORED, BlockFp8Config, BlockSize, ShardGrid, scale_shape
 
 QWEN3 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
@@ -43,6 +45,32 @@ def test_refused_configs_name_the_key(change: dict, named: str) -> None:
     config = {key: value for key, value in (QWEN3 | change).items() if value is not None}
     with pytest.raises(BlockFp8Error, match=rf"quantization_config\.{named}"):
         BlockFp8Config.from_dict(config)
+
+
+@pytest.mark.parametrize("value", [["x"] * 10**6, "x" * 10**6, "\x1b[2J\n", json.loads("[" * 900 + "]" * 900)])
+@pytest.mark.parametrize("key", ["fmt", "scale_fmt", "quant_method", "weight_block_size", "ignored_layers"])
+def test_whatever_a_config_holds_the_message_is_short(key: str, value: object) -> None:
+    if key == "ignored_layers" and value == ["x"] * 10**6:
+        value = [7] * 10**6
+    with pytest.raises(BlockFp8Error) as caught:
+        BlockFp8Config.from_dict(QWEN3 | {key: value})
+    assert len(str(caught.value)) < 1000
+    assert all(line.isprintable() for line in str(caught.value).split("\n"))
+
+
+def test_long_ignore_lists_take_no_time() -> None:
+    names = [f"layer{i}" for i in range(MAX_IGNORED)]
+    started = time.process_time()
+    config = BlockFp8Config.from_dict(QWEN3 | {"ignored_layers": names, "modules_to_not_convert": names[::-1]})
+    assert config.ignored == tuple(names)
+    assert time.process_time() - started < 1
+    with pytest.raises(BlockFp8Error, match="more names"):
+        BlockFp8Config.from_dict(QWEN3 | {"ignored_layers": [*names, "one more"]})
+
+
+def test_what_is_no_object_is_not_block_fp8() -> None:
+    assert not any(BlockFp8Config.matches(value) for value in (None, 3, "fp8", [], {}, {"quant_method": "fp8"}))  # type: ignore[arg-type]
+    assert BlockFp8Config.matches(QWEN3)
 
 
 def test_error_survives_pickling_between_processes() -> None:

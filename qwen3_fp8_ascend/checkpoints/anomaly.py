@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -32,6 +34,24 @@ class Anomaly:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+MAX_ANOMALIES = 1000
+"""Most findings of a severity that are kept; the others are counted. A hostile index could name millions."""
+
+
+def collect(findings: Iterable[Anomaly]) -> list[Anomaly]:
+    """The findings in their order, without those beyond `MAX_ANOMALIES`, for which one says how many there are."""
+    kept: list[Anomaly] = []
+    counts: Counter[Severity] = Counter()
+    for anomaly in findings:
+        counts[anomaly.severity] += 1
+        if counts[anomaly.severity] <= MAX_ANOMALIES:
+            kept.append(anomaly)
+    for severity, count in counts.items():
+        if count > MAX_ANOMALIES:
+            kept.append(Anomaly(f"{count - MAX_ANOMALIES} more {severity}s are not listed", severity=severity))
+    return kept
 
 
 class CheckpointError(BlockFp8Error):

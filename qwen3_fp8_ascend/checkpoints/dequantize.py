@@ -15,14 +15,12 @@ from qwen3_fp8_ascend.checkpoints.folder import QUANTIZATION_KEYS, read_checkpoi
 from qwen3_fp8_ascend.checkpoints.header import TensorEntry
 from qwen3_fp8_ascend.checkpoints.inspect import DOWNLOAD_AGAIN, E4M3, check_checkpoint
 from qwen3_fp8_ascend.checkpoints.rewrite import RewriteSummary, rewrite_checkpoint
-from qwen3_fp8_ascend.checkpoints.shard import SAFETENSORS_DTYPES, ShardReader, ShardWriter, TensorSpec
+from qwen3_fp8_ascend.checkpoints.shard import SAFETENSORS_DTYPES, ShardReader, ShardWriter, TensorSpec, Tile, tiles
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import SCALE_SUFFIX, WEIGHT_SUFFIX, BlockSize, ceil_div
 from qwen3_fp8_ascend.ops import check_scale_values, count_nan_codes
-from qwen3_fp8_ascend.reference import dequantize_weight
 
 TARGET_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CHUNK_ELEMENTS = 4 << 20
 
 
 def dequantize_checkpoint(
@@ -73,19 +71,16 @@ class _Dequantization:
             return  # read beside its weight, which may be in another file
         n, k = tensor.shape
         entry = self.tensors[tensor.name.removesuffix(WEIGHT_SUFFIX) + SCALE_SUFFIX]
-        scale = reader.read_rows(entry, 0, entry.shape[0])
+        scale = reader.read_tile(entry, Tile(0, entry.shape[0], 0, entry.shape[1]))
         check_scale_values(scale, where=f"{entry.file}, {entry.name}")
-        rows = max(1, CHUNK_ELEMENTS // max(1, k) // self.block.n) * self.block.n
         nan_codes = overflows = 0
-        for start in range(0, n, rows):
-            codes = reader.read_rows(tensor, start, min(rows, n - start))
+        for tile in tiles(n, k, self.block, whole_blocks=False):
+            codes = reader.read_tile(tensor, tile)
             nan_codes += count_nan_codes(codes)
-            first = start // self.block.n
-            part = scale[first : first + ceil_div(codes.shape[0], self.block.n)]
-            weight = dequantize_weight(codes, part, self.dtype, block=self.block)
+            weight = (codes.float() * _tile_scales(scale, self.block, tile)).to(self.dtype)
             if weight.numel() and not torch.isfinite(weight.abs().amax()):
                 overflows += weight.numel() - int(torch.isfinite(weight).sum())
-            writer.write(tensor.name, start * k * self.dtype.itemsize, weight)
+            writer.write_tile(tensor.name, k, tile, weight)
         if nan_codes:
             raise fault(
                 "a weight holds NaN codes (0x7F or 0xFF)",
@@ -113,6 +108,14 @@ class _Dequantization:
             if key in out:
                 out[key] = name
         return out
+
+
+def _tile_scales(scale: torch.Tensor, block: BlockSize, tile: Tile) -> torch.Tensor:
+    """The scale of each element of a tile that consists of several blocks or lies within one."""
+    n, k = min(block.n, tile.rows), min(block.k, tile.columns)
+    row, column = tile.row // block.n, tile.column // block.k
+    part = scale[row : row + ceil_div(tile.rows, n), column : column + ceil_div(tile.columns, k)].float()
+    return part.repeat_interleave(n, 0)[: tile.rows].repeat_interleave(k, 1)[:, : tile.columns]
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly, CheckpointError, fault
-from qwen3_fp8_ascend.checkpoints.header import FileHeader, TensorEntry, is_plain_text, read_header
+from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly, CheckpointError, collect, fault
+from qwen3_fp8_ascend.checkpoints.header import FileHeader, TensorEntry, is_plain_text, is_tensor_name, read_header
 from qwen3_fp8_ascend.checkpoints.strict_json import DAMAGED, read_object
+from qwen3_fp8_ascend.errors import printable
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -21,6 +23,12 @@ WEIGHTS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MAX_CONFIG_BYTES = 16 << 20
 MAX_INDEX_BYTES = 100_000_000
+MAX_FILES = 1000
+"""Several times as many weight files as the largest models have."""
+
+MAX_TENSORS = 200_000
+"""Of a checkpoint: twice DeepSeek-V3's. Looking at one takes about 20 microseconds."""
+
 NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
@@ -64,7 +72,8 @@ def survey_checkpoint(folder: Path) -> Checkpoint:
         BlockFp8Error: there is no such folder, config.json is unreadable, or there are no safetensors files.
     """
     names = _list(folder)
-    config = read_object(folder / CONFIG, CONFIG, MAX_CONFIG_BYTES) if CONFIG in names else None
+    described = _weight_bytes(folder, names)
+    config = read_object(folder / CONFIG, CONFIG, MAX_CONFIG_BYTES, described) if CONFIG in names else None
     if config is None:
         unfinished = "journal.json" in names or folder.parent.name.endswith(".incomplete")
         raise fault(
@@ -74,34 +83,31 @@ def survey_checkpoint(folder: Path) -> Checkpoint:
             if unfinished
             else "give the folder of a Hugging Face checkpoint: config.json beside *.safetensors",
         )
-    anomalies: list[Anomaly] = []
-    weight_map = _read_index(folder) if INDEX in names else None
-    files = _weight_files(names, weight_map, anomalies)
+    weight_map = _read_index(folder, described) if INDEX in names else None
+    files = _weight_files(names, weight_map)
+    if len(files) > MAX_FILES:
+        raise fault(
+            "the folder has more weight files than any model",
+            file=printable(str(folder)),
+            expected=f"at most {MAX_FILES}",
+            got=len(files),
+            fix="give the folder of one checkpoint",
+        )
     headers: list[FileHeader] = []
     tensors: dict[str, TensorEntry] = {}
-    for file in files:
-        try:
-            header = read_header(folder / file)
-        except CheckpointError as error:
-            anomalies.append(error.anomaly)
-            continue
-        headers.append(header)
-        for tensor in header.tensors:
-            first = tensors.setdefault(tensor.name, tensor)
-            if first is not tensor:
-                anomalies.append(
-                    Anomaly(
-                        "a tensor is in two files",
-                        file=tensor.file,
-                        tensor=tensor.name,
-                        expected=f"only in {first.file}",
-                        got=f"also in {tensor.file}",
-                        fix="remove the file that does not belong to this checkpoint",
-                    )
-                )
-    if weight_map is not None:
-        anomalies += _cross_check(weight_map, tensors, {header.file for header in headers})
-    unused = tuple(sorted(n for n in names if n.endswith(WEIGHTS_SUFFIX) and n not in files))
+
+    def find() -> Iterator[Anomaly]:
+        if weight_map is not None:
+            yield from _missing_files(names, weight_map)
+        elif files != [SINGLE]:
+            yield from _missing_numbers(files)
+        yield from _read_headers(folder, files, headers, tensors)
+        if weight_map is not None:
+            yield from _cross_check(weight_map, tensors, {header.file for header in headers})
+
+    anomalies = collect(find())
+    used = set(files)
+    unused = tuple(sorted(n for n in names if n.endswith(WEIGHTS_SUFFIX) and n not in used))
     ordered = dict(sorted(tensors.items()))
     return Checkpoint(folder, config, tuple(headers), ordered, weight_map is not None, unused, tuple(anomalies))
 
@@ -134,13 +140,76 @@ def _list(folder: Path) -> set[str]:
         ) from None
 
 
-def _read_index(folder: Path) -> dict[str, str]:
-    index = read_object(folder / INDEX, "the index", MAX_INDEX_BYTES)
+def leaving_link(path: Path, folder: Path) -> Path | None:
+    """Where a link leads that leaves the checkpoint folder; None if it is no such link.
+
+    A Hugging Face cache is snapshots/<revision>/<file> -> ../../blobs/<digest>: these do not leave the checkpoint.
+    """
+    if not path.is_symlink():
+        return None
+    resolved, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    if resolved.is_relative_to(root) or resolved.is_relative_to(root.parent.parent / "blobs"):
+        return None
+    return resolved
+
+
+def _weight_bytes(folder: Path, names: set[str]) -> int:
+    """Size of all weight files: what config.json and the index may be expected to describe."""
+    total = 0
+    for name in names:
+        if name.endswith(WEIGHTS_SUFFIX):
+            with suppress(OSError):  # said when the file is read
+                total += os.stat(folder / name).st_size
+    return total
+
+
+def _read_headers(
+    folder: Path, files: Sequence[str], headers: list[FileHeader], tensors: dict[str, TensorEntry]
+) -> Iterator[Anomaly]:
+    """Fill `headers` and `tensors` from the files."""
+    for file in files:
+        target = leaving_link(folder / file, folder)
+        if target is not None:
+            yield Anomaly(
+                "a weight file is a link that leaves the checkpoint folder",
+                file=file,
+                got=printable(str(target)),
+                fix="make sure that you know the file that it leads to",
+                severity="warning",
+            )
+        try:
+            header = read_header(folder / file)
+        except CheckpointError as error:
+            yield error.anomaly
+            continue
+        headers.append(header)
+        if len(tensors) + len(header.tensors) > MAX_TENSORS:
+            raise fault(
+                "the folder has more tensors than any model",
+                file=file,
+                expected=f"at most {MAX_TENSORS}",
+                fix="give the folder of one checkpoint",
+            )
+        for tensor in header.tensors:
+            first = tensors.setdefault(tensor.name, tensor)
+            if first is not tensor:
+                yield Anomaly(
+                    "a tensor is in two files",
+                    file=tensor.file,
+                    tensor=tensor.name,
+                    expected=f"only in {first.file}",
+                    got=f"also in {tensor.file}",
+                    fix="remove the file that does not belong to this checkpoint",
+                )
+
+
+def _read_index(folder: Path, described: int) -> dict[str, str]:
+    index = read_object(folder / INDEX, "the index", MAX_INDEX_BYTES, described)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise fault("the index has no weight_map", file=INDEX, fix=DAMAGED)
     for tensor, file in weight_map.items():
-        if not is_plain_text(tensor):
+        if not is_tensor_name(tensor):
             raise fault("a tensor's name is empty, too long, or unprintable", file=INDEX, got=ascii(tensor[:100]))
         if not isinstance(file, str) or not _is_plain_file_name(file):
             raise fault(
@@ -158,30 +227,29 @@ def _is_plain_file_name(name: str) -> bool:
     return is_plain_text(name) and not set(name) & {"/", "\\"} and name.endswith(WEIGHTS_SUFFIX)
 
 
-def _weight_files(names: set[str], weight_map: Mapping[str, str] | None, anomalies: list[Anomaly]) -> Sequence[str]:
+def _weight_files(names: set[str], weight_map: Mapping[str, str] | None) -> Sequence[str]:
     if weight_map is not None:
-        counts = Counter(weight_map.values())
-        anomalies += [
-            Anomaly(
-                "a file that the index names is missing",
-                file=file,
-                expected=f"{count} tensors",
-                fix="the download is incomplete; download the file",
-            )
-            for file, count in sorted(counts.items())
-            if file not in names
-        ]
-        return sorted(file for file in counts if file in names)
+        return sorted(names.intersection(weight_map.values()))
     if SINGLE in names:
         return [SINGLE]
     files = sorted(name for name in names if name.endswith(WEIGHTS_SUFFIX))
     if not files:
         raise _no_weights(names)
-    anomalies += _missing_numbers(files)
     for file in files:
         if not is_plain_text(file):
             raise fault("a weight file's name is unprintable", file=ascii(file))
     return files
+
+
+def _missing_files(names: set[str], weight_map: Mapping[str, str]) -> Iterator[Anomaly]:
+    for file, count in sorted(Counter(weight_map.values()).items()):
+        if file not in names:
+            yield Anomaly(
+                "a file that the index names is missing",
+                file=file,
+                expected=f"{count} tensors",
+                fix="the download is incomplete; download the file",
+            )
 
 
 def _missing_numbers(files: Sequence[str]) -> list[Anomaly]:
@@ -227,26 +295,20 @@ def _no_weights(names: set[str]) -> CheckpointError:
 
 def _cross_check(
     weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry], readable: set[str]
-) -> list[Anomaly]:
-    found = []
+) -> Iterator[Anomaly]:
     for name, file in sorted(weight_map.items()):
         if file not in readable:
             continue
         entry = tensors.get(name)
         if entry is None or entry.file != file:
-            found.append(
-                Anomaly(
-                    "a tensor is not where the index says",
-                    file=file,
-                    tensor=name,
-                    expected=f"in {file}",
-                    got=f"in {entry.file}" if entry else "in no readable file",
-                    fix=DAMAGED,
-                )
+            yield Anomaly(
+                "a tensor is not where the index says",
+                file=file,
+                tensor=name,
+                expected=f"in {file}",
+                got=f"in {entry.file}" if entry else "in no readable file",
+                fix=DAMAGED,
             )
     for name, entry in tensors.items():
         if name not in weight_map:
-            found.append(
-                Anomaly("a tensor is not in the index", file=entry.file, tensor=name, fix=DAMAGED, severity="warning")
-            )
-    return found
+            yield Anomaly("a tensor is not in the index", file=entry.file, tensor=name, fix=DAMAGED, severity="warning")

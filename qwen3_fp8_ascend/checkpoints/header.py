@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.anomaly import fault
 from qwen3_fp8_ascend.checkpoints.strict_json import DAMAGED, parse_object, regular_size
+from qwen3_fp8_ascend.errors import describe
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8,
@@ -45,8 +47,14 @@ DTYPE_BITS: Mapping[str, int] = {
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
+MAX_BITS = (1 << 64) - 1
+"""safetensors multiplies sizes in 64 bits and torch makes strides of them, both also where another size is 0."""
+
 MAX_RANK = 64
-MAX_NAME = 1024
+MAX_NAME = 512
+MAX_PARTS = 32
+"""Of a tensor's name, between dots; an ignore list is looked up once for each."""
+
 METADATA = "__metadata__"
 LENGTH_BYTES = 8
 
@@ -88,7 +96,7 @@ def read_header(path: Path) -> FileHeader:
     """
     size = regular_size(path)
     text = _read_header_text(path, size)
-    document = parse_object(text, path.name, "the safetensors header")
+    document = parse_object(text, path.name, "the safetensors header", size)
     metadata = _check_metadata(document.pop(METADATA, {}), path.name)
     data_begin = LENGTH_BYTES + len(text)
     tensors = [_parse_entry(name, entry, path.name, data_begin) for name, entry in document.items()]
@@ -146,11 +154,16 @@ def _pointer_hint(prefix: bytes) -> str | None:
 def _check_metadata(metadata: Any, file: str) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise fault(f"{METADATA} is not an object of strings", file=file, fix=DAMAGED)
+    try:
+        for text in chain(metadata.keys(), metadata.values()):
+            text.encode()
+    except UnicodeEncodeError:
+        raise fault(f"{METADATA} has half a surrogate pair, which is no text", file=file, fix=DAMAGED) from None
     return metadata
 
 
 def _parse_entry(name: str, entry: Any, file: str, data_begin: int) -> TensorEntry:
-    if not is_plain_text(name):
+    if not is_tensor_name(name):
         raise fault(
             "a tensor's name is empty, too long, or has unprintable characters", file=file, got=ascii(name[:100])
         )
@@ -170,14 +183,14 @@ def _parse_entry(name: str, entry: Any, file: str, data_begin: int) -> TensorEnt
             file=file,
             tensor=name,
             expected=", ".join(DTYPE_BITS),
-            got=repr(dtype)[:80],
+            got=describe(dtype, 80),
         )
     if not isinstance(shape, list) or len(shape) > MAX_RANK or not all(_is_size(size) for size in shape):
         raise fault(
             "a tensor's shape is not a list of non-negative integers",
             file=file,
             tensor=name,
-            got=repr(shape)[:200],
+            got=describe(shape),
             fix=DAMAGED,
         )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
@@ -185,10 +198,19 @@ def _parse_entry(name: str, entry: Any, file: str, data_begin: int) -> TensorEnt
             "a tensor's data_offsets are not two non-negative integers",
             file=file,
             tensor=name,
-            got=repr(offsets)[:200],
+            got=describe(offsets),
             fix=DAMAGED,
         )
     begin, end = offsets
+    if math.prod(size or 1 for size in shape) * DTYPE_BITS[dtype] > MAX_BITS:
+        raise fault(
+            "a tensor's shape is larger than any memory",
+            file=file,
+            tensor=name,
+            expected="sizes, apart from zeros, whose product can be counted",
+            got=describe(shape),
+            fix=DAMAGED,
+        )
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if begin > end or bits != 8 * (end - begin):
         raise fault(
@@ -238,6 +260,11 @@ def _check_coverage(tensors: list[TensorEntry], file: str, data_begin: int, size
 def is_plain_text(name: str) -> bool:
     """Whether a name can be shown in a terminal and kept in a table as it is."""
     return 0 < len(name) <= MAX_NAME and name.isprintable()
+
+
+def is_tensor_name(name: str) -> bool:
+    """Whether a tensor of a model may be called so."""
+    return is_plain_text(name) and name.count(".") < MAX_PARTS
 
 
 def _is_size(value: Any) -> bool:

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly, CheckpointError, fault
-from qwen3_fp8_ascend.checkpoints.folder import Checkpoint, find_quantization, survey_checkpoint
-from qwen3_fp8_ascend.checkpoints.header import TensorEntry
+from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly, CheckpointError, collect, fault
+from qwen3_fp8_ascend.checkpoints.folder import (
+    INDEX,
+    SINGLE,
+    WEIGHTS_SUFFIX,
+    Checkpoint,
+    find_quantization,
+    survey_checkpoint,
+)
+from qwen3_fp8_ascend.checkpoints.header import TensorEntry, is_plain_text
 from qwen3_fp8_ascend.checkpoints.layers import (
     COMMON_LINEARS,
     is_decoder_linear,
@@ -22,7 +30,7 @@ from qwen3_fp8_ascend.checkpoints.layers import (
     layer_index,
     module_of,
 )
-from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.errors import BlockFp8Error, describe, printable
 from qwen3_fp8_ascend.format import (
     SCALE_DTYPES,
     SCALE_SUFFIX,
@@ -90,18 +98,19 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
         BlockFp8Error: there is no checkpoint to describe: no folder, no readable config.json, no safetensors files.
     """
     checkpoint = survey_checkpoint(Path(folder))
-    anomalies = list(checkpoint.anomalies)
+    findings: list[Iterable[Anomaly]] = [checkpoint.anomalies]
     config: BlockFp8Config | None = None
     quantization = find_quantization(checkpoint.config)
     if quantization is not None:
         try:
             config = BlockFp8Config.from_dict(*quantization)
         except BlockFp8Error as error:
-            anomalies.append(_as_anomaly(error))
+            findings.append([_as_anomaly(error)])
     if config is not None:
-        anomalies += _find_anomalies(checkpoint, config)
+        findings += [_find_anomalies(checkpoint, config), _check_unused(checkpoint)]
     elif quantization is None:
-        anomalies += _find_undeclared(checkpoint)
+        findings.append(_find_undeclared(checkpoint))
+    anomalies = collect(chain.from_iterable(findings))
     kinds = {name: _kind(tensor, checkpoint.tensors) for name, tensor in checkpoint.tensors.items()}
     counts: Counter[str] = Counter(kinds.values())
     sizes: Counter[str] = Counter()
@@ -227,8 +236,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 def _printable(value: object) -> str:
     """Text from a checkpoint, safe for a terminal: no escape sequences, no lone surrogates, not endless."""
-    text = str(value)[:100]
-    return text if text.isprintable() else ascii(text)
+    return printable(value, 100) if isinstance(value, str) else describe(value, 100)
 
 
 def _as_anomaly(error: BlockFp8Error) -> Anomaly:
@@ -352,6 +360,29 @@ def _check_float_weight(tensor: TensorEntry, ignored: frozenset[str], quantized_
         f"add {module!r} to modules_to_not_convert in config.json, or {QUANTIZE_AGAIN}",
         warning=not certain,
     )
+
+
+def _check_unused(checkpoint: Checkpoint) -> Iterator[Anomaly]:
+    """Files that are not the checkpoint's, but that vLLM would load: its own choice of files differs from this one.
+
+    Source: vllm/model_executor/model_loader/default_loader.py (`_prepare_weights`), 0.30.0.
+    """
+    if checkpoint.unused and not checkpoint.has_index:
+        yield Anomaly(
+            f"vLLM loads every *{WEIGHTS_SUFFIX} of a folder without an index, on top of each other",
+            file=checkpoint.unused[0] if is_plain_text(checkpoint.unused[0]) else None,
+            expected=f"{SINGLE} alone, or {INDEX}",
+            got=f"{len(checkpoint.unused)} more files",
+            fix="remove the files that do not belong to the checkpoint",
+        )
+    other = next((file for file in checkpoint.unused if file.startswith("consolidated") and is_plain_text(file)), None)
+    if other is not None and checkpoint.has_index:
+        yield Anomaly(
+            "vLLM prefers consolidated*.safetensors to the files that the index names",
+            file=other,
+            fix="serve it with --load-format safetensors, or remove the file",
+            severity="warning",
+        )
 
 
 def _check_layers_present(checkpoint: Checkpoint) -> Iterator[Anomaly]:

@@ -22,7 +22,7 @@ from qwen3_fp8_ascend.checkpoints.header import TensorEntry
 from qwen3_fp8_ascend.checkpoints.inspect import E4M3, OTHER_FP8
 from qwen3_fp8_ascend.checkpoints.layers import FUSED, is_decoder_linear, is_linear_weight, matches_any, module_of
 from qwen3_fp8_ascend.checkpoints.rewrite import RewriteSummary, rewrite_checkpoint
-from qwen3_fp8_ascend.checkpoints.shard import ShardReader, ShardWriter, TensorSpec
+from qwen3_fp8_ascend.checkpoints.shard import ShardReader, ShardWriter, TensorSpec, Tile, tiles
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import (
     DEFAULT_BLOCK,
@@ -35,8 +35,6 @@ from qwen3_fp8_ascend.format import (
 )
 
 SOURCE_DTYPES = ("BF16", "F16", "F32")
-CHUNK_ELEMENTS = 4 << 20
-"""Weights quantized at a time: large enough to keep the cores busy, small enough that memory does not matter."""
 
 
 def quantize_checkpoint(
@@ -78,6 +76,7 @@ def quantize_weight(weight: torch.Tensor, block: BlockSize = DEFAULT_BLOCK) -> t
     Source: DeepSeek-V3 ``inference/kernel.py`` (weight_quant), and transformers' fine-grained FP8.
     """
     n, k = weight.shape
+    block = BlockSize(min(block.n, max(1, n)), min(block.k, max(1, k)))  # no padding beyond the only block
     rows, columns = scale_shape(n, k, block)
     padding = (0, columns * block.k - k, 0, rows * block.n - n)
     padded = torch.nn.functional.pad(weight.float(), padding) if any(padding) else weight.float()
@@ -112,17 +111,17 @@ class _Quantization:
 
     def convert(self, tensor: TensorEntry, reader: ShardReader, writer: ShardWriter) -> None:
         n, k = tensor.shape
-        rows = max(1, CHUNK_ELEMENTS // max(1, k) // self.block.n) * self.block.n
-        scale_columns = scale_shape(n, k, self.block)[1]
+        block, scale_columns = self.block, scale_shape(n, k, self.block)[1]
         bad = 0
-        for start in range(0, n, rows):
-            weight = reader.read_rows(tensor, start, min(rows, n - start))
-            codes, scale = quantize_weight(weight, self.block)
+        for tile in tiles(n, k, block, whole_blocks=True):
+            weight = reader.read_tile(tensor, tile)
+            codes, scale = quantize_weight(weight, block)
             if not torch.isfinite(scale).all():  # a NaN or an infinity in a block shows in its amax
                 bad += weight.numel() - int(torch.isfinite(weight).sum())
                 continue  # count them all, then refuse
-            writer.write(tensor.name, start * k, codes)
-            writer.write(_scale_name(tensor.name), start // self.block.n * scale_columns * 4, scale)
+            writer.write_tile(tensor.name, k, tile, codes)
+            scale_tile = Tile(tile.row // block.n, scale.shape[0], tile.column // block.k, scale.shape[1])
+            writer.write_tile(_scale_name(tensor.name), scale_columns, scale_tile, scale)
         if bad:
             raise fault(
                 "a weight has NaN or infinite values, which block FP8 cannot hold",

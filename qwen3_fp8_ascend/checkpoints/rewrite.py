@@ -21,12 +21,19 @@ import torch
 
 import qwen3_fp8_ascend
 from qwen3_fp8_ascend.checkpoints.anomaly import fault
-from qwen3_fp8_ascend.checkpoints.folder import CONFIG, INDEX, PICKLE_SUFFIXES, WEIGHTS_SUFFIX, Checkpoint
+from qwen3_fp8_ascend.checkpoints.folder import (
+    CONFIG,
+    INDEX,
+    PICKLE_SUFFIXES,
+    WEIGHTS_SUFFIX,
+    Checkpoint,
+    leaving_link,
+)
 from qwen3_fp8_ascend.checkpoints.header import LENGTH_BYTES, FileHeader, TensorEntry
 from qwen3_fp8_ascend.checkpoints.inspect import format_bytes
 from qwen3_fp8_ascend.checkpoints.shard import ShardReader, ShardWriter, TensorSpec, lay_out
 from qwen3_fp8_ascend.checkpoints.workspace import Workspace, check_destination
-from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.errors import BlockFp8Error, printable
 
 METADATA = {"format": "pt"}
 OTHER_WEIGHTS = (
@@ -108,9 +115,11 @@ def rewrite_checkpoint(
     target = Path(os.path.abspath(destination))
     _check_apart(checkpoint.folder, target)
     check_destination(target, overwrite=overwrite)
+    for name in (CONFIG, INDEX, *(header.file for header in checkpoint.files)):
+        _check_link(checkpoint.path(name), checkpoint.folder)
     plans = [plan for header in checkpoint.files if (plan := _plan_file(header, conversion)).outputs]
-    carried = list(_carried_files(checkpoint.folder))
     try:
+        carried = list(_carried_files(checkpoint.folder))
         with Workspace(target, _identity(checkpoint, conversion), overwrite=overwrite) as workspace:
             todo = [plan for plan in plans if not workspace.has(plan.file, plan.size)]
             _check_space(workspace, todo, carried)
@@ -235,22 +244,20 @@ def _carried_files(folder: Path) -> Iterator[tuple[str, Path]]:
             relative = path.relative_to(folder).as_posix()
             if relative == CONFIG or name.endswith(".index.json") or name.lower().endswith(OTHER_WEIGHTS):
                 continue
-            if path.is_symlink():
-                _check_link(path, folder)
+            _check_link(path, folder)
             if path.is_file():
                 yield relative, path
 
 
 def _check_link(path: Path, folder: Path) -> None:
     """Refuse a link that would copy a file of the user's from elsewhere into a folder meant to be shared."""
-    resolved, root = path.resolve(), folder.resolve()
-    # A Hugging Face cache is snapshots/<revision>/<file> -> ../../blobs/<digest>.
-    if not (resolved.is_relative_to(root) or resolved.is_relative_to(root.parent.parent / "blobs")):
+    target = leaving_link(path, folder)
+    if target is not None:
         raise fault(
             "a link leaves the checkpoint folder",
-            file=path.relative_to(folder).as_posix(),
+            file=printable(path.relative_to(folder).as_posix()),
             expected="a link within the folder or into the download cache's blobs",
-            got=str(resolved),
+            got=printable(str(target)),
             fix="replace the link by the file, if it belongs to the checkpoint",
         )
 
@@ -288,7 +295,7 @@ def _explain(error: OSError, destination: Path) -> BlockFp8Error:
         )
     return BlockFp8Error(
         "the conversion cannot read or write its files",
-        where=error.filename or destination,
+        where=printable(str(error.filename or destination)),
         got=error.strerror,
         fix="mend the cause and run the same command again; it continues where it stopped",
     )

@@ -18,6 +18,7 @@ import torch
 
 from qwen3_fp8_ascend.checkpoints.anomaly import fault
 from qwen3_fp8_ascend.checkpoints.header import DTYPE_BITS, LENGTH_BYTES, METADATA, TensorEntry
+from qwen3_fp8_ascend.format import BlockSize
 
 TORCH_DTYPES = {
     "F32": torch.float32,
@@ -28,7 +29,10 @@ TORCH_DTYPES = {
 """The dtypes that conversions compute with; every other one is copied as bytes."""
 
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
-COPY_BYTES = 16 << 20
+COPY_BYTES = 4 << 20
+
+TILE_ELEMENTS = 1 << 18
+"""Weights converted at a time: enough to keep the cores busy, few enough to stay in cache and to cost no memory."""
 
 
 class TensorSpec(NamedTuple):
@@ -41,6 +45,47 @@ class TensorSpec(NamedTuple):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+class Tile(NamedTuple):
+    """Part of a matrix: `rows` x `columns` from `row` and `column` on."""
+
+    row: int
+    rows: int
+    column: int
+    columns: int
+
+    def pieces(self, k: int, itemsize: int) -> Iterator[tuple[int, slice]]:
+        """Where it lies in a matrix of k columns: offsets of contiguous bytes, and which of the tile's they are."""
+        height = self.rows if self.columns == k else 1
+        size = height * self.columns * itemsize
+        for number in range(self.rows // height if size else 0):
+            offset = ((self.row + number * height) * k + self.column) * itemsize
+            yield offset, slice(number * size, (number + 1) * size)
+
+
+def tiles(n: int, k: int, block: BlockSize, *, whole_blocks: bool) -> Iterator[Tile]:
+    """Cover an (n, k) matrix by tiles of about `TILE_ELEMENTS` elements, each of several blocks or within one.
+
+    `whole_blocks`: no tile is smaller than a block, however large that is. A matrix without elements has no tiles,
+    however long its other side.
+    """
+    if not n * k:
+        return
+    width = TILE_ELEMENTS // min(n, block.n) if whole_blocks else TILE_ELEMENTS
+    for column, columns in _spans(k, block.k, width, whole_blocks):
+        for row, rows in _spans(n, block.n, max(1, TILE_ELEMENTS // columns), whole_blocks):
+            yield Tile(row, rows, column, columns)
+
+
+def _spans(size: int, unit: int, limit: int, whole_units: bool) -> Iterator[tuple[int, int]]:
+    """Cut 0 to `size` into pieces of at most `limit`, each of whole units or within one: (start, length)."""
+    step = min(max(1, limit // unit) * unit, size)
+    inner = step if whole_units else min(step, limit)
+    for start in range(0, size, step):
+        end = min(start + step, size)
+        for position in range(start, end, inner):
+            yield position, min(inner, end - position)
 
 
 class ShardReader:
@@ -58,17 +103,19 @@ class ShardReader:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def read_rows(self, tensor: TensorEntry, start: int, rows: int) -> torch.Tensor:
-        """Rows `start` to `start + rows` of a 2-D tensor.
+    def read_tile(self, tensor: TensorEntry, tile: Tile) -> torch.Tensor:
+        """Part of a 2-D tensor.
 
-        Shapes: -> (rows, k) in the tensor's dtype.
+        Shapes: -> (tile.rows, tile.columns) in the tensor's dtype.
         """
         dtype, k = TORCH_DTYPES[tensor.dtype], tensor.shape[1]
-        if not rows * k:
-            return torch.empty(rows, k, dtype=dtype)
-        row_bytes = k * dtype.itemsize
-        data = self._read(tensor, tensor.begin + start * row_bytes, rows * row_bytes)
-        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(rows, k)
+        if not tile.rows * tile.columns:
+            return torch.empty(tile.rows, tile.columns, dtype=dtype)
+        data = bytearray(tile.rows * tile.columns * dtype.itemsize)
+        view = memoryview(data)
+        for offset, piece in tile.pieces(k, dtype.itemsize):
+            self._read_into(tensor, tensor.begin + offset, view[piece])
+        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(tile.rows, tile.columns)
 
     def chunks(self, tensor: TensorEntry) -> Iterator[bytearray]:
         """The tensor's bytes in pieces of bounded size."""
@@ -76,16 +123,19 @@ class ShardReader:
             yield self._read(tensor, position, min(COPY_BYTES, tensor.end - position))
 
     def _read(self, tensor: TensorEntry, position: int, length: int) -> bytearray:
+        data = bytearray(length)
+        self._read_into(tensor, position, memoryview(data))
+        return data
+
+    def _read_into(self, tensor: TensorEntry, position: int, view: memoryview) -> None:
         if tensor.file not in self._descriptors:
             self._descriptors[tensor.file] = os.open(self._folder / tensor.file, os.O_RDONLY | os.O_CLOEXEC)
-        data = bytearray(length)
-        view, done = memoryview(data), 0
-        while done < length:
+        done = 0
+        while done < len(view):
             got = os.preadv(self._descriptors[tensor.file], [view[done:]], position + done)
             if got == 0:
                 raise fault("the file shrank while it was read", file=tensor.file, tensor=tensor.name)
             done += got
-        return data
 
 
 class ShardWriter:
@@ -124,6 +174,13 @@ class ShardWriter:
         piece = data.contiguous().view(torch.uint8).flatten().numpy().data if isinstance(data, torch.Tensor) else data
         self._write(self._begin[name] + offset, piece)
         self._unwritten[name] -= len(piece)
+
+    def write_tile(self, name: str, k: int, tile: Tile, data: torch.Tensor) -> None:
+        """Write part of a 2-D tensor with k columns."""
+        view = data.contiguous().view(torch.uint8).flatten().numpy().data
+        for offset, piece in tile.pieces(k, data.element_size()):
+            self._write(self._begin[name] + offset, view[piece])
+        self._unwritten[name] -= len(view)
 
     def _write(self, position: int, data: bytes | bytearray | memoryview) -> None:
         view, done = memoryview(data), 0

@@ -130,7 +130,7 @@ class BlockFp8AscendConfig(QuantizationConfig):
         Per-tensor and other FP8 checkpoints are accepted too, only so that `from_config` can refuse them with
         a reason instead of vLLM's "does not match".
         """
-        if user_quant == "ascend" and hf_quant_cfg and hf_quant_cfg.get("quant_method") == "fp8":
+        if user_quant == "ascend" and isinstance(hf_quant_cfg, Mapping) and hf_quant_cfg.get("quant_method") == "fp8":
             return "ascend"
         return None
 

@@ -11,17 +11,21 @@ import torch
 from safetensors.torch import load_file
 
 from qwen3_fp8_ascend import reference
-from qwen3_fp8_ascend.checkpoints.dequantize import CHUNK_ELEMENTS, dequantize_checkpoint
+from qwen3_fp8_ascend.checkpoints import shard
+from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
+from qwen3_fp8_ascend.checkpoints.header import read_header
 from qwen3_fp8_ascend.checkpoints.inspect import inspect_checkpoint
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint, quantize_weight
+from qwen3_fp8_ascend.checkpoints.shard import TILE_ELEMENTS
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import scale_shape
+from qwen3_fp8_ascend.format import BlockSize, scale_shape
 from tests.support.checkpoint_folders import (  # noqa: F401
     BLOCK_FP8,
     digests,
     in_shards,
     one_thread,
     random_model,
+    raw_file,
     write_folder,
 )
 
@@ -112,7 +116,7 @@ def test_text_config_holds_the_declaration(tmp_path: Path) -> None:
 
 def test_every_finite_code_and_larger_than_a_chunk(tmp_path: Path) -> None:
     k = 3000
-    n = 2 * (CHUNK_ELEMENTS // k) + 77
+    n = 2 * (TILE_ELEMENTS // k) + 77
     codes = torch.randint(0, 256, (n, k), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     codes = torch.where((codes & 0x7F) == 0x7F, codes ^ 1, codes).view(E4M3)
     scale = torch.rand(scale_shape(n, k), generator=torch.Generator().manual_seed(1))
@@ -120,6 +124,36 @@ def test_every_finite_code_and_larger_than_a_chunk(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "fp8", {"model.safetensors": tensors}, {"quantization_config": BLOCK_FP8})
     dequantize_checkpoint(source, tmp_path / "back", progress=False)
     assert torch.equal(load(tmp_path / "back")[NAME], by_compressed_tensors(codes, scale, torch.bfloat16))
+
+
+@pytest.mark.parametrize("block", [(1, 1 << 20), (1 << 20, 1), (1 << 20, 1 << 20), (1, 1), (128, 128), (3, 5)])
+@pytest.mark.parametrize("shape", [(700, 9), (9, 700), (1, 3000), (3000, 1)])
+def test_any_block_and_any_tile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(shard, "TILE_ELEMENTS", 256)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 0x7F, shape, generator=generator, dtype=torch.uint8).view(E4M3)
+    scale = torch.rand(scale_shape(*shape, BlockSize(*block)), generator=generator)
+    config = {"quantization_config": BLOCK_FP8 | {"weight_block_size": list(block)}}
+    source = write_folder(tmp_path / "fp8", {"model.safetensors": {NAME: codes, f"{NAME}_scale_inv": scale}}, config)
+    dequantize_checkpoint(source, tmp_path / "back", progress=False)
+    small = BlockSize(min(block[0], shape[0]), min(block[1], shape[1]))  # the same blocks, without their empty parts
+    assert torch.equal(load(tmp_path / "back")[NAME], reference.dequantize_weight(codes, scale, block=small))
+
+
+@pytest.mark.parametrize("shape", [(1 << 50, 0), (0, 1 << 50), (0, 0)])
+def test_weights_without_elements_take_no_time(tmp_path: Path, shape: tuple[int, int]) -> None:
+    scale = scale_shape(*shape)
+    source = write_folder(tmp_path / "fp8", {}, {"quantization_config": BLOCK_FP8})
+    entries = {
+        NAME: {"dtype": "F8_E4M3", "shape": shape, "data_offsets": [0, 0]},
+        f"{NAME}_scale_inv": {"dtype": "F32", "shape": scale, "data_offsets": [0, 0]},
+    }
+    (source / "model.safetensors").write_bytes(raw_file(entries, 0))
+    dequantize_checkpoint(source, tmp_path / "back", progress=False)
+    (tensor,) = read_header(tmp_path / "back" / "model.safetensors").tensors
+    assert (tensor.dtype, tensor.shape) == ("BF16", shape)
 
 
 def nan_code(codes: torch.Tensor, scale: torch.Tensor) -> None:

@@ -12,6 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qwen3_fp8_ascend.checkpoints import folder as folder_module
+from qwen3_fp8_ascend.checkpoints.anomaly import MAX_ANOMALIES
 from qwen3_fp8_ascend.checkpoints.folder import INDEX, find_quantization, read_checkpoint, survey_checkpoint
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from tests.support.checkpoint_folders import BLOCK_FP8, write_folder
@@ -95,6 +97,15 @@ def test_links_of_a_download_cache_are_followed(sharded: Path) -> None:
     refuse(sharded, "link leads nowhere")
 
 
+def test_a_link_that_leaves_the_folder_is_followed_and_said(sharded: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (sharded / A).rename(elsewhere)
+    (sharded / A).symlink_to(elsewhere)
+    (anomaly,) = survey_checkpoint(sharded).anomalies
+    assert (anomaly.severity, anomaly.file, anomaly.got) == ("warning", A, str(elsewhere))
+    assert set(read_checkpoint(sharded).tensors) == {"a", "b", "c"}
+
+
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     (sharded / A).unlink()
     message = refuse(sharded, "file that the index names is missing")
@@ -167,6 +178,26 @@ def test_broken_json_is_named(sharded: Path, file: str, text: str) -> None:
 def test_broken_indexes_are_named(sharded: Path, index: Any) -> None:
     (sharded / INDEX).write_text(json.dumps(index))
     assert INDEX in refuse(sharded, "index|name")
+
+
+@pytest.mark.parametrize("limit", ["MAX_FILES", "MAX_TENSORS"])
+def test_more_than_any_model_has_is_refused(sharded: Path, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(folder_module, limit, 1)
+    refuse(sharded, "more .* than any model")
+
+
+def test_an_index_of_a_thousand_lies_is_counted(sharded: Path) -> None:
+    lies = {f"absent{i}": A for i in range(MAX_ANOMALIES + 500)}
+    (sharded / INDEX).write_text(json.dumps({"weight_map": {"a": A, "b": A, "c": B} | lies}))
+    anomalies = survey_checkpoint(sharded).anomalies
+    assert len(anomalies) == MAX_ANOMALIES + 1
+    assert anomalies[-1].what == "500 more errors are not listed"
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX])
+def test_brackets_only_are_not_parsed(sharded: Path, file: str) -> None:
+    (sharded / file).write_text('{"weight_map": [' + "[]," * 50_000 + "[]]}")
+    assert file in refuse(sharded, "far more memory")
 
 
 def test_a_config_that_is_a_pipe_does_not_hang(sharded: Path) -> None:

@@ -269,6 +269,21 @@ def test_fp8_without_a_declaration_is_an_anomaly(tmp_path: Path) -> None:
     assert "no quantization_config" in inspect_checkpoint(folder).anomalies[0].what
 
 
+def test_files_that_vllm_would_load_too_are_refused(tmp_path: Path) -> None:
+    """Beside model.safetensors and without an index; the conversions go by model.safetensors alone."""
+    folder = write(tmp_path / "m", block_fp8_tensors())
+    (folder / "extra.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(BlockFp8Error, match="on top of each other") as caught:
+        check_checkpoint(folder)
+    assert "extra.safetensors" in str(caught.value)
+    weight_map = dict.fromkeys(block_fp8_tensors(), "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert check_checkpoint(folder).anomalies == ()
+    (folder / "extra.safetensors").rename(folder / "consolidated.safetensors")
+    (anomaly,) = check_checkpoint(folder).anomalies
+    assert (anomaly.severity, anomaly.file) == ("warning", "consolidated.safetensors")
+
+
 def test_a_damaged_file_does_not_hide_other_anomalies(tmp_path: Path) -> None:
     tensors = block_fp8_tensors()
     input_scale(tensors)

@@ -14,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from qwen3_fp8_ascend.checkpoints import shard
 from qwen3_fp8_ascend.checkpoints.folder import INDEX
+from qwen3_fp8_ascend.checkpoints.header import read_header
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
-from qwen3_fp8_ascend.checkpoints.quantize import CHUNK_ELEMENTS, quantize_checkpoint, quantize_weight
+from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint, quantize_weight
+from qwen3_fp8_ascend.checkpoints.shard import TILE_ELEMENTS
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockSize, scale_shape
 from tests.support.checkpoint_folders import (  # noqa: F401
@@ -25,6 +28,7 @@ from tests.support.checkpoint_folders import (  # noqa: F401
     in_shards,
     one_thread,
     random_model,
+    raw_file,
     write_folder,
 )
 
@@ -125,9 +129,9 @@ def test_checkpoint_holds_what_quantize_weight_gives(tmp_path: Path, dtype: torc
 
 
 def test_weights_larger_than_a_chunk(tmp_path: Path) -> None:
-    """Streaming must not show: pieces are whole rows of blocks."""
+    """Streaming must not show: pieces are whole blocks, in rows and in columns."""
     k = 20_000
-    n = 2 * (CHUNK_ELEMENTS // k) + 57
+    n = 2 * (TILE_ELEMENTS // k) + 257
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(1)).bfloat16()
     name = "model.layers.0.mlp.up_proj.weight"
     source = write_folder(tmp_path / "source", {"model.safetensors": {name: weight}})
@@ -276,6 +280,53 @@ def test_damaged_sources_are_refused(tmp_path: Path) -> None:
     file = source / "model-00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert file.name in refused(source, "truncated")
+
+
+@pytest.mark.parametrize("block", [(1, 1 << 20), (1 << 20, 1), (1 << 20, 1 << 20), (1, 1), (3, 5)])
+@pytest.mark.parametrize("shape", [(70, 9), (9, 70), (1, 3000), (3000, 1)])
+def test_any_block_and_any_tile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(shard, "TILE_ELEMENTS", 64)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    name = "model.layers.0.mlp.up_proj.weight"
+    source = write_folder(tmp_path / "source", {"model.safetensors": {name: weight}})
+    quantize_checkpoint(source, tmp_path / "fp8", block=block, progress=False)
+    out = load_file(tmp_path / "fp8" / "model.safetensors")
+    codes, scale = quantize_weight(weight, BlockSize(*block))
+    assert torch.equal(out[name].view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(out[f"{name}_scale_inv"], scale)
+    assert scale.shape == scale_shape(*shape, BlockSize(*block))
+
+
+@pytest.mark.parametrize("shape", [(1 << 50, 0), (0, 1 << 50)])
+def test_weights_without_elements_take_no_time(tmp_path: Path, shape: tuple[int, int]) -> None:
+    source = write_folder(tmp_path / "source", {})
+    entry = {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]}
+    (source / "model.safetensors").write_bytes(raw_file({"model.layers.0.mlp.up_proj.weight": entry}, 0))
+    quantize_checkpoint(source, tmp_path / "fp8", progress=False)
+    assert {t.shape for t in read_header(tmp_path / "fp8" / "model.safetensors").tensors} == {
+        shape,
+        scale_shape(*shape),
+    }
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_weights_and_config_behind_a_link_out_of_the_folder_are_not_copied(tmp_path: Path, name: str) -> None:
+    source = write_folder(tmp_path / "source", {"model.safetensors": random_model(1)})
+    (source / name).rename(tmp_path / "secret")
+    (source / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(BlockFp8Error, match="leaves the checkpoint folder"):
+        quantize_checkpoint(source, tmp_path / "fp8", progress=False)
+    assert not (tmp_path / "fp8").exists()
+
+
+def test_a_loop_of_links_is_left_out(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", {"model.safetensors": random_model(1)})
+    (source / "notes.txt").symlink_to("more.txt")
+    (source / "more.txt").symlink_to("notes.txt")
+    quantize_checkpoint(source, tmp_path / "fp8", progress=False)
+    assert "notes.txt" not in digests(tmp_path / "fp8")
 
 
 def test_a_link_out_of_the_folder_is_not_copied(tmp_path: Path) -> None:
