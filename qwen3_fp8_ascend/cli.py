@@ -18,7 +18,7 @@ from qwen3_fp8_ascend import __version__
 from qwen3_fp8_ascend.bench import command as bench
 from qwen3_fp8_ascend.precision import command as precision
 from qwen3_fp8_ascend.report import command as report
-from qwen3_fp8_ascend.terminal import Json, be_quiet, check_choices, err, is_quiet, out, run, write_text
+from qwen3_fp8_ascend.terminal import Json, be_quiet, check_choices, check_writable, err, is_quiet, out, run, write_text
 
 app = typer.Typer(
     help="Serve block-FP8 checkpoints with vLLM on Ascend NPUs and on CPUs: look, convert, check.",
@@ -128,6 +128,7 @@ def verify(
 
     check_choices("--form", [form], verification.WORDINGS)
     check_choices("--language", language or [], ("en", "zh"))
+    check_writable(output)
     with err.status(f"waiting for {url}"):
         verification.wait_until_up(url, wait)
     server = verification.server_facts(url, model)

@@ -96,6 +96,28 @@ def check_choices(option: str, values: Iterable[str], choices: Collection[str]) 
             raise BlockFp8Error("unknown value", where=option, got=value or "nothing", fix=fix)
 
 
+def check_writable(path: Path | None) -> None:
+    """Find out before the work that a result could not be written after it.
+
+    Raises:
+        BlockFp8Error: as `write_bytes`; or the path is a folder.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise BlockFp8Error("the result cannot be written", where=path, got="it is a folder", fix="name a file")
+    existed = path.parent.exists()
+    trial = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if not existed:
+        path.parent.rmdir()
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` of a text in UTF-8."""
     write_bytes(path, text.encode())
@@ -114,6 +136,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True) if part.parent.is_dir() else None
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fix = "free some space, or write elsewhere" if full else "choose a file that can be written"
-        raise BlockFp8Error("the result cannot be written", where=path, got=error.strerror, fix=fix) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> BlockFp8Error:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = "free some space, or write elsewhere" if full else "choose a file that can be written"
+    got = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror
+    return BlockFp8Error("the result cannot be written", where=path, got=got, fix=fix)

@@ -287,6 +287,29 @@ def test_a_disk_without_space_is_told(bf16: Path, tmp_path: Path) -> None:
     assert run("quantize", bf16, tmp_path / "fp8").returncode == 0  # once there is space again
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["verify", "http://127.0.0.1:9", "--output"],
+        ["eval-precision", "run", "MODEL"],
+        ["eval-precision", "linears", "MODEL", "--output"],
+        ["eval-precision", "compare", "absent.run", "absent.run", "--html"],
+        ["bench", "serving", "--checkpoint", "FP8=MODEL", "--output"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_a_result_that_could_not_be_written_is_told_before_the_work(
+    words: list[str], fp8: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    line = [word.replace("MODEL", str(fp8)) for word in words]
+    for where, said in ((tmp_path, "it is a folder"), (tmp_path / "file" / "x", "is no folder")):
+        done = run(*line, where)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert "the result cannot be written" in done.stderr and said in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_json_to_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     from tests.support.answering_server import answering
 

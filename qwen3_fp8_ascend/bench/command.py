@@ -15,7 +15,7 @@ import typer
 
 from qwen3_fp8_ascend.bench import serving as measurement
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.terminal import Json, err, out, write_text
+from qwen3_fp8_ascend.terminal import Json, check_writable, err, out, write_text
 
 app = typer.Typer(
     help="Measure: servers as the verification report does, or linears alone.",
@@ -66,9 +66,9 @@ def serving(
 ) -> None:
     """Requests a second and time per output token through `vllm bench serve`, FP8 against BF16.
 
-    Checkpoints are served one after another, with --quantization ascend if they are block FP8, else as they are. What
-    is up at the same time is asked in turn, repeat by repeat. The last configuration is what the others are compared
-    with.
+    Checkpoints are served one after another, with --quantization ascend if they are block FP8, else as they are.
+
+    What is up at the same time is asked in turn, repeat by repeat; the last configuration is the base of the others.
     """
     if not server and not checkpoint:
         fix = "give --server CONFIGURATION=URL or --checkpoint CONFIGURATION=FOLDER"
@@ -79,6 +79,7 @@ def serving(
         for rate in request_rate or [float("inf")]
         for count in concurrency or [1, 8]
     ]
+    check_writable(output)
     plans = [(name, *_look_at(name, Path(folder))) for name, folder in folders]  # before anything takes minutes
     rows: list[measurement.Row] = []
     with err.status("") as status:

@@ -13,7 +13,7 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.precision.prompts import all_prompts
 from qwen3_fp8_ascend.precision.render import markdown_table
 from qwen3_fp8_ascend.provenance import provenance
-from qwen3_fp8_ascend.terminal import Json, check_choices, err, out, write_text
+from qwen3_fp8_ascend.terminal import Json, check_choices, check_writable, err, out, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -63,12 +63,14 @@ def run(
 ) -> None:
     """Run the prompts once and save what was computed, to be compared here or on another machine.
 
-    A folder is loaded with transformers, with no server: all logits and layers' outputs. A server gives the
-    probabilities of the most probable tokens; --backend, --activation and --dtype are then its own.
+    A folder is loaded with transformers, without a server: all logits and layers' outputs.
+
+    A server gives the most probable tokens; --backend, --activation and --dtype are then its own.
     """
     from qwen3_fp8_ascend.precision.runs import save_run
 
     texts = _texts(prompts, limit)
+    check_writable(output)
     with err.status("") as status:
         if source.startswith(("http://", "https://")):
             from qwen3_fp8_ascend.precision.served import run_server
@@ -126,8 +128,7 @@ def compare(
     from qwen3_fp8_ascend.precision.runs import load_run
 
     for path in (output, markdown, html):
-        if path is not None and path.is_dir():
-            raise BlockFp8Error("the result cannot be written", where=path, got="a folder", fix="name a file")
+        check_writable(path)
     base = load_run(reference)
     rows = [comparison.compare(load_run(path), base) for path in runs]
     document = comparison.document(base, rows, None if floor is None else comparison.compare(load_run(floor), base))
@@ -159,11 +160,16 @@ def linears(
     output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge every linear and every decoder layer by itself: the same input to the backend and to the fp64
-    specification. The model itself is computed on the CPU, by the specification."""
+    """Judge every linear and every decoder layer by itself.
+
+    Each gets the same input in the backend and in the fp64 specification.
+
+    The model around it is computed on the CPU, by the specification.
+    """
     from qwen3_fp8_ascend.precision import linears as judge
 
     texts = _texts(prompts, limit)
+    check_writable(output)
     with err.status("") as status:
         _check_device(device)
         loaded, tokenizer = _load(model, "reference", activation, dtype, "cpu")
