@@ -205,6 +205,20 @@ def test_this_pair_of_versions_is_not_warned_about_and_others_are(caplog: pytest
     assert f"with vLLM-Ascend {installed}" in caplog.text and importlib.metadata.version("vllm").endswith("+empty")
 
 
+def test_atlas_300i_is_left_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM-Ascend registers yet another config there, and this package has no kernels for it."""
+    import vllm_ascend._build_info
+
+    from qwen3_fp8_ascend import vllm_plugin
+
+    monkeypatch.setattr(vllm_ascend._build_info, "__device_type__", "_310P")
+    monkeypatch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
+    assert vllm_plugin._config_class() is None
+    assert "not for Atlas 300I (310P)" in caplog.text
+    monkeypatch.undo()
+    assert vllm_plugin._config_class() is AscendConfig
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_fp32_is_refused_at_the_start(tmp_path: Path, dtype: str) -> None:
     folder = write_config(tmp_path / "fp8", quantization_config=BLOCK_FP8)
