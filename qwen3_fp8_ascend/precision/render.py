@@ -45,7 +45,7 @@ METRICS: dict[str, Callable[[Row], str]] = {
 }
 """Lines of the table and what each shows of a comparison."""
 
-WITHIN = {True: "✅", False: "❌", None: "—"}
+WITHIN = {True: "met", False: "missed", None: "—"}
 
 
 def title(document: Mapping[str, Any]) -> str:
@@ -141,7 +141,7 @@ def plot(document: Mapping[str, Any]) -> bytes:
     left.set_yticks(range(len(names)), names)
     left.invert_yaxis()
     left.set_xscale("log")
-    left.set_xlim(min(divergences) / 3, max(divergences) * 100)
+    left.set_xlim(min(divergences) / 3, max(divergences) * 30)
     left.set_title("KL divergence, mean, nats a token", fontsize=10)
     for column, name, colour in zip(columns, names, colours, strict=True):
         if column["layer_rel"]:
@@ -175,6 +175,7 @@ td, th { border: 1px solid #ccc; padding: .3em .7em; text-align: right; font-var
 td:first-child, th:first-child { text-align: left }
 tr:nth-child(even) { background: #f6f6f6 }
 img { max-width: 100% }
+table.facts td { text-align: left }
 pre { background: #f6f6f6; padding: .7em; white-space: pre-wrap; overflow-wrap: anywhere }
 """
 
@@ -195,5 +196,5 @@ def page(document: Mapping[str, Any]) -> str:
         f"<h1>{heading}</h1>\n<table>\n{line('th', header)}{''.join(line('td', row) for row in lines)}</table>\n"
         f'<p><img alt="KL divergence and relative errors by layer" src="data:image/svg+xml;base64,{picture}"></p>\n'
         f"<h2>Runs</h2>\n<ul>\n{runs}</ul>\n<h2>Compared by</h2>\n<pre>{html.escape(document['command'])}</pre>\n"
-        f"<table>\n{facts}</table>\n</html>\n"
+        f'<table class="facts">\n{facts}</table>\n</html>\n'
     )

