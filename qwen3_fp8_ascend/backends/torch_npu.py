@@ -83,14 +83,22 @@ def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ac
     if x.shape[0] == 0 or packed.k == 0 or packed.n == 0:
         out = x.new_zeros(x.shape[0], packed.n)
     elif packed.tensors[0].shape[0] != packed.tensors[1].shape[0]:  # scales of blocks, not of rows
-        out = _native_linear(x, *packed.tensors)
+        codes, scale, *kept = packed.tensors
+        out = torch_npu_native_linear(x, codes, scale, kept[0] if kept else None)
     else:
         return torch_npu_scratch_linear(x, *packed.tensors, bias)
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def _native_linear(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, kept: torch.Tensor | None = None
+def _fake_native_linear(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, kept: torch.Tensor | None
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0] if kept is None else kept.shape[0])
+
+
+@torch_operator(_fake_native_linear)
+def torch_npu_native_linear(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, kept: torch.Tensor | None
 ) -> torch.Tensor:
     """W8A8 in the chip's own block-scaled product (A5).
 

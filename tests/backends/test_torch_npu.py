@@ -155,15 +155,16 @@ def test_the_automatic_choice(chip: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert registry.select_backend(None, "cpu", "w8a8").name == ("torch_npu" if chip == "A5" else "cpu")
 
 
-@pytest.mark.parametrize("chip", ["A2"], indirect=True)
-def test_the_operator_traces_with_any_number_of_rows(chip: str) -> None:
-    problem = random_problem(3, (64,), 128)
-    packed = pack(problem)
-    torch.library.opcheck(
-        torch_npu.torch_npu_scratch_linear,
-        (problem.x.bfloat16(), *packed.tensors, None),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+def test_the_operators_trace_with_any_number_of_rows(chip: str) -> None:
+    for widths in ((128,), (64, 100)):
+        problem = random_problem(3, widths, 128)
+        packed = pack(problem)
+        operator, last = torch_npu.torch_npu_scratch_linear, (None,)
+        if chip == "A5":
+            operator, last = torch_npu.torch_npu_native_linear, (None,) if widths == (128,) else ()
+        torch.library.opcheck(
+            operator, (problem.x.bfloat16(), *packed.tensors, *last), test_utils=("test_schema", "test_faketensor")
+        )
 
 
 @pytest.mark.parametrize(("widths", "k"), SHAPES)

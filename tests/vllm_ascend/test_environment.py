@@ -50,9 +50,11 @@ def test_their_shape_functions_accept_nonsense() -> None:
     import torch_npu
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from qwen3_fp8_ascend.backends import torch_npu as backend
+    from qwen3_fp8_ascend.backends import operators
+    from qwen3_fp8_ascend.backends import torch_npu as _  # noqa: F401
     from qwen3_fp8_ascend.errors import BlockFp8Error
 
+    native = operators.IMPLEMENTATIONS["torch_npu_native_linear"]
     with FakeTensorMode(), torch.device("npu:0"):
         x, codes, scale = torch.empty(3, 256), torch.empty(384, 256, dtype=torch.uint8), torch.empty(3, 2)
         x_codes, x_scale = torch_npu.npu_dynamic_block_quant(
@@ -69,7 +71,7 @@ def test_their_shape_functions_accept_nonsense() -> None:
             )
             assert out.shape == (3, 384)
         with pytest.raises(BlockFp8Error, match="16-bit activations"):
-            backend._native_linear(x, codes, scale)
+            native(x, codes, scale, None)
         for wrong in [(codes.view(torch.int8), scale), (codes, scale.bfloat16()), (codes[:300], scale)]:
             with pytest.raises(BlockFp8Error, match="not a packed weight's"):
-                backend._native_linear(x.bfloat16(), *wrong)
+                native(x.bfloat16(), *wrong, None)
