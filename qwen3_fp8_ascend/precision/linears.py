@@ -177,7 +177,7 @@ def document(model: Path, activation: str, dtype: str, device: str, judged: Sequ
 def cells(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table."""
     bound = document["bound"]["cosine"]
-    header = ["alone", "", "vectors", "cosine", "smallest", f"≥ {bound}", "p99 rel", "max rel", "equal bits"]
+    header = ["alone", "", "vectors", "cosine", "smallest", f"cosine ≥ {bound}", "p99 rel", "max rel", "equal bits"]
     rows = [
         [
             f"{row['name']} vs {row['against']}",

@@ -81,4 +81,13 @@ def _complete(url: str, model: str, prompt: str, greedy_tokens: int) -> dict[str
             expected="prompt_logprobs and prompt_token_ids, as vLLM's completions have them",
             fix="use a vLLM that is among the tested versions",
         )
+    ids, positions, greedy = choice["prompt_token_ids"], choice["prompt_logprobs"], choice.get("token_ids") or []
+    if len(positions) != len(ids) or len(greedy) != greedy_tokens:
+        raise BlockFp8Error(
+            "the server answered with other tokens than were asked for",
+            where=url,
+            expected=f"{len(ids)} positions of the prompt and {greedy_tokens} new tokens",
+            got=f"{len(positions)} and {len(greedy)}",
+            fix="serve with a --max-model-len of the longest prompt and --greedy-tokens together",
+        )
     return choice
