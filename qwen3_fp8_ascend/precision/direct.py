@@ -6,6 +6,7 @@ This is also how a GPU or an NPU is measured by itself, without vLLM.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,29 +27,44 @@ DEQUANTIZED = "dequantized"
 WIDE = "reference-fp64"
 """The specification with fp64 sums: the same arithmetic in another order and precision, for the noise floor."""
 
+SPECIFICATIONS = {"reference": torch.float32, WIDE: torch.float64}
+"""What the specification sums in. It is called directly, so that its codes need not be converted at every call."""
+
 Progress = Callable[[str], None]
 
 
 class BlockFp8Linear(torch.nn.Module):
-    """A linear layer of a block-FP8 checkpoint, computed by one of our backends.
+    """A linear layer of a block-FP8 checkpoint, computed by one of our backends or by the specification.
+
+    `converted` keeps the codes as the numbers that the specification multiplies: 4 or 8 bytes a weight, the same
+    results, a fraction of the time for few rows.
 
     Shapes: x (..., k) -> (..., n) in x.dtype.
     """
 
     def __init__(
-        self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, backend: str, activation: str
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        backend: str,
+        activation: str,
+        converted: bool = False,
     ) -> None:
         super().__init__()
         self.bias, self.activation = bias, activation
-        self.packed = None if backend == WIDE else ops.pack_weight(weight, scale, backend)
-        self.original = (weight, scale) if backend == WIDE else None
+        self.sums = SPECIFICATIONS.get(backend)
+        self.packed = None if self.sums else ops.pack_weight(weight, scale, backend)
+        self.original = (weight, scale) if self.sums else None
+        self.codes = weight.to(self.sums) if converted and self.sums else weight if self.sums else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is not None:
             return ops.block_linear(x, self.packed, self.bias, self.activation)
-        assert self.original is not None
-        wide = reference.block_linear(x, *self.original, activation=self.activation, compute_dtype=torch.float64)
-        out = wide.to(x.dtype)
+        assert self.original and self.sums and self.codes is not None
+        scale = self.original[1]
+        out = reference.block_linear(x, self.codes, scale, activation=self.activation, compute_dtype=self.sums)
+        out = out.to(x.dtype)
         return out if self.bias is None else out + self.bias
 
 
@@ -74,10 +90,26 @@ def load_model(folder: Path, backend: str, activation: str, dtype: torch.dtype, 
             del holder.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    converted = device == "cpu" and _has_room(checkpoint, backend)
     with ShardReader(folder) as reader, torch.no_grad():
-        _fill(model, checkpoint, reader, backend, activation, dtype, device)
+        _fill(model, checkpoint, reader, backend, activation, dtype, device, converted)
     _compute_buffers(model, config, device)
     return model.eval()
+
+
+def _has_room(checkpoint: Checkpoint, backend: str) -> bool:
+    """Whether converted codes take no more than a third of the memory that is free."""
+    sums = SPECIFICATIONS.get(backend)
+    weights = sum(math.prod(e.shape) for e in checkpoint.tensors.values() if e.dtype == "F8_E4M3")
+    return sums is not None and weights * sums.itemsize < _free_memory() / 3
+
+
+def _free_memory() -> int:
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 0
 
 
 def _fill(
@@ -88,6 +120,7 @@ def _fill(
     activation: str,
     dtype: torch.dtype,
     device: str,
+    converted: bool,
 ) -> None:
     tensors = checkpoint.tensors
     state: dict[str, torch.Tensor] = {}
@@ -114,6 +147,7 @@ def _fill(
             None if bias is None else _read(reader, bias).to(device, dtype),
             backend,
             activation,
+            converted,
         )
         model.set_submodule(module, ours)
     state = {name: tensor for name, tensor in state.items() if not _belongs_to_ours(model, name)}

@@ -76,8 +76,8 @@ def judge_linears(
     exact: dict[torch.nn.Module, torch.nn.Module] = {}
     for linear in model.modules():
         if isinstance(linear, BlockFp8Linear):
-            assert linear.packed is not None
-            weight, scale = linear.packed.tensors[:2]
+            assert linear.original is not None
+            weight, scale = linear.original
             bias = None if linear.bias is None else linear.bias.to(device)
             theirs = BlockFp8Linear(weight.to(device), scale.to(device), bias, backend, linear.activation)
             ours[linear] = Elsewhere(theirs, device)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -87,6 +88,23 @@ def test_backends_against_the_reference(saved: Callable[..., Path], activation: 
     assert row.kl_mean <= 3 * floor.kl_mean + 1e-9
     expanded = compare(runs.load_run(saved("--backend", "dequantized")), reference)
     assert expanded.kl_mean > 10 * floor.kl_mean or activation == "none"
+
+
+@pytest.mark.parametrize("activation", ["dynamic", "none"])
+def test_the_specification_is_the_reference_backend_to_the_bit(model: Path, activation: str) -> None:
+    """Codes that were converted beforehand give what the backend gives, which converts them at every call."""
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight, scale = tensors[name], tensors[f"{name}_scale_inv"]
+    x = torch.randn(3, 5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    packed = ops.pack_weight(weight, scale, "reference")
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = ops.block_linear(x.to(dtype), packed, None, activation)
+        for converted in (False, True):
+            linear = BlockFp8Linear(weight, scale, None, "reference", activation, converted)
+            assert torch.equal(linear(x.to(dtype)), expected)
+            wide = BlockFp8Linear(weight, scale, None, "reference-fp64", activation, converted)(x.to(dtype))
+            torch.testing.assert_close(wide, expected)
 
 
 def test_a_comparison_notices_a_wrong_model(saved: Callable[..., Path]) -> None:
