@@ -22,31 +22,45 @@ def _log_through_vllm() -> None:
 def register() -> None:
     """Register ``ascend`` with vLLM; safe to call more than once.
 
-    Raises:
-        BlockFp8Error: this vLLM lacks something that the plugin is built on. vLLM logs the exception.
+    Never raises, since vLLM calls plugins unguarded and would start no model at all. Where this vLLM lacks something
+    that the plugin is built on, that is logged, and raised to who asks for ``--quantization ascend``; beside
+    vLLM-Ascend its own `ascend` is left alone then.
     """
     global _registered
     if _registered:
         return
-    from qwen3_fp8_ascend.errors import BlockFp8Error
+    _registered = True
     from qwen3_fp8_ascend.vllm_plugin import versions
 
     _log_through_vllm()
     versions.warn_if_untested()
     try:
         config = _config_class()
-    except ImportError as error:
-        raise BlockFp8Error(
-            "qwen3-fp8-ascend cannot register `--quantization ascend` with this vLLM",
-            expected=versions.TESTED_TOGETHER,
-            got=f"{versions.described()}: {error}",
-            fix="install versions that were tested together",
-        ) from error
+    except Exception as error:
+        config = _refusing_config(error)
     if config is not None:
         from vllm.model_executor.layers.quantization import register_quantization_config
 
         register_quantization_config("ascend")(config)
-    _registered = True
+
+
+def _refusing_config(error: Exception) -> type | None:
+    from qwen3_fp8_ascend.errors import BlockFp8Error
+    from qwen3_fp8_ascend.vllm_plugin import versions
+
+    explained = BlockFp8Error(
+        "qwen3-fp8-ascend cannot register `--quantization ascend` with this vLLM",
+        expected=versions.TESTED_TOGETHER,
+        got=f"{versions.described()}: {error or type(error).__name__}",
+        fix="install versions that were tested together",
+    )
+    explained.__cause__ = error
+    logger.error("%s", explained, exc_info=error)
+    if versions.installed_vllm_ascend() is not None:
+        return None
+    from qwen3_fp8_ascend.vllm_plugin.unavailable import refusing_config
+
+    return refusing_config(explained)
 
 
 def _config_class() -> type | None:

@@ -1,9 +1,11 @@
 """`--quantization ascend` as vLLM sees it: registration, acceptance, refusal."""
 
 import json
+import logging
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +145,6 @@ def test_vllm_ascend_goes_with_one_vllm(vllm: str | None, ascend: str, tested: b
 def test_an_untested_vllm_ascend_is_warned_about_by_name(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import logging
-
     monkeypatch.setattr(versions, "installed", lambda: "0.30.0")
     monkeypatch.setattr(versions, "installed_vllm_ascend", lambda: "0.29.0rc1")
     monkeypatch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
@@ -156,10 +156,44 @@ def test_an_untested_vllm_ascend_is_warned_about_by_name(
 def test_an_untested_vllm_is_warned_about_by_range(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import logging
-
     monkeypatch.setattr(versions, "installed", lambda: "0.29.0")
     monkeypatch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
     with caplog.at_level("WARNING"):
         versions.warn_if_untested()
     assert "0.29.0" in caplog.text and str(versions.TESTED) in caplog.text
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[str]:
+    """Registered with a vLLM in which something is missing; gives what was logged."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from qwen3_fp8_ascend import vllm_plugin
+
+    def missing() -> None:
+        raise ImportError("cannot import name 'RoutedExperts'")
+
+    usual = get_quantization_config("ascend")
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_plugin, "_registered", False)
+        patch.setattr(vllm_plugin, "_config_class", missing)
+        patch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
+        vllm_plugin.register()
+    yield caplog.text
+    register_quantization_config("ascend")(usual)
+
+
+def test_an_unusable_vllm_is_an_error_to_who_asks_only(tmp_path: Path, broken: str) -> None:
+    """vLLM calls plugins unguarded: an exception of ours would stop every model."""
+    assert "cannot import name 'RoutedExperts'" in broken and str(versions.TESTED) in broken
+    assert model_config(tmp_path, quantization=None).quantization == "fp8"
+    with pytest.raises(ValueError, match=r"(?s)cannot register.*tested together"):
+        model_config(tmp_path)
+
+
+def test_an_unusable_vllm_ascend_keeps_its_own_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen3_fp8_ascend.vllm_plugin import _refusing_config
+
+    assert _refusing_config(ImportError("x")) is not None
+    monkeypatch.setattr(versions, "installed_vllm_ascend", lambda: "0.99.0")
+    assert _refusing_config(ImportError("x")) is None
