@@ -34,6 +34,7 @@ NPU_CONFIGURATIONS = ("1×A2, FP8", "2×A3, FP8", "1×A2, BF16")
 
 def write_pages(results: Results) -> dict[str, str | bytes]:
     """All files of the report by name: a page in each language, and the pictures."""
+    results = {kind: sorted(documents, key=_order) for kind, documents in results.items()}
     pictures: dict[str, bytes] = {}
     for number, document in enumerate(results["precision"], 1):
         pictures[f"verification_precision_{number}.svg"] = render.plot(document)
@@ -44,6 +45,14 @@ def write_pages(results: Results) -> dict[str, str | bytes]:
         other = next(n for key, n in NAMES.items() if key != language)
         files[name] = _page(results, LANGUAGES[language], other)
     return files
+
+
+def _order(document: Result) -> tuple[str, bool]:
+    """By checkpoint, and what the checkpoint asks for (W8A8) before what one may ask for (W8A16)."""
+    reference = document.get("reference")
+    model = document.get("model") or (reference["model"] if reference else "")
+    activation = document.get("activation") or (reference["provenance"].get("activation") if reference else None)
+    return model, activation == "none"
 
 
 def _page(results: Results, words: Words, other: str) -> str:
