@@ -20,7 +20,14 @@ from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
 
 
 class BlockFp8NpuConfig(BlockFp8AscendConfig):
-    """A block-FP8 checkpoint on an NPU; what the checkpoint leaves alone gets vLLM-Ascend's own methods."""
+    """A block-FP8 checkpoint on an NPU; what the checkpoint leaves alone gets vLLM-Ascend's own methods.
+
+    enable_fa_quant, enable_c8_quant: quantized attention and KV cache, which vLLM-Ascend's connectors between prefill
+    and decode servers ask every quantization config about.
+    """
+
+    enable_fa_quant = False
+    enable_c8_quant = False
 
     def __init__(self, checkpoint: BlockFp8Config) -> None:
         super().__init__(checkpoint)

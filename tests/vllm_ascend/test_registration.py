@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -265,6 +266,20 @@ def test_mixture_of_experts_is_refused_by_name(tmp_path: Path, build: Callable[[
     folder = write_config(tmp_path / "moe", **MOE, quantization_config=BLOCK_FP8)
     with pytest.raises(BlockFp8Error, match=r"(?s)mixture-of-experts.*model\.layers\.0\.mlp\.experts"):
         build(engine_config(folder))
+
+
+def test_what_vllm_ascend_asks_a_quantization_config(tmp_path: Path) -> None:
+    """Read without asking whether it is there, by norms and by connectors between prefill and decode servers."""
+    from vllm_ascend.quantization.utils import enable_fa_quant
+
+    config = engine_config(write_config(tmp_path / "m", quantization_config=BLOCK_FP8))
+    ours = config.quant_config
+    assert (ours.quant_description, ours.enable_fa_quant, ours.enable_c8_quant) == ({}, False, False)
+    assert not enable_fa_quant(config)
+    sources = Path(os.environ["ASCEND_SOURCE"], "vllm_ascend")
+    connectors = [file.read_text() for file in sources.glob("distributed/**/*.py")]
+    asked = {name for text in connectors for name in re.findall(r"quant_config\.(enable\w+)", text)}
+    assert asked and all(hasattr(ours, name) for name in asked), asked
 
 
 def test_layers_that_the_checkpoint_leaves_alone_get_their_method(
