@@ -1,0 +1,333 @@
+"""The judge finds what it is there to find: readers with a defect each, and the package without one of its defences."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import pickle
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen3_fp8_ascend.checkpoints import folder as folder_module
+from qwen3_fp8_ascend.checkpoints import header, rewrite, strict_json
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.testing import hostile
+from qwen3_fp8_ascend.testing.hostile import HEAVY, Choices, DrawnChoices, HostileFolder, hostile_folder, random_choices
+from tests.fuzz import heavy as heavy_module
+from tests.fuzz import judge as judge_module
+from tests.fuzz.campaign import run
+from tests.fuzz.judge import Judge, Sandbox
+from tests.fuzz.readers import READERS, Reader
+from tests.support.checkpoint_folders import one_thread  # noqa: F401
+
+SMALL = HostileFolder(
+    {
+        "model.safetensors": b"0123456789",
+        "weights.bin": hostile.PICKLE,
+        "outside.safetensors": hostile.Link(f"../{hostile.OUTSIDE}.safetensors"),
+    }
+)
+
+
+def verdict_of(reader: Callable[[Path], None], *, reads_data: bool = False) -> str | None:
+    with Judge(reader, reads_data=reads_data) as judge:
+        return judge.judge(SMALL).violation
+
+
+def key_error(folder: Path) -> None:
+    raise KeyError("weight_map")
+
+
+def recursion(folder: Path) -> None:
+    json.loads("[" * 100_000)
+
+
+def endless(folder: Path) -> None:
+    while True:
+        time.sleep(0.001)
+
+
+def slow(folder: Path) -> None:
+    end = time.process_time() + 0.2
+    while time.process_time() < end:
+        pass
+
+
+def hungry(folder: Path) -> None:
+    bytearray(40 << 20)
+
+
+def hungry_outside_python(folder: Path) -> None:
+    torch.ones(10 << 20)
+
+
+def bomb(folder: Path) -> None:
+    bytearray(1 << 40)
+
+
+def leave_by_name(folder: Path) -> None:
+    (folder / f"../{hostile.OUTSIDE}.json").read_bytes()
+
+
+def look_around(folder: Path) -> None:
+    os.listdir(folder / "..")
+    (folder.parent / f"{hostile.OUTSIDE}.json").read_bytes()
+
+
+def copy_what_a_link_leads_to(folder: Path) -> None:
+    (folder / "outside.safetensors").read_bytes()
+
+
+def unpickle(folder: Path) -> None:
+    pickle.loads(b"cos.path\njoin\n.")
+
+
+def open_pickle(folder: Path) -> None:
+    (folder / "weights.bin").read_bytes()
+
+
+def torch_load(folder: Path) -> None:
+    torch.load(folder / "model.safetensors")
+
+
+def run_a_program(folder: Path) -> None:
+    subprocess.run(["true"], check=True)
+
+
+def endless_message(folder: Path) -> None:
+    raise BlockFp8Error("x" * 10_000)
+
+
+def escape_sequence(folder: Path) -> None:
+    raise BlockFp8Error("\x1b[2J")
+
+
+class LocalError(BlockFp8Error):
+    def __init__(self) -> None:
+        super().__init__("what", where="here")
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return BlockFp8Error, ("something else",)
+
+
+def changed_on_the_way(folder: Path) -> None:
+    raise LocalError
+
+
+DEFECTS: dict[Callable[[Path], None], str] = {
+    key_error: "KeyError instead of BlockFp8Error",
+    recursion: "RecursionError instead of BlockFp8Error",
+    endless: "hangs",
+    slow: "took 0.2",
+    hungry: "MB of Python memory",
+    hungry_outside_python: "MB of resident memory",
+    bomb: "MemoryError instead of BlockFp8Error",
+    leave_by_name: "left the checkpoint folder",
+    look_around: "left the checkpoint folder",
+    unpickle: "forbidden: pickle.find_class",
+    open_pickle: "a pickle was opened: weights.bin",
+    torch_load: "AssertionError",
+    run_a_program: "forbidden: subprocess.Popen",
+    endless_message: "a message of 10000 characters",
+    escape_sequence: "not printable",
+    changed_on_the_way: "does not survive",
+}
+
+
+@pytest.mark.parametrize("reader", DEFECTS, ids=lambda f: f.__name__)
+def test_every_kind_of_defect_is_found(reader: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge_module, "HANG_SECONDS", 1)
+    monkeypatch.setattr(judge_module, "SECONDS", 0.1)
+    if reader is hungry_outside_python and not judge_module.resident_peak():
+        pytest.skip("this kernel does not tell the peak of resident memory")
+    violation = verdict_of(reader)
+    assert violation is not None
+    assert DEFECTS[reader] in violation
+
+
+def test_a_link_may_be_looked_at_but_not_copied() -> None:
+    assert verdict_of(copy_what_a_link_leads_to) is None
+    violation = verdict_of(copy_what_a_link_leads_to, reads_data=True)
+    assert violation is not None and "left the checkpoint folder" in violation
+
+
+def test_good_readers_are_not_condemned() -> None:
+    def refuse(folder: Path) -> None:
+        raise BlockFp8Error("what", where="here", expected=1, got=2, fix="do this")
+
+    assert verdict_of(lambda folder: None) is None
+    assert verdict_of(refuse) is None
+
+
+def test_what_is_condemned_is_kept_and_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A parser that trips over one damage: found, counted, written to a file, and the file makes the same input."""
+
+    def read(folder: Path) -> None:
+        if not (folder / "config.json").exists():
+            raise KeyError("config.json")
+
+    reader = Reader("planted", read, READERS["inspect"].make)
+    figures = run(reader, (random_choices(0, i) for i in range(400)), tmp_path)
+    assert figures.inputs == 400
+    assert figures.violations.total() > 1
+    (artefact,) = tmp_path.glob("planted-*.bin")
+    assert f"--replay {artefact}" in capsys.readouterr().out
+    with Judge(read) as judge:
+        assert "KeyError" in str(judge.judge(reader.make(Choices(artefact.read_bytes()))).violation)
+    assert (tmp_path / "current.bin").stat().st_size == len(random_choices(0, 399))
+
+
+# The package without one of its defences: what found the defect finds it again.
+
+
+def no_memory_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strict_json, "_memory", lambda text: 0)
+    monkeypatch.setattr(strict_json, "MAX_ELEMENTS", 1 << 24)
+
+
+def no_anomaly_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_memory_bound(monkeypatch)
+    monkeypatch.setattr(folder_module, "collect", list)
+
+
+def no_bound_on_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header, "MAX_PARTS", 2000)
+    monkeypatch.setattr(header, "MAX_NAME", 2000)
+
+
+def endless_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def whole(n: int, k: int, block: object, *, whole_blocks: bool) -> Iterator[object]:
+        from qwen3_fp8_ascend.checkpoints.shard import Tile
+
+        yield Tile(0, n, 0, k)
+
+    for module in ("quantize", "dequantize"):
+        monkeypatch.setattr(f"qwen3_fp8_ascend.checkpoints.{module}.tiles", whole)
+
+
+HEAVY_DEFECTS = {
+    no_memory_bound: ("lists in a header", "header"),
+    no_anomaly_bound: ("index of absent tensors", "inspect"),
+    no_bound_on_names: ("dots in a terabyte", "inspect"),
+    endless_tiles: ("one wide FP8 row", "dequantize"),
+}
+
+
+@pytest.mark.parametrize("remove", HEAVY_DEFECTS, ids=lambda f: f.__name__)
+@pytest.mark.usefixtures("one_thread")
+def test_large_attacks_find_a_missing_defence(
+    remove: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, reader = HEAVY_DEFECTS[remove]
+    folder = HEAVY[name](1 << 22)
+    whole = heavy_module.attack(name, READERS[reader], folder)
+    assert whole.violation is None, whole
+    remove(monkeypatch)
+    broken = heavy_module.attack(name, READERS[reader], folder)
+    assert broken.violation is not None, broken
+
+
+def no_overflow_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header, "MAX_BITS", 1 << 400)
+
+
+def no_link_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrite, "leaving_link", lambda path, folder: None)
+
+
+def no_name_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header, "is_tensor_name", lambda name: True)
+
+
+def no_file_name_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_module, "_is_plain_file_name", lambda name: True)
+
+    def believe(names: set[str], weight_map: dict[str, str] | None) -> list[str]:
+        return sorted(set((weight_map or {"": "model.safetensors"}).values()))
+
+    monkeypatch.setattr(folder_module, "_weight_files", believe)
+
+
+SMALL_DEFECTS = {
+    no_overflow_check: ("header", hostile.change_shape, "SafetensorError"),
+    no_link_check: ("quantize", hostile.link_outside, "left the checkpoint folder"),
+    no_file_name_check: ("inspect", hostile.change_index, "left the checkpoint folder"),
+    no_name_check: ("inspect", hostile.rename_tensor, "not safe for a ter"),
+}
+
+
+@pytest.mark.parametrize("remove", SMALL_DEFECTS, ids=lambda f: f.__name__)
+@pytest.mark.usefixtures("one_thread")
+def test_small_attacks_find_a_missing_defence(
+    remove: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One kind of damage, so that a few hundred inputs are enough to meet it."""
+    name, damage, words = SMALL_DEFECTS[remove]
+
+    def make(choices: Choices) -> HostileFolder:
+        return hostile_folder(choices, quantized=name != "quantize", stages=((damage,),))
+
+    reader = Reader(name, READERS[name].read, make, READERS[name].reads_data)
+    inputs = [random_choices(5, number) for number in range(400)]
+    assert not run(reader, inputs, tmp_path).violations
+    remove(monkeypatch)
+    figures = run(reader, inputs, tmp_path)
+    assert any(words in kind for kind in figures.violations), figures.violations
+
+
+def test_a_process_that_dies_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(folder: Path) -> None:
+        if (folder / "config.json").stat().st_size != len(sound["config.json"]):
+            ctypes.string_at(0)
+
+    sound = READERS["inspect"].make(Choices(b"")).files
+    reader = Reader("planted", die, READERS["inspect"].make)
+    outcome = heavy_module.attack("x", reader, HostileFolder(sound | {"config.json": b"{}"}))
+    assert outcome.violation is not None and "process died" in outcome.violation
+
+
+def test_a_bomb_is_stopped_by_the_address_space() -> None:
+    def explode(folder: Path) -> None:
+        if len(os.listdir(folder)) == 1:
+            bytearray(1 << 30)
+
+    reader = Reader("planted", explode, READERS["inspect"].make)
+    outcome = heavy_module.attack("x", reader, HostileFolder({"config.json": b"{}"}))
+    assert outcome.violation is not None and "MemoryError" in outcome.violation
+
+
+# The generator.
+
+
+def test_every_damage_is_done_and_every_choice_can_be_repeated() -> None:
+    seen = set()
+    for number in range(3000):
+        data = random_choices(1, number)
+        folder = hostile_folder(Choices(data))
+        seen.update(folder.damages)
+        if number % 100 == 0:
+            assert hostile_folder(Choices(data)).files == folder.files
+    assert seen == {damage.__name__ for stage in hostile.STAGES for damage in stage}
+
+
+def test_drawn_choices_are_kept_as_bytes() -> None:
+    for number in range(50):
+        source = Choices(random_choices(2, number))
+        drawn = DrawnChoices(source.below)
+        folder = hostile_folder(drawn)
+        assert hostile_folder(Choices(drawn.data)).files == folder.files
+
+
+@pytest.mark.parametrize("name", ["header", "config", "inspect", "render", "quantize", "dequantize"])
+def test_without_choices_the_checkpoint_is_sound(name: str) -> None:
+    reader = READERS[name]
+    with Sandbox() as sandbox:
+        folder = reader.make(Choices(b""))
+        assert folder.damages == []
+        reader.read(sandbox.fill(folder))
