@@ -108,14 +108,15 @@ def _functional(documents: Sequence[Result], words: Words) -> list[str]:
         parts.append(f"**{document['server']['root']}**, vLLM {document['server']['vllm']}")
         for number, answer in enumerate(document["answers"], 1):
             text = f"{answer['prompt']}\n\n{answer['text']}".replace("```", "'''")
-            parts += [f"{number}. {words.verdicts[answer['verdict']]}", f"```text\n{text}\n```"]
+            verdict = words.verdicts[answer["verdict"]]
+            parts += [words.test.format(number=number, verdict=verdict), f"```text\n{text}\n```"]
         parts += _made(document, words)
-    return parts or [f"{words.not_run}: `{MADE_BY['verify']}`"]
+    return parts or [words.not_run_by.format(command=MADE_BY["verify"])]
 
 
 def _precision(documents: Sequence[Result], words: Words) -> list[str]:
     if not documents:
-        return [f"{words.not_run}: `{MADE_BY['precision']}`"]
+        return [words.not_run_by.format(command=MADE_BY["precision"])]
     rows = [row for document in documents for row in _summary(document, words)]
     chips = {chip_of(row["made"].get("device", "cpu")) for document in documents for row in document["rows"]}
     for name in words.without_runs:
@@ -164,7 +165,7 @@ def _linears(documents: Sequence[Result], words: Words) -> list[str]:
         arithmetic = {"dynamic": "W8A8", "none": "W8A16"}[document["activation"]]
         parts += [f"**{document['model']}**, {arithmetic}, {document['dtype']}", markdown_table(header, lines)]
         parts += _made(document, words)
-    return parts or [f"{words.not_run}: `{MADE_BY['linears']}`"]
+    return parts or [words.not_run_by.format(command=MADE_BY["linears"])]
 
 
 def _throughput(documents: Sequence[Result], words: Words) -> list[str]:
@@ -216,6 +217,7 @@ def plot_throughput(document: Result) -> bytes:
     axes.set_ylabel("ms")
     axes.set_title("time per output token", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.12)
     axes.legend(frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -228,10 +230,8 @@ def _load(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _made(document: Result, words: Words) -> list[str]:
-    return [
-        f"{words.made_by} {_machine(document['provenance'] | {'device': document.get('device', 'cpu')}, words)}",
-        f"```text\n{document['provenance']['command']}\n```",
-    ]
+    machine = _machine(document["provenance"] | {"device": document.get("device", "cpu")}, words)
+    return [words.made_on.format(machine=machine), f"```text\n{document['provenance']['command']}\n```"]
 
 
 def _name(facts: Mapping[str, Any]) -> str:

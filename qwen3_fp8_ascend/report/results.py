@@ -15,8 +15,8 @@ from qwen3_fp8_ascend.precision import compare, linears
 VERSION = 1
 MADE_BY = {
     "verify": "scripts/verify_qwen3-8b-fp8.sh --output FILE",
-    "precision": "scripts/eval_precision.sh --fp8 FOLDER, or eval-precision compare ... --output FILE",
-    "linears": "scripts/eval_precision.sh --fp8 FOLDER, or eval-precision linears ... --output FILE",
+    "precision": "scripts/eval_precision.sh --fp8 FOLDER",
+    "linears": "qwen3-fp8-ascend eval-precision linears FOLDER --output FILE",
     "throughput": "qwen3-fp8-ascend bench serving ... --output FILE",
 }
 """Kinds of result files and the commands that write them."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Words:
-    """One language; `hardware`, `machine`, `against`, `reached` and `property_rows` are templates.
+    """One language; strings with braces are templates.
 
     `claims` are in the order of `pages.KINDS`, `chips` in that of `results.CHIPS`.
     """
@@ -27,6 +27,7 @@ class Words:
     commands: str
     functional: str
     functional_text: str
+    test: str
     verdicts: dict[str, str]
     precision: str
     precision_text: str
@@ -52,8 +53,9 @@ class Words:
     machine: str
     runs: str
     compared_by: str
-    made_by: str
+    made_on: str
     not_run: str
+    not_run_by: str
     picture_precision: str
     picture_throughput: str
 
@@ -86,6 +88,7 @@ EN = Words(
     ),
     functional="Functional verification",
     functional_text="The three prompts of the report's form, and what was answered.",
+    test="Test {number}: {verdict}",
     verdicts={"passed": "✅", "failed": "❌", "not applicable": "➖ not judged: the model does not speak the language"},
     precision="Precision",
     precision_text=(
@@ -155,8 +158,9 @@ EN = Words(
     machine="{hardware}; {date}, commit {commit}",
     runs="Runs",
     compared_by="Compared by:",
-    made_by="Made by:",
+    made_on="Made on {machine}, by:",
     not_run="not run",
+    not_run_by="not run: `{command}`",
     picture_precision="KL divergence of each comparison, and the largest relative error layer by layer",
     picture_throughput="Time per output token by configuration and concurrency",
 )
@@ -189,6 +193,7 @@ ZH = Words(
     ),
     functional="功能验证",
     functional_text="报告格式中的三个提示词，以及得到的回答。",
+    test="测试 {number}：{verdict}",
     verdicts={"passed": "✅", "failed": "❌", "not applicable": "➖ 不评判：该模型不会这种语言"},
     precision="精度",
     precision_text=(
@@ -268,8 +273,9 @@ ZH = Words(
     machine="{hardware}；{date}，提交 {commit}",
     runs="运行",
     compared_by="比较命令：",
-    made_by="命令：",
+    made_on="在 {machine} 上由下列命令得到：",
     not_run="未运行",
+    not_run_by="未运行：`{command}`",
     picture_precision="各项对比的 KL 散度，以及逐层最大相对误差",
     picture_throughput="各配置与并发下每个输出词的时间（TPOT）",
 )

@@ -125,7 +125,7 @@ def test_what_has_no_result_is_not_run(tmp_path: Path) -> None:
     assert line(page, "1×A2, FP8")[1:] == ["not run", "not run"]
     assert "scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8" in page and "--device npu" in page
     assert "The future | of\n\nis\nbright" in page
-    assert re.findall(r"^\d\. (.)", page, re.MULTILINE) == ["✅", "❌", "➖"]
+    assert re.findall(r"^Test \d: (.)", page, re.MULTILINE) == ["✅", "❌", "➖"]
     assert "Some CPU, 2 cores; 2026-01-02, commit abc1234" in page
     assert "Qwen3-8B-FP8 itself is not among the models" in page
 
