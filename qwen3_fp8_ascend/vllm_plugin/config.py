@@ -146,7 +146,10 @@ class BlockFp8AscendConfig(QuantizationConfig):
         """
         folder = Path(model_name)
         if folder.is_dir() and any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):
-            check_checkpoint(folder)
+            warnings = check_checkpoint(folder).anomalies
+            if warnings:
+                first = warnings[0]
+                logger.warning("%s (%s); %d warnings in all, see `inspect`", first.what, first.where, len(warnings))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
@@ -187,10 +190,11 @@ class BlockFp8AscendConfig(QuantizationConfig):
 
     def _is_skipped(self, prefix: str) -> bool:
         """Whether the checkpoint leaves a layer unquantized, by its own name or by those of all its shards."""
-        if is_ignored(prefix, self.ignored_layers):
+        ignored = frozenset(self.ignored_layers)  # looked up many times, and as long as a checkpoint likes
+        if is_ignored(prefix, ignored):
             return True
         shards = self._shard_names(prefix)
-        skipped = [name for name in shards if is_ignored(name, self.ignored_layers)]
+        skipped = [name for name in shards if is_ignored(name, ignored)]
         if skipped and len(skipped) < len(shards):
             raise BlockFp8Error(
                 "vLLM merges layers of which the checkpoint quantizes only some",
