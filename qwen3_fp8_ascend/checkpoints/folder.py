@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -256,14 +257,16 @@ def _missing_numbers(files: Sequence[str]) -> list[Anomaly]:
     """Shards say ``-00001-of-00004``; without an index this is the only sign that one is missing."""
     totals = {int(match[2]) for file in files if (match := NUMBERED.search(file))}
     present = {int(match[1]) for file in files if (match := NUMBERED.search(file))}
-    missing = sorted(set(range(1, max(totals, default=0) + 1)) - present)
-    if not missing:
+    total = max(totals, default=0)
+    missing = (number for number in range(1, total + 1) if number not in present)
+    first = list(islice(missing, 9))  # a single name may claim 99,999 shards
+    if not first:
         return []
-    shown = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+    shown = ", ".join(map(str, first[:8])) + (", …" if len(first) > 8 else "")
     return [
         Anomaly(
             "weight files are missing",
-            expected=f"{max(totals)} shards",
+            expected=f"{total} shards",
             got=f"no shard {shown}",
             fix="the download is incomplete; download the missing files",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,17 @@ def test_reads_shards_without_an_index(sharded: Path) -> None:
     assert set(read_checkpoint(sharded).tensors) == {"a", "b", "c"}
     (sharded / A).unlink()
     assert "no shard 1" in refuse(sharded, "weight files are missing")
+
+
+def test_a_name_that_claims_99999_shards_costs_nothing(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    (sharded / A).rename(sharded / "model-99999-of-99999.safetensors")
+    tracemalloc.start()
+    message = refuse(sharded, "weight files are missing")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "no shard 1, 3, 4, 5, 6, 7, 8, 9, …" in message
+    assert peak < 1 << 20
 
 
 def test_a_single_file_wins_over_leftovers(sharded: Path) -> None:
