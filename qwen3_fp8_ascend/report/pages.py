@@ -151,7 +151,8 @@ def _summary(document: Result, words: Words) -> list[list[str]]:
     for row in document["rows"]:
         cells = [cell(of, key, form) for key, form in keys for of in (row, document["floor"])]
         name = f"{document['reference']['model']}: {row['name']} vs {row['against']}"
-        rows.append([name, *cells, MARKS[row["within"]]])
+        floor = document["floor"]
+        rows.append([name, *cells, MARKS[row["within"]], MARKS[floor["within"] if floor is not None else None]])
     return rows
 
 

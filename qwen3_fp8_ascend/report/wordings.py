@@ -108,6 +108,7 @@ EN = Words(
         "top-1",
         "noise floor",
         "bound",
+        "noise floor",
     ),
     summary_text=(
         "Where the noise floor itself misses the bound, no implementation can reach it end to end. In W8A8 one "
@@ -212,6 +213,7 @@ ZH = Words(
         "top-1",
         "噪声底",
         "界限",
+        "噪声底",
     ),
     summary_text=(
         "凡噪声底自身达不到界限之处，任何实现都无法端到端达到。在 W8A8 中，一次舍入若落到另一侧，就会使一个激活移动整"
