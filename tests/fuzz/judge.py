@@ -37,6 +37,8 @@ PYTHON_ALLOWANCE = 2 << 20
 RESIDENT_ALLOWANCE = 8 << 20
 """Pages that any input may cost besides: torch's first use of an operator, an allocator's arenas."""
 
+HANGS = "hangs: given up three times"
+
 ADDRESS_SPACE = 2 << 30
 """Hard bound on what an input may make the process map, so that a bomb fails here and not the machine."""
 
@@ -215,10 +217,10 @@ class Judge:
         self.close()
 
     def judge(self, hostile: HostileFolder) -> Verdict:
-        """Read it and say what happened; a slow input is read up to three times and its best time counts."""
+        """Read it and say what happened; one that takes too long is read up to three times, and the best counts."""
         verdict = self._read(hostile)
         for _ in range(2):
-            if verdict.violation != "slow":
+            if verdict.violation not in ("slow", HANGS):
                 return verdict
             verdict = self._read(hostile)
         if verdict.violation == "slow":
@@ -247,7 +249,7 @@ class Judge:
             except BlockFp8Error as error:
                 refusal = error
             except Hang:
-                violation = f"hangs: given up after {HANG_SECONDS} s"
+                violation = HANGS
             except Exception as error:
                 violation = f"{type(error).__name__} instead of BlockFp8Error: {_where(error)}"
             seconds = time.process_time() - started
