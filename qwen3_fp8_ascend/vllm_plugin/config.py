@@ -29,10 +29,15 @@ WEIGHT_SUFFIXES = {WEIGHTS_SUFFIX, *PICKLE_SUFFIXES}
 LM_HEAD = ("checkpoint", "fp8")
 
 
+SETTINGS_KEY = "qwen3_fp8_ascend"
+
+
 @dataclass(frozen=True)
 class Settings:
-    """What the user may set: ``--additional-config '{"qwen3_fp8_ascend": {"backend": ..., "activation": ...}}'``.
+    """What the user may set: ``--hf-overrides '{"qwen3_fp8_ascend": {"backend": ..., "activation": ...}}'``.
 
+    Or the same in ``--additional-config``, which vLLM-Ascend 0.30.0rc2 refuses for its keys are not all its own. Both
+    are part of the key under which vLLM keeps compiled graphs.
     lm_head: "checkpoint" leaves the output head as the checkpoint has it, "fp8" quantizes it at load (W8A16).
     """
 
@@ -41,14 +46,26 @@ class Settings:
     lm_head: str = "checkpoint"
 
     @classmethod
-    def from_additional_config(cls, additional_config: Any) -> Settings:
-        """Read the plugin's part of vLLM's additional config.
+    def from_flags(cls, additional_config: Any = None, hf_overrides: Any = None) -> Settings:
+        """Read the plugin's part of vLLM's flags.
 
         Raises:
-            BlockFp8Error: unknown keys or values.
+            BlockFp8Error: unknown keys or values, or two different answers.
         """
-        where = "--additional-config: qwen3_fp8_ascend"
-        given = additional_config.get("qwen3_fp8_ascend", {}) if isinstance(additional_config, Mapping) else {}
+        flags = {"--hf-overrides": hf_overrides, "--additional-config": additional_config}
+        given = {
+            flag: cls._checked(mapping[SETTINGS_KEY], f"{flag}: {SETTINGS_KEY}")
+            for flag, mapping in flags.items()
+            if isinstance(mapping, Mapping) and SETTINGS_KEY in mapping
+        }
+        if len(set(given.values())) > 1:
+            raise BlockFp8Error(
+                "two flags say different things", where=SETTINGS_KEY, got=given, fix=f"use one of {', '.join(given)}"
+            )
+        return next(iter(given.values()), cls())
+
+    @classmethod
+    def _checked(cls, given: Any, where: str) -> Settings:
         known = {"backend", "activation", "lm_head"}
         if not isinstance(given, Mapping) or not set(given) <= known:
             raise BlockFp8Error("unknown setting", where=where, expected=f"an object with {sorted(known)}", got=given)
@@ -160,9 +177,11 @@ class BlockFp8AscendConfig(QuantizationConfig):
             )
         vllm_config = get_current_vllm_config()
         check_pipeline(vllm_config)
-        settings = Settings.from_additional_config(vllm_config.additional_config)
+        model = vllm_config.model_config
+        settings = Settings.from_flags(vllm_config.additional_config, getattr(model, "hf_overrides", None))
+        hf_config = getattr(model, "hf_config", None)
         if isinstance(layer, ParallelLMHead) and settings.lm_head == "fp8":
-            return BlockFp8LmHeadMethod(self.checkpoint.block, settings.backend)
+            return BlockFp8LmHeadMethod(self.checkpoint.block, settings.backend, hf_config)
         if not isinstance(layer, LinearBase):
             return None
         if self._is_skipped(prefix):
@@ -176,6 +195,7 @@ class BlockFp8AscendConfig(QuantizationConfig):
             backend=settings.backend,
             activation=settings.activation,
             dummy=dummy,
+            hf_config=hf_config,
         )
 
     @staticmethod

@@ -18,6 +18,7 @@ from qwen3_fp8_ascend.vllm_plugin.parameters import (
     ShardScaleParameter,
     checked_loader,
     install_packed,
+    note_backend,
     shard_numbers,
 )
 
@@ -54,6 +55,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
 
     prefix: the layer's full name. shard_names: the checkpoint's modules that vLLM merged into it.
     dummy: weights are random (``--load-format dummy``), so their values are not checked.
+    hf_config: the model's, for `note_backend`.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         backend: str | None = None,
         activation: str = "dynamic",
         dummy: bool = False,
+        hf_config: Any = None,
     ) -> None:
         self.block = block
         self.prefix = prefix
@@ -72,6 +75,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         self.backend = backend
         self.activation = activation
         self.dummy = dummy
+        self.hf_config = hf_config
         self.loaded: dict[str, set[Any]] = {"weight": set(), "weight_scale_inv": set()}
         """Which shards vLLM has loaded since the last packing."""
 
@@ -160,6 +164,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         packing.add(packed.nbytes, time.perf_counter() - start)
         del layer.weight, layer.weight_scale_inv
         install_packed(layer, packed)
+        note_backend(self.hf_config, packed.backend)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if layer.packed_weight is None:

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_weight
 from qwen3_fp8_ascend.format import BlockSize
-from qwen3_fp8_ascend.vllm_plugin.parameters import install_packed
+from qwen3_fp8_ascend.vllm_plugin.parameters import install_packed, note_backend
 
 
 class BlockFp8LmHeadMethod(UnquantizedEmbeddingMethod):
@@ -22,14 +22,17 @@ class BlockFp8LmHeadMethod(UnquantizedEmbeddingMethod):
 
     supports_pre_processed_weights = False
 
-    def __init__(self, block: BlockSize, backend: str | None = None) -> None:
+    def __init__(self, block: BlockSize, backend: str | None = None, hf_config: Any = None) -> None:
         self.block = block
         self.backend = backend
+        self.hf_config = hf_config
 
     def process_weights_after_loading(self, layer: Any) -> None:
         codes, scale = _quantize_in_pieces(layer.weight.data, self.block)
         # With tied embeddings the bf16 parameter stays with the embedding.
-        install_packed(layer, ops.pack_weight(codes, scale, self.backend, block=self.block, activation="none"))
+        packed = ops.pack_weight(codes, scale, self.backend, block=self.block, activation="none")
+        install_packed(layer, packed)
+        note_backend(self.hf_config, packed.backend)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return ops.block_linear(x, layer.packed_weight, bias, "none")

@@ -14,6 +14,9 @@ from qwen3_fp8_ascend.format import ShardGrid
 
 DAMAGED = "the checkpoint does not fit the model or is damaged; look at it with `qwen3-fp8-ascend inspect`"
 
+NOTED = "qwen3_fp8_ascend_backends"
+"""What `note_backend` adds to a model's config."""
+
 
 class ShardScaleParameter(BlockQuantScaleParameter):
     """Scales of merged shards, each with a block grid of its own.
@@ -124,6 +127,18 @@ def install_packed(layer: Any, packed: PackedWeight) -> None:
     layer.packed_weight = packed
     # vLLM (LoRA, memory accounting) looks for a parameter named `weight`; it shares the packed storage.
     layer.weight = torch.nn.Parameter(packed.tensors[0], requires_grad=False)
+
+
+def note_backend(hf_config: Any, backend: str) -> None:
+    """Make the backend a part of the key under which vLLM keeps compiled graphs.
+
+    A graph holds a backend's operators and the layout of its weights, while the choice may come from the environment
+    or from what is installed, which vLLM does not know. The model's config is hashed when the graph is made or looked
+    for, which is after loading.
+    """
+    if hf_config is not None:
+        noted = getattr(hf_config, NOTED, [])
+        setattr(hf_config, NOTED, sorted({*noted, backend}))
 
 
 def _layout(packed: PackedWeight) -> tuple[Any, ...]:

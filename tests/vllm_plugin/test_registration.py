@@ -14,6 +14,7 @@ from vllm.config import ModelConfig
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.plugins import load_general_plugins
 
+from qwen3_fp8_ascend.backends import select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.testing.models import qwen3_config
 from qwen3_fp8_ascend.vllm_plugin import versions
@@ -93,21 +94,67 @@ def test_headers_are_looked_at_before_anything_is_loaded(tmp_path: Path) -> None
         quant_config(config).maybe_update_config(config.model)
 
 
+@pytest.mark.parametrize("flag", ["additional_config", "hf_overrides"])
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         ({"qwen3_fp8_ascend": {"bakend": "cpu"}}, "unknown setting"),
         ({"qwen3_fp8_ascend": {"activation": "static"}}, "unknown activation mode"),
+        ({"qwen3_fp8_ascend": {"lm_head": "int8"}}, "unknown lm_head"),
         ({"qwen3_fp8_ascend": {"backend": 1}}, "named by a string"),
         ({"qwen3_fp8_ascend": 3}, "unknown setting"),
     ],
 )
-def test_settings_are_checked(given: dict, said: str) -> None:
+def test_settings_are_checked(given: dict, said: str, flag: str) -> None:
     from qwen3_fp8_ascend.vllm_plugin.config import Settings
 
-    with pytest.raises(BlockFp8Error, match=said):
-        Settings.from_additional_config(given)
-    assert Settings.from_additional_config({"other": 1}) == Settings()
+    with pytest.raises(BlockFp8Error, match=rf"(?s){said}.*--{flag.replace('_', '-')}"):
+        Settings.from_flags(**{flag: given})
+    assert Settings.from_flags(**{flag: {"other": 1}}) == Settings()
+
+
+def test_settings_come_from_either_flag_but_not_from_two() -> None:
+    from qwen3_fp8_ascend.vllm_plugin.config import Settings
+
+    weights_only = {"qwen3_fp8_ascend": {"activation": "none"}}
+    assert Settings.from_flags(weights_only) == Settings.from_flags(None, weights_only) == Settings(activation="none")
+    assert Settings.from_flags(weights_only, weights_only) == Settings(activation="none")
+    with pytest.raises(BlockFp8Error, match=r"(?s)different things.*use one of --hf-overrides, --additional-config"):
+        Settings.from_flags(weights_only, {"qwen3_fp8_ascend": {"backend": "cpu"}})
+    assert Settings.from_flags({}, lambda config: config) == Settings()
+
+
+def engine_config(folder: Path, **arguments: Any) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    (folder / "config.json").write_text(json.dumps(qwen3_config(quantization_config=BLOCK_FP8)))
+    common = {"skip_tokenizer_init": True, "load_format": "dummy", "max_model_len": 128, "quantization": "ascend"}
+    return EngineArgs(model=str(folder), **common, **arguments).create_engine_config()
+
+
+def test_compiled_graphs_are_kept_by_settings_and_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of other settings or of another backend's weights must not be taken from vLLM's cache."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    keys = {}
+    for name, backend, overrides in [
+        ("cpu", "cpu", {}),
+        ("cpu again", "cpu", {}),
+        ("reference", "reference", {}),
+        ("weights only", "cpu", {"qwen3_fp8_ascend": {"activation": "none"}}),
+    ]:
+        monkeypatch.setenv("QWEN3_FP8_ASCEND_BACKEND", backend)
+        select_backend.cache_clear()
+        config = engine_config(tmp_path, hf_overrides=overrides)
+        with set_current_vllm_config(config):
+            layer = ReplicatedLinear(128, 128, bias=False, quant_config=config.quant_config, prefix="model.layers.0.x")
+            layer.quant_method.process_weights_after_loading(layer)
+            assert layer.quant_method.activation == ("none" if overrides else "dynamic")
+        keys[name] = config.compute_hash()
+    select_backend.cache_clear()
+    assert keys["cpu"] == keys["cpu again"]
+    assert len(set(keys.values())) == 3, keys
 
 
 @pytest.mark.parametrize(
