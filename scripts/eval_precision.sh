@@ -18,6 +18,7 @@ files into one folder and start this again. Each setting is a flag or a variable
   --activation KIND    PRECISION_ACTIVATION   dynamic (W8A8); or none (W8A16)
   --dtype TYPE         PRECISION_DTYPE        float32; of everything but the FP8 weights
   --server ADDRESS     PRECISION_SERVER       none: also a run through a server, for example http://127.0.0.1:8000
+  --server-name NAME   PRECISION_SERVER_NAME  server; what tables call that run, for example 'server, bfloat16'
   --limit N            PRECISION_LIMIT        all prompts
   --output FOLDER      PRECISION_OUTPUT       precision
   --python PATH        PYTHON                 .venv/bin/python of this project, else python3
@@ -44,6 +45,7 @@ device=${PRECISION_DEVICE:-cpu}
 activation=${PRECISION_ACTIVATION:-dynamic}
 dtype=${PRECISION_DTYPE:-float32}
 server=${PRECISION_SERVER:-}
+server_name=${PRECISION_SERVER_NAME:-server}
 limit=${PRECISION_LIMIT:-}
 output=${PRECISION_OUTPUT:-precision}
 python=${PYTHON:-}
@@ -57,9 +59,10 @@ while [ $# -gt 0 ]; do
     --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
   esac
   case $1 in
-    --fp8 | --bf16 | --backend | --device | --activation | --dtype | --server | --limit | --output | --python)
+    --fp8 | --bf16 | --backend | --device | --activation | --dtype | --server | --server-name | --limit | --output | --python)
       [ $# -ge 2 ] || fail "$1 needs a value" "see --help"
-      printf -v "${1#--}" %s "$2"
+      setting=${1#--}
+      printf -v "${setting//-/_}" %s "$2"
       shift 2
       ;;
     *) fail "unknown setting $1" "see --help; options of \`eval-precision run\` go after --" ;;
@@ -112,7 +115,7 @@ if [ -n "$bf16" ]; then
   compared+=("$output/$original.run")
 fi
 if [ -n "$server" ]; then
-  make_run "server-$suffix" "$server" --name server
+  make_run "server-$suffix" "$server" --name "$server_name"
   compared+=("$output/server-$suffix.run")
 fi
 linears=$output/linears-$backend-$suffix.json

@@ -204,7 +204,7 @@ def test_mistakes_of_the_serve_script_end_in_one_line(arguments: list[str], said
 VERIFY = "verify_qwen3-8b-fp8.sh"
 EVALUATE = "eval_accuracy.sh"
 PRECISION = "eval_precision.sh"
-NEEDED = {VERIFY: (), EVALUATE: (), PRECISION: ("--fp8", "fp8")}
+NEEDED = {VERIFY: (), EVALUATE: (), PRECISION: ("--fp8", "fp8", "--server", "server")}
 """What a script cannot do without."""
 OTHERS = {
     VERIFY: {
@@ -237,6 +237,7 @@ OTHERS = {
         "activation": "none",
         "dtype": "bfloat16",
         "server": "http://127.0.0.1:9",
+        "server-name": "it's bfloat16",
         "limit": "3",
         "output": "else where",
         "python": "/bin/sh",
@@ -259,7 +260,8 @@ def test_a_setting_of_the_other_scripts_can_be_given_in_three_ways(script: str, 
         assert value in " ".join(shlex.split(flag.stdout))
     assert flag.stdout == run(script, *base, f"--{name}={value}").stdout
     if f"--{name}" in base:
-        base = ["--dry-run"]
+        at = base.index(f"--{name}")
+        base = [*base[:at], *base[at + 2 :]]
     variable = run(script, *base, **{settings(script)[name]: value})
     assert variable.returncode == 0 and flag.stdout == variable.stdout
     assert flag.stdout != run(script, "--dry-run", *NEEDED[script]).stdout
