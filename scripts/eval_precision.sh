@@ -79,6 +79,9 @@ if [ -z "$dry_run" ]; then
   for folder in "$fp8" ${bf16:+"$bf16"}; do
     [ -f "$folder/config.json" ] || fail "there is no checkpoint in $folder" "give a folder with a config.json"
   done
+  code='import importlib.util as u; print(*(m for m in ("transformers", "matplotlib", "openai") if u.find_spec(m) is None))'
+  missing=$("$python" -c "$code")
+  [ -z "$missing" ] || fail "$python has no $missing" "$python -m pip install $missing"
 fi
 
 evaluate=("$python" -m qwen3_fp8_ascend eval-precision)

@@ -351,6 +351,16 @@ def test_precision_from_the_checkpoint_to_the_page(tmp_path: Path) -> None:
     assert times == {path: path.stat().st_mtime_ns for path in output.glob("*.run")}
 
 
+def test_precision_says_first_what_is_not_installed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S "$@"\n')  # without its packages
+    python.chmod(0o755)
+    done = run(PRECISION, "--fp8", tmp_path, "--python", python)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert "has no transformers matplotlib openai; what to do: " in done.stderr
+
+
 def test_precision_through_a_server_that_is_not_there_is_told(tmp_path: Path) -> None:
     model, output = write_block_fp8_qwen3(tmp_path / "qwen3"), tmp_path / "out"
     output.mkdir()
