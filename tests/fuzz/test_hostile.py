@@ -47,7 +47,7 @@ LONG = {
     "load": 6_000,
 }
 GUIDED_SHORT = {"header": 1000, "inspect": 500}
-GUIDED_LONG = {"header": 30_000, "config": 30_000, "inspect": 20_000, "quantize": 3_000, "dequantize": 3_000}
+GUIDED_LONG = {"header": 20_000, "config": 15_000, "inspect": 10_000, "quantize": 2_000, "dequantize": 2_000}
 LEAST_LINES = 0.8
 HEAVY_SHORT = (1 << 16, 1 << 20)
 HEAVY_LONG = (1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 23)
