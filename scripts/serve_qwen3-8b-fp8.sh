@@ -182,7 +182,7 @@ fi
 arguments+=(--dtype "$dtype")
 [ "$tensor_parallel_size" = 1 ] || arguments+=(--tensor-parallel-size "$tensor_parallel_size")
 [ -z "$backend" ] || environment+=("QWEN3_FP8_ASCEND_BACKEND=$backend")
-[ "$activation" = dynamic ] || arguments+=(--additional-config '{"qwen3_fp8_ascend": {"activation": "none"}}')
+[ "$activation" = dynamic ] || arguments+=(--hf-overrides '{"qwen3_fp8_ascend": {"activation": "none"}}')
 [ "${#further[@]}" = 0 ] || arguments+=("${further[@]}")
 
 if [ -n "$dry_run" ]; then

@@ -12,8 +12,10 @@ from vllm.config import set_current_vllm_config
 
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import prefill
+from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.vllm_plugin import linear
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
+from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8LmHeadMethod
 from tests.ascendc.test_backend import schemas  # noqa: F401
 from tests.support.npu_graph import FP8_VIEWS, Capture, Watch
 
@@ -121,6 +123,27 @@ def test_the_layers_of_vllm_ascend_run(tmp_path: Path, build: Callable[[Any], to
                     out, bias = layer(x)
             assert (out.shape, out.dtype, out.device) == ((m, layer.packed_weight.n), torch.bfloat16, NPU), name
             assert bias is None and (chip.native or graph.touched_fp8 <= FP8_VIEWS), name
+
+
+def test_an_output_head_in_fp8(
+    tmp_path: Path, build: Callable[[Any], torch.nn.Module], chip: Chip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opt-in. Quantized on the host, in W8A16, which `torch_npu` does not compute: it says so at load."""
+    monkeypatch.setattr(ops, "count_nan_codes", lambda weight: 0)  # FakeTensors have no values to check
+    monkeypatch.setattr(ops, "check_scale_values", lambda *scale, **limit: None)
+    settings = {"qwen3_fp8_ascend": {"lm_head": "fp8"}}
+    folder = write_config(tmp_path / "fp8", **ONE_LAYER, quantization_config=BLOCK_FP8)
+    config = engine_config(folder, hf_overrides=settings)
+    model = build(config)
+    assert isinstance(model.lm_head.quant_method, BlockFp8LmHeadMethod)
+    with set_current_vllm_config(config), model.fake_mode, NPU, torch.no_grad():
+        if chip.backend == "torch_npu":
+            with pytest.raises(BlockFp8Error, match="computes w8a8, not w8a16"):
+                model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+            return
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+        out = model.lm_head.quant_method.apply(model.lm_head, torch.empty(3, 4096, dtype=torch.bfloat16))
+    assert (out.shape, out.dtype, out.device) == ((3, 320), torch.bfloat16, NPU)  # vLLM pads it
 
 
 def test_ragged_shards_and_columns(chip: Chip) -> None:

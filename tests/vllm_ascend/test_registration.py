@@ -268,6 +268,20 @@ def test_mixture_of_experts_is_refused_by_name(tmp_path: Path, build: Callable[[
         build(engine_config(folder))
 
 
+@pytest.mark.parametrize("activation", ["dynamic", "none"])
+def test_settings_reach_the_layers(tmp_path: Path, build: Callable[[Any], torch.nn.Module], activation: str) -> None:
+    """Through the flag that vLLM-Ascend lets pass: its 0.30.0rc2 refuses what it does not know in the other one."""
+    settings = {"qwen3_fp8_ascend": {"activation": activation, "backend": "triton"}}
+    folder = write_config(tmp_path / "m", quantization_config=BLOCK_FP8)
+    methods = linear_methods(build(engine_config(folder, hf_overrides=settings)))
+    assert {(method.activation, method.backend) for method in methods.values()} == {(activation, "triton")}
+    if importlib.metadata.version("vllm-ascend") == "0.30.0rc2":
+        with pytest.raises(ValueError, match="Unexpected keyword argument"):
+            engine_config(folder, additional_config=settings)
+    else:
+        assert settings.items() <= engine_config(folder, additional_config=settings).additional_config.items()
+
+
 def test_what_vllm_ascend_asks_a_quantization_config(tmp_path: Path) -> None:
     """Read without asking whether it is there, by norms and by connectors between prefill and decode servers."""
     from vllm_ascend.quantization.utils import enable_fa_quant
