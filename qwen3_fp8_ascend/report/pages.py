@@ -121,7 +121,7 @@ def _precision(documents: Sequence[Result], words: Words) -> list[str]:
     chips = {chip_of(row["made"].get("device", "cpu")) for document in documents for row in document["rows"]}
     for name in words.without_runs:
         if name.partition(" ")[0].lower() not in chips:
-            rows.append([name, *[words.not_run] * (len(words.summary_header) - 1)])
+            rows.append(["", name, *[words.not_run] * (len(words.summary_header) - 2)])
     parts = [markdown_table(words.summary_header, rows), words.summary_text]
     for number, document in enumerate(documents, 1):
         header, lines = render.cells(document)
@@ -150,9 +150,10 @@ def _summary(document: Result, words: Words) -> list[list[str]]:
     rows = []
     for row in document["rows"]:
         cells = [cell(of, key, form) for key, form in keys for of in (row, document["floor"])]
-        name = f"{document['reference']['model']}: {row['name']} vs {row['against']}"
+        name = f"{row['name']} vs {row['against']}"
         floor = document["floor"]
-        rows.append([name, *cells, MARKS[row["within"]], MARKS[floor["within"] if floor is not None else None]])
+        model = "" if rows else document["reference"]["model"]
+        rows.append([model, name, *cells, MARKS[row["within"]], MARKS[floor["within"] if floor is not None else None]])
     return rows
 
 

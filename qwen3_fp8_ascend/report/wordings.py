@@ -98,6 +98,7 @@ EN = Words(
         "same arithmetic in another order. The bound is for a backend against the reference in the same arithmetic."
     ),
     summary_header=(
+        "checkpoint",
         "comparison",
         "cosine_similarity",
         "noise floor",
@@ -203,6 +204,7 @@ ZH = Words(
         "fp64 求和之间的差距，即同一算术换一种求和顺序。界限只用于同一算术下后端与参考实现的对比。"
     ),
     summary_header=(
+        "模型",
         "对比基线",
         "cosine_similarity",
         "噪声底",

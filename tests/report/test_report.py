@@ -137,11 +137,11 @@ def test_what_was_measured_on_an_npu_fills_its_column(tmp_path: Path) -> None:
     page = english(tmp_path)
     assert line(page, "precision of whole models")[1:] == ["not run", "not run", "✅ 2026-02-03"]
     assert line(page, "functional verification")[1:] == ["not run", "not run", "✅ 2026-01-02"]
-    assert line(page, "Qwen3-8B-FP8: ascendc w8a8 vs")[1:] == [
+    assert line(page, "Qwen3-8B-FP8 | ascendc w8a8 vs")[2:] == [
         *("0.9900000", "0.9900000", "2.0e-01", "2.0e-01", "50.00%", "50.00%", "99.90%", "99.90%", "❌", "❌")
     ]
-    assert line(page, "Qwen3-8B-FP8: server vs")[-2] == "—"
-    assert "NPU vs CPU" not in page and line(page, "GPU vs CPU reference")[1:] == ["not run"] * 10
+    assert line(page, " | server vs")[-2] == "—"
+    assert "NPU vs CPU" not in page and line(page, " | GPU vs CPU reference")[2:] == ["not run"] * 10
     assert "- ascendc w8a8: Ascend910B3, Some CPU, 2 cores; 2026-02-03" in page
     assert "not among the models" not in page
 
