@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,36 @@ def test_inspecting_eight_billion_weights_is_instant(tmp_path: Path) -> None:
     print(f"inspect of {size / 1e9:.1f} GB: {seconds:.3f} s, {megabytes:.0f} MiB")
     assert seconds < 1
     assert megabytes < 300
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "files"), [(61, 256, 163), (48, 128, 1)], ids=["DeepSeek-V3", "Qwen3-30B-A3B in one file"]
+)
+def test_the_bounds_leave_room_for_the_largest_models(tmp_path: Path, layers: int, experts: int, files: int) -> None:
+    """Their numbers of tensors and files, in sparse files of the right order of size."""
+    names = [
+        f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight"
+        for layer in range(layers)
+        for expert in range(experts)
+        for projection in ("gate", "up", "down")
+    ]
+    weight_map = {}
+    for number in range(files):
+        file = f"model-{number + 1:05}-of-{files:06}.safetensors" if files > 1 else "model.safetensors"
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name in names[number::files]:
+            tensors |= {name: ("F8_E4M3", (768, 2048)), f"{name}_scale_inv": ("F32", scale_shape(768, 2048))}
+        write_sparse(tmp_path / file, tensors)
+        weight_map |= dict.fromkeys(tensors, file)
+    if files > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": BLOCK_FP8, "num_hidden_layers": layers}))
+    started = time.process_time()
+    report = check_checkpoint(tmp_path)
+    print(f"{report.tensors} tensors in {report.files} files: {time.process_time() - started:.2f} s")
+    assert report.block_fp8_layers == len(names)
+    assert report.anomalies == ()
 
 
 @pytest.mark.parametrize(

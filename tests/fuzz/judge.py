@@ -217,10 +217,13 @@ class Judge:
         self.close()
 
     def judge(self, hostile: HostileFolder) -> Verdict:
-        """Read it and say what happened; one that takes too long is read up to three times, and the best counts."""
+        """Read it and say what happened; one that takes too much is read up to three times, and the best counts.
+
+        A busy machine makes anything slow, and now and then the interpreter enlarges a table of its own.
+        """
         verdict = self._read(hostile)
         for _ in range(2):
-            if verdict.violation not in ("slow", HANGS):
+            if verdict.violation not in ("slow", HANGS) and " memory for " not in (verdict.violation or ""):
                 return verdict
             verdict = self._read(hostile)
         if verdict.violation == "slow":

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -53,9 +55,13 @@ HEAVY_SHORT = (1 << 16, 1 << 20)
 HEAVY_LONG = (1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 23)
 
 
-@pytest.fixture(scope="module")
-def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("condemned")
+@pytest.fixture
+def artefacts() -> Iterator[Path]:
+    """Where condemned inputs stay after the test, unlike in pytest's own folders."""
+    folder = Path(tempfile.mkdtemp(prefix="condemned-"))
+    yield folder
+    if not any(file.suffix == ".bin" and file.name != "current.bin" for file in folder.iterdir()):
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +163,9 @@ def atheris() -> None:
     pytest.importorskip("atheris", reason="atheris has no wheel for this Python and platform (Linux x86-64 only)")
 
 
-def guided(name: str, runs: int, folder: Path, *, seed: int = 1, limit: float = 540) -> str:
+def guided(name: str, runs: int, artefacts: Path, folder: Path, *, seed: int = 1, limit: float = 540) -> str:
     figures = folder / f"{name}.json"
-    options = [f"--runs={runs}", f"--seed={seed}", f"--artefacts={folder}", f"--figures={figures}"]
+    options = [f"--runs={runs}", f"--seed={seed}", f"--artefacts={artefacts}", f"--figures={figures}"]
     text = python("tests.fuzz.coverage_guided", name, *options, f"--corpus={folder / f'corpus-{name}'}", limit=limit)
     assert figures.exists(), text[-3000:]
     coverage = [line for line in text.splitlines() if line.startswith("#") and " cov: " in line][-1]
@@ -170,8 +176,8 @@ def guided(name: str, runs: int, folder: Path, *, seed: int = 1, limit: float = 
 
 @pytest.mark.parametrize("name", GUIDED_SHORT)
 @pytest.mark.usefixtures("atheris")
-def test_coverage_guided(name: str, tmp_path: Path) -> None:
-    figures = json.loads(guided(name, GUIDED_SHORT[name], tmp_path))
+def test_coverage_guided(name: str, artefacts: Path, tmp_path: Path) -> None:
+    figures = json.loads(guided(name, GUIDED_SHORT[name], artefacts, tmp_path))
     assert not figures["violations"], figures["artefacts"]
     assert figures["inputs"] >= GUIDED_SHORT[name]
 
@@ -179,7 +185,7 @@ def test_coverage_guided(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("atheris")
 def test_guidance_finds_what_chance_does_not(tmp_path: Path) -> None:
     """A defect behind five conditions: once in 1,048,576 inputs by chance."""
-    figures = json.loads(guided("planted", 60_000, tmp_path, seed=2))
+    figures = json.loads(guided("planted", 60_000, tmp_path, tmp_path, seed=2))
     assert sum(figures["violations"].values()) == 1
     assert figures["inputs"] < 60_000
     (command,) = figures["artefacts"]
@@ -189,22 +195,24 @@ def test_guidance_finds_what_chance_does_not(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", GUIDED_LONG)
 @pytest.mark.usefixtures("atheris")
-def test_coverage_guided_at_length(name: str, tmp_path: Path) -> None:
-    figures = json.loads(guided(name, GUIDED_LONG[name], tmp_path, limit=850))
+def test_coverage_guided_at_length(name: str, artefacts: Path, tmp_path: Path) -> None:
+    figures = json.loads(guided(name, GUIDED_LONG[name], artefacts, tmp_path, limit=850))
     assert not figures["violations"], figures["artefacts"]
     assert figures["inputs"] >= GUIDED_LONG[name]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", LONG)
-def test_at_length(name: str, tmp_path: Path) -> None:
+def test_at_length(name: str, artefacts: Path, tmp_path: Path) -> None:
     """In a process of its own, so that a crash is a finding and not the end of the tests."""
     if name == "load":
         pytest.importorskip("vllm", reason="vLLM is not installed")
     file = tmp_path / "figures.json"
-    options = [f"--inputs={LONG[name]}", f"--seed={SEED}", f"--artefacts={tmp_path}", f"--figures={file}"]
+    options = [f"--inputs={LONG[name]}", f"--seed={SEED}", f"--artefacts={artefacts}", f"--figures={file}"]
     text = python("tests.fuzz.campaign", name, *options, limit=890)
-    assert file.exists(), f"the process died; its last input is {tmp_path / 'current.bin'}\n{text[-3000:]}"
+    if not file.exists():
+        last = (artefacts / "current.bin").rename(artefacts / "last.bin")
+        pytest.fail(f"the process died; its last input is {last}\n{text[-3000:]}")
     print(text)
     figures = json.loads(file.read_text())
     assert figures["inputs"] == LONG[name]
