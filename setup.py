@@ -56,6 +56,10 @@ def cpu_library() -> Extension:
     return Extension("qwen3_fp8_ascend._cpu", sources, depends=sorted(str(path) for path in CPU.glob("*.h")))
 
 
+def flags_of(source: str) -> list[str]:
+    return [*COMMON_FLAGS, *ISA_FLAGS.get(Path(source).name, [])]
+
+
 def torch_folder() -> Path:
     """Where the installed torch is, without importing it."""
     spec = importlib.util.find_spec("torch")
@@ -110,12 +114,7 @@ class BuildLibraries(build_ext):
                 output_dir=self.build_temp,
                 include_dirs=[],
                 debug=self.debug,
-                extra_postargs=[
-                    "-isystem",
-                    str(torch / "include"),
-                    *COMMON_FLAGS,
-                    *ISA_FLAGS.get(Path(source).name, []),
-                ],
+                extra_postargs=["-isystem", str(torch / "include"), *flags_of(source)],
                 depends=ext.depends,
             )
         compiler.link_shared_object(
@@ -135,4 +134,5 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(ext_modules=native_libraries(), cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel})
+if __name__ == "__main__":  # tests/support/sanitizers imports the flags
+    setup(ext_modules=native_libraries(), cmdclass={"build_ext": BuildLibraries, "bdist_wheel": PlatformWheel})

@@ -246,7 +246,7 @@ void linear_of_few_rows(const Problem& problem, std::int64_t begin, std::int64_t
 }
 
 void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* memory) {
-  if (problem.activation.rows <= kFewRows) return linear_of_few_rows(problem, begin, end);
+  if (problem.path == Path::registers) return linear_of_few_rows(problem, begin, end);
   auto& scratch = *static_cast<AmxScratch*>(memory);
   const Activation& x = problem.activation;
   const std::int64_t chunks = problem.weight.depth.chunks;
@@ -288,6 +288,8 @@ const Kernels kAmxKernels = {
     linear,
     sizeof(AmxScratch),
     kAmxRows,
+    kFewRows,
+    false,  // tdpbf16ps adds even and odd k apart, vdpbf16ps in turn
 };
 
 }  // namespace qwen3_fp8_ascend::cpu

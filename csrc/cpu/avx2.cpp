@@ -12,6 +12,7 @@ namespace {
 constexpr float kDecodeFactor = 256.0f;  // undoes the 2^-8 of the decoded numbers
 constexpr int kGroups = kPanelRows / 4;  // registers of one panel: four rows each
 constexpr std::int64_t kMaxRows = 256;
+constexpr std::int64_t kMaxRegisterRows = 1;
 
 // Four rows at (k, k + 1) and at (k + 2, k + 3).
 struct Lane {
@@ -181,7 +182,7 @@ void linear_panel(const Problem& problem, std::int64_t panel, Scratch& scratch) 
     const float w_scale = w.scales_of(panel)[w.depth.block_of(chunk)];
     const float* x_scale = x.scales_of(chunk, 0);
     widen_chunk(x, chunk, length, scratch.x);
-    if (x.rows == 1) {
+    if (problem.path == Path::registers) {
       multiply_row<HasNan>(codes, scratch.x[0], quads, x_scale[0], w_scale, scratch.sums[0]);
     } else {
       decode_chunk<HasNan>(codes, quads, scratch.weights);
@@ -205,7 +206,17 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
 }  // namespace
 
 const Kernels kAvx2Kernels = {
-    amax, quantize_values, quantize_codes, split_values, dequantize, 0, linear, sizeof(Scratch), kMaxRows,
+    amax,
+    quantize_values,
+    quantize_codes,
+    split_values,
+    dequantize,
+    0,
+    linear,
+    sizeof(Scratch),
+    kMaxRows,
+    kMaxRegisterRows,
+    true,
 };
 
 }  // namespace qwen3_fp8_ascend::cpu

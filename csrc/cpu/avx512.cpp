@@ -4,7 +4,17 @@
 namespace qwen3_fp8_ascend::cpu {
 
 const Kernels kAvx512Kernels = {
-    amax, quantize_values, quantize_codes, split_values, dequantize, 0, linear_avx512, sizeof(Avx512Scratch), 480,
+    amax,
+    quantize_values,
+    quantize_codes,
+    split_values,
+    dequantize,
+    0,
+    linear_avx512,
+    sizeof(Avx512Scratch),
+    480,
+    kMaxRegisterRows,
+    true,
 };
 
 }  // namespace qwen3_fp8_ascend::cpu

@@ -20,6 +20,12 @@ constexpr int kQuadBytes = 4 * kPanelRows;
 // Kernels walk k in chunks of at most this many, none of which crosses a scale block.
 constexpr int kChunk = 128;
 
+// The most columns of a weight; far from where the arithmetic of sizes would overflow.
+constexpr std::int64_t kMostColumns = std::int64_t{1} << 40;
+
+// Neither argument is negative, and no sum that could overflow is formed: a block may be as wide as an integer can say.
+static constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0 ? 1 : 0); }
+
 struct Panel {
   std::int32_t first_row;
   std::int32_t rows;
@@ -45,7 +51,7 @@ struct Depth {
     const std::int64_t length = end - start_of(chunk);
     return length < kChunk ? length : kChunk;
   }
-  std::int64_t padded() const { return (k + 3) / 4 * 4; }
+  std::int64_t padded() const { return ceil_div(k, 4) * 4; }
 };
 
 struct Weight {
@@ -82,10 +88,14 @@ struct Output {
   std::int64_t n;
 };
 
+// Where `linear` puts decoded weights: few rows use them at once, many share them.
+enum class Path { registers, tiles };
+
 struct Problem {
   Weight weight;
   Activation activation;
   Output output;
+  Path path;
 };
 
 struct Kernels {
@@ -110,6 +120,10 @@ struct Kernels {
   std::size_t scratch_bytes;
   // Rows of `activation` beyond which `linear` gains nothing; the caller splits longer batches.
   std::int64_t max_rows;
+  // Batches of at most this many rows of `activation` take Path::registers, longer ones Path::tiles in all their parts.
+  std::int64_t register_rows;
+  // Whether a row has the same bits on both paths, and so in every batch.
+  bool paths_agree;
 };
 
 extern const Kernels kPortableKernels;

@@ -24,7 +24,6 @@ constexpr std::int64_t kLeastNumbersPerThread = 1 << 15;
 // Prepared activations are bounded by this, whatever the shape; more rows are taken in several passes.
 constexpr std::int64_t kMostPreparedBytes = 32 << 20;
 
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
 float group_scale(float amax) {
@@ -89,7 +88,8 @@ thread_local Scratch prepared_memory;
 thread_local Scratch kernel_memory;
 
 // All rows at once; they fit the kernel and the bound on prepared activations.
-void linear_pass(const Kernels& kernels, const Rows& x, const Weight& weight, bool quantize, const Output& output) {
+void linear_pass(const Kernels& kernels, Path path, const Rows& x, const Weight& weight, bool quantize,
+                 const Output& output) {
   const Depth& depth = weight.depth;
   Activation prepared{};
   prepared.terms = terms_of(x.dtype, quantize);
@@ -109,7 +109,7 @@ void linear_pass(const Kernels& kernels, const Rows& x, const Weight& weight, bo
     }
   });
 
-  const Problem problem{weight, prepared, output};
+  const Problem problem{weight, prepared, output, path};
   const std::int64_t bytes_at_once = std::max<std::int64_t>(1, kPanelsAtOnce * depth.padded() * kPanelRows);
   // Work grows with the rows: eight of them count as one more pass over the codes.
   const std::int64_t work_at_once = bytes_at_once * (1 + prepared.rows / 8);
@@ -134,8 +134,11 @@ Depth make_depth(std::int64_t k, std::int64_t block_k) {
 }
 
 void block_linear(const Rows& x, const Weight& weight, bool quantize, const Output& output) {
+  if (output.n == 0) return;
   const Kernels& kernels = kernels_of(current_isa());
   const std::int64_t terms = terms_of(x.dtype, quantize);
+  // By the whole batch, so that the rows of a short last pass have the bits of all others.
+  const Path path = x.rows * terms <= kernels.register_rows ? Path::registers : Path::tiles;
   const std::int64_t row_bytes = std::max<std::int64_t>(1, weight.depth.chunks * kChunk * 2 * terms);
   const std::int64_t bound = std::max<std::int64_t>(32, kMostPreparedBytes / row_bytes);
   const std::int64_t rows_per_pass = std::min(kernels.max_rows / terms, bound);
@@ -145,13 +148,14 @@ void block_linear(const Rows& x, const Weight& weight, bool quantize, const Outp
     part.rows = std::min(rows_per_pass, x.rows - row);
     Output target = output;
     target.y = static_cast<char*>(output.y) + row * output.n * (output.dtype == Dtype::fp32 ? 4 : 2);
-    linear_pass(kernels, part, weight, quantize, target);
+    linear_pass(kernels, path, part, weight, quantize, target);
   }
 }
 
 void quantize_activation(const Rows& x, std::int64_t k, std::int64_t block_k, std::uint8_t* codes, float* scale) {
   const Kernels& kernels = kernels_of(current_isa());
   const std::int64_t groups = ceil_div(k, block_k);
+  if (groups == 0) return;
   const std::int64_t grain = std::max<std::int64_t>(1, kLeastNumbersPerThread / std::max<std::int64_t>(1, k));
   parallel(x.rows, grain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {

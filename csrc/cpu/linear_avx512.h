@@ -238,7 +238,7 @@ inline void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int
 }
 
 inline void linear_avx512(const Problem& problem, std::int64_t begin, std::int64_t end, void* scratch) {
-  if (problem.activation.rows <= kMaxRegisterRows) {
+  if (problem.path == Path::registers) {
     linear_in_registers<0>(problem, begin, end, TableDecoder(kDecodeTables));
   } else {
     linear_in_tiles(problem, begin, end, *static_cast<Avx512Scratch*>(scratch));

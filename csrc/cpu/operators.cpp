@@ -5,13 +5,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <tuple>
 
+#include "checks.h"
 #include "isa.h"
 #include "linear.h"
 #include "pack.h"
+#include "parallel.h"
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {
@@ -19,29 +19,14 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-// A precondition of an operator; the parts of the message are put together only when it does not hold.
-template <class... Parts>
-void require(bool holds, const Parts&... parts) {
-  if (!holds) fail("qwen3_fp8_ascend: ", parts...);
-}
-
-void require_cpu(const Tensor& tensor, const char* name, std::int64_t dim) {
-  require(tensor.is_cpu(), name, " must be on the CPU");
-  require(tensor.dim() == dim, name, " must have ", dim, " dimensions, got ", tensor.dim());
-}
-
 void require_contiguous(const Tensor& tensor, const char* name, std::int64_t dim, ScalarType dtype,
                         const char* dtype_name) {
   require_cpu(tensor, name, dim);
   require(tensor.scalar_type() == dtype, name, " must be ", dtype_name);
   require(tensor.is_contiguous(), name, " must be contiguous");
+  require_memory(tensor, name, tensor.numel());
+  const auto address = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
+  require(address % tensor.element_size() == 0, name, " must start at a multiple of its elements' size");
 }
 
 std::optional<Dtype> float_dtype(ScalarType type) {
@@ -65,12 +50,14 @@ void require_codes(const Tensor& tensor, const char* name, std::int64_t dim) {
   const ScalarType type = tensor.scalar_type();
   require(type == ScalarType::Float8_e4m3fn || type == ScalarType::Byte, name, " must be float8_e4m3fn or uint8");
   require(tensor.is_contiguous(), name, " must be contiguous");
+  require_memory(tensor, name, tensor.numel());
 }
 
 Rows rows_of(const Tensor& x) {
   require_cpu(x, "x", 2);
   const Dtype dtype = require_float(x.scalar_type(), "x");
   require(x.size(1) <= 1 || x.stride(1) == 1, "x must be contiguous in its last dimension");
+  require_memory(x, "x", x.numel() == 0 ? 0 : (x.size(0) - 1) * x.stride(0) + x.size(1));
   return {x.const_data_ptr(), dtype, x.size(0), x.stride(0)};
 }
 
@@ -100,11 +87,26 @@ void require_packed_shape(const Tensor& codes, std::int64_t panels, const Depth&
           codes.size(1), ", ", codes.size(2), ")");
 }
 
+bool overlap(const Tensor& a, const Tensor& b) {
+  const auto bytes = [](const Tensor& t) { return static_cast<std::uintptr_t>(t.numel()) * t.element_size(); };
+  const auto first = reinterpret_cast<std::uintptr_t>(a.const_data_ptr());
+  const auto second = reinterpret_cast<std::uintptr_t>(b.const_data_ptr());
+  return first < second + bytes(b) && second < first + bytes(a);
+}
+
+void require_columns(std::int64_t k) {
+  require(k <= kMostColumns, "a weight has at most ", kMostColumns, " columns, got ", k);
+}
+
 void cpu_pack(Tensor weight, Tensor panels, Tensor codes) {
   require_codes(weight, "weight", 2);
   const std::int64_t k = weight.size(1);
+  require_columns(k);
   require_panels(panels, weight.size(0), std::int64_t{1} << 31);
   require_packed_shape(codes, panels.size(0), make_depth(k, kChunk));
+  // The panels are read while codes are written.
+  require(!overlap(codes, weight) && !overlap(codes, panels) && !overlap(weight, panels),
+          "weight, panels and codes must not share memory");
   auto* table = reinterpret_cast<Panel*>(panels.mutable_data_ptr<std::int32_t>());
   pack_weight(static_cast<const std::uint8_t*>(weight.const_data_ptr()), k, table, panels.size(0),
               codes.mutable_data_ptr<std::uint8_t>());
@@ -115,6 +117,7 @@ Tensor cpu_block_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, st
   const Rows rows = rows_of(x);
   require(n >= 0 && k >= 0, "n and k must not be negative, got ", n, " and ", k);
   require(x.size(1) == k, "x must have shape (m, ", k, "), got (", x.size(0), ", ", x.size(1), ")");
+  require_columns(k);
   require(block_k >= 4 && block_k % 4 == 0, "block_k must be a positive multiple of 4, got ", block_k);
   const Depth depth = make_depth(k, block_k);
   require_contiguous(scales, "scales", 2, ScalarType::Float, "float32");
@@ -126,6 +129,7 @@ Tensor cpu_block_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, st
     require_cpu(*bias, "bias", 1);
     require(bias->scalar_type() == x.scalar_type(), "bias must have the dtype of x");
     require(bias->is_contiguous() && bias->size(0) == n, "bias must be contiguous and have ", n, " elements");
+    require_memory(*bias, "bias", n);
     bias_data = bias->const_data_ptr();
   }
   const std::int64_t shape[2] = {x.size(0), n};
@@ -141,7 +145,7 @@ std::tuple<Tensor, Tensor> cpu_quantize_activation(Tensor x, std::int64_t block_
   require(block_k >= 1, "block_k must be positive, got ", block_k);
   const std::int64_t k = x.size(1);
   const std::int64_t codes_shape[2] = {rows.rows, k};
-  const std::int64_t scale_shape[2] = {rows.rows, (k + block_k - 1) / block_k};
+  const std::int64_t scale_shape[2] = {rows.rows, ceil_div(k, block_k)};
   Tensor codes = torch::stable::empty({codes_shape, 2}, ScalarType::Float8_e4m3fn, std::nullopt, x.device());
   Tensor scale = torch::stable::empty({scale_shape, 2}, ScalarType::Float, std::nullopt, x.device());
   quantize_activation(rows, k, block_k, static_cast<std::uint8_t*>(codes.mutable_data_ptr()),
@@ -155,7 +159,7 @@ Tensor cpu_dequantize_weight(Tensor weight, Tensor scales, Tensor scale_rows, st
   const std::int64_t k = weight.size(1);
   require(block_k >= 1, "block_k must be positive, got ", block_k);
   require_contiguous(scales, "scales", 2, ScalarType::Float, "float32");
-  const std::int64_t blocks = (k + block_k - 1) / block_k;
+  const std::int64_t blocks = ceil_div(k, block_k);
   require(scales.size(1) == blocks, "scales must have ", blocks, " columns, got ", scales.size(1));
   require_contiguous(scale_rows, "scale_rows", 1, ScalarType::Int, "int32");
   require(scale_rows.size(0) == n, "scale_rows must have ", n, " elements, got ", scale_rows.size(0));
@@ -179,6 +183,16 @@ void cpu_set_isa(std::int64_t level) {
   set_isa(static_cast<Isa>(level));
 }
 
+const Kernels& kernels_of_level(std::int64_t level) {
+  require(level >= 0 && level <= static_cast<std::int64_t>(Isa::amx), "there is no instruction set ", level);
+  return kernels_of(static_cast<Isa>(level));
+}
+
+std::int64_t cpu_register_rows(std::int64_t level) { return kernels_of_level(level).register_rows; }
+bool cpu_paths_agree(std::int64_t level) { return kernels_of_level(level).paths_agree; }
+
+bool cpu_threads_lost() { return threads_lost(); }
+
 }  // namespace
 }  // namespace qwen3_fp8_ascend::cpu
 
@@ -194,6 +208,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
   m.def("cpu_best_isa() -> int");
   m.def("cpu_current_isa() -> int");
   m.def("cpu_set_isa(int level) -> ()");
+  m.def("cpu_register_rows(int level) -> int");
+  m.def("cpu_paths_agree(int level) -> bool");
+  m.def("cpu_threads_lost() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, CPU, m) {
@@ -207,4 +224,7 @@ STABLE_TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, CompositeExplicitAutograd, m) {
   m.impl("cpu_best_isa", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_best_isa));
   m.impl("cpu_current_isa", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_current_isa));
   m.impl("cpu_set_isa", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_set_isa));
+  m.impl("cpu_register_rows", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_register_rows));
+  m.impl("cpu_paths_agree", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_paths_agree));
+  m.impl("cpu_threads_lost", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_threads_lost));
 }

@@ -35,7 +35,7 @@ inline std::uint32_t nan_bits(std::uint32_t quad) { return ((quad & 0x7f7f7f7fu)
 
 // One panel; returns whether it holds NaN.
 bool pack_panel(const std::uint8_t* weight, std::int64_t k, const Panel& panel, std::uint8_t* codes) {
-  const std::int64_t quads = (k + 3) / 4;
+  const std::int64_t quads = ceil_div(k, 4);
   const std::int64_t whole_quads = k / 4;
   std::uint32_t nan = 0;
   for (std::int64_t first = 0; first < quads; first += kQuadsAtOnce) {
@@ -75,7 +75,7 @@ bool pack_panel(const std::uint8_t* weight, std::int64_t k, const Panel& panel, 
 
 void pack_weight(const std::uint8_t* weight, std::int64_t k, Panel* panels, std::int64_t panel_count,
                  std::uint8_t* codes) {
-  const std::int64_t panel_bytes = (k + 3) / 4 * kQuadBytes;
+  const std::int64_t panel_bytes = ceil_div(k, 4) * kQuadBytes;
   parallel(panel_count, kLeastPanelsPerThread, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t panel = begin; panel < end; ++panel) {
       panels[panel].has_nan = pack_panel(weight, k, panels[panel], codes + panel * panel_bytes) ? 1 : 0;

@@ -8,11 +8,15 @@
 
 namespace qwen3_fp8_ascend::cpu {
 
+// Whether the calling thread came out of a fork, which took none of its pool along: it then works alone, with the same
+// results.
+bool threads_lost();
+
 // Calls body(begin, end) for parts of [0, count) of at least `grain`.
 template <class Body>
 void parallel(std::int64_t count, std::int64_t grain, const Body& body) {
   if (count <= 0) return;
-  if (count <= grain) {
+  if (count <= grain || threads_lost()) {
     body(std::int64_t{0}, count);
   } else {
     torch::stable::parallel_for(0, count, grain, body);

@@ -79,6 +79,8 @@ const Kernels kPortableKernels = {
     linear,
     sizeof(Scratch) + kMaxRows * kPanelRows * sizeof(float),
     kMaxRows,
+    0,
+    true,
 };
 
 }  // namespace qwen3_fp8_ascend::cpu

@@ -6,8 +6,8 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
 
+#include "checks.h"
 #include "parallel.h"
 
 namespace qwen3_fp8_ascend::cpu {
@@ -31,9 +31,9 @@ std::uint64_t xor_words(const std::uint8_t* bytes, std::int64_t size) {
 
 // The xor of the words of all whole chunks, read by all threads.
 std::int64_t cpu_read(torch::stable::Tensor bytes) {
-  if (!bytes.is_cpu() || !bytes.is_contiguous() || bytes.element_size() != 1) {
-    throw std::runtime_error("qwen3_fp8_ascend: cpu_read needs a contiguous tensor of bytes on the CPU");
-  }
+  require(bytes.is_cpu() && bytes.is_contiguous() && bytes.element_size() == 1,
+          "cpu_read needs a contiguous tensor of bytes on the CPU");
+  require_memory(bytes, "bytes", bytes.numel());
   const auto* data = static_cast<const std::uint8_t*>(bytes.const_data_ptr());
   const std::int64_t chunks = bytes.numel() / kChunk;
   std::atomic<std::uint64_t> all{0};

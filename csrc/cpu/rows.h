@@ -14,6 +14,13 @@ namespace {
 
 constexpr std::int64_t kRun = 128;
 
+// The 16-bit number at `index`; a tensor over a buffer (torch.frombuffer) may start at any address.
+inline std::uint16_t load_16(const char* x, std::int64_t index) {
+  std::uint16_t bits;
+  std::memcpy(&bits, x + index * 2, sizeof bits);
+  return bits;
+}
+
 // Calls body(i) for i in [0, count). A whole run gets a loop of its own, whose length the compiler knows.
 template <class Body>
 inline void for_each(std::int64_t count, const Body& body) {
@@ -27,21 +34,21 @@ inline void for_each(std::int64_t count, const Body& body) {
 // `count` <= kRun numbers from x + offset, as fp32.
 inline void load_run(const void* x, Dtype dtype, std::int64_t offset, std::int64_t count, float* out) {
   if (dtype == Dtype::fp32) {
-    std::memcpy(out, static_cast<const float*>(x) + offset, static_cast<std::size_t>(count) * sizeof(float));
+    std::memcpy(out, static_cast<const char*>(x) + offset * 4, static_cast<std::size_t>(count) * sizeof(float));
     return;
   }
-  const auto* bits = static_cast<const std::uint16_t*>(x) + offset;
+  const char* first = static_cast<const char*>(x) + offset * 2;
   if (dtype == Dtype::bf16) {
-    for_each(count, [=](int i) { out[i] = fp32_of_bf16(bits[i]); });
+    for_each(count, [=](int i) { out[i] = fp32_of_bf16(load_16(first, i)); });
     return;
   }
   std::int64_t i = 0;
 #if defined(__F16C__)
   for (; i + 8 <= count; i += 8) {
-    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bits + i))));
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(first + i * 2))));
   }
 #endif
-  for (; i < count; ++i) out[i] = fp32_of_fp16(bits[i]);
+  for (; i < count; ++i) out[i] = fp32_of_fp16(load_16(first, i));
 }
 
 // Rounds to dtype; `count` <= kRun.

@@ -7,6 +7,7 @@ The library holds one level of kernels per instruction set and uses the best tha
 from __future__ import annotations
 
 import functools
+import logging
 import mmap
 import os
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.format import BlockSize, ShardGrid, ceil_div
+
+logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "QWEN3_FP8_ASCEND_CPU_ISA"
 
@@ -50,7 +53,16 @@ def _load() -> str | None:
             f"it needs torch 2.10 or newer (here: {torch.__version__}) and the processor type it was built for"
         )
     _register_fakes()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_after_fork)
     return _choose_isa()
+
+
+def _after_fork() -> None:
+    """Keep torch from waiting for OpenMP threads that a fork did not take along (csrc/cpu/parallel.cpp)."""
+    if _OPS.cpu_threads_lost():
+        torch.set_num_threads(1)
+        logger.info("torch is set to one thread in this forked process: OpenMP would wait for its parent's")
 
 
 def _choose_isa() -> str | None:
@@ -85,7 +97,25 @@ def set_isa(name: str) -> None:
     _OPS.cpu_set_isa(ISAS.index(name))
 
 
+def register_rows(name: str) -> int:
+    """Up to this many bf16 rows, `block_linear` on an instruction set decodes weights in registers; more share tiles.
+
+    With activation "dynamic" a row of x is one such row; with "none" it is one in bf16, two in fp16, three in fp32.
+    """
+    return _OPS.cpu_register_rows(ISAS.index(name))
+
+
+def paths_agree(name: str) -> bool:
+    """Whether a row has the same bits in every batch on an instruction set; if not, on each side of `register_rows`."""
+    return _OPS.cpu_paths_agree(ISAS.index(name))
+
+
 def _register_fakes() -> None:
+    # One tensor on the meta device among others sends a call here: without the check, the result would be arbitrary.
+    def same_device(first: torch.Tensor, *others: torch.Tensor) -> None:
+        devices = {t.device for t in (first, *others)}
+        torch._check(len(devices) == 1, lambda: f"tensors are on different devices: {sorted(map(str, devices))}")
+
     def block_linear(
         x: torch.Tensor,
         codes: torch.Tensor,
@@ -97,19 +127,27 @@ def _register_fakes() -> None:
         block_k: int,
         quantize_activation: bool,
     ) -> torch.Tensor:
+        others = [codes, scales, panels] if bias is None else [codes, scales, panels, bias]
+        same_device(x, *others)
+        torch._check(x.dim() == 2 and x.shape[1] == k, lambda: f"x must have shape (m, {k}), got {tuple(x.shape)}")
+        torch._check(bias is None or bias.shape == (n,), lambda: f"bias must have {n} elements")
         return x.new_empty((x.shape[0], n))
 
     def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        torch._check(x.dim() == 2, lambda: f"x must have 2 dimensions, got {x.dim()}")
+        torch._check(block_k >= 1, lambda: f"block_k must be positive, got {block_k}")
         groups = ceil_div(x.shape[1], block_k)
         return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], groups), dtype=torch.float32)
 
     def dequantize_weight(
         weight: torch.Tensor, scales: torch.Tensor, scale_rows: torch.Tensor, block_k: int, dtype: torch.dtype
     ) -> torch.Tensor:
+        same_device(weight, scales, scale_rows)
+        torch._check(weight.dim() == 2, lambda: f"weight must have 2 dimensions, got {weight.dim()}")
         return weight.new_empty(weight.shape, dtype=dtype)
 
     def pack(weight: torch.Tensor, panels: torch.Tensor, codes: torch.Tensor) -> None:
-        return None
+        same_device(weight, panels, codes)
 
     for function in (block_linear, quantize_activation, dequantize_weight, pack):
         torch.library.register_fake(f"qwen3_fp8_ascend::cpu_{function.__name__}", function)
@@ -164,7 +202,15 @@ def _quantize(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor
 
 def _dequantize(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:
     rows = [span.scale_row for span in grid.spans() for _ in range(span.rows)]
-    return _OPS.cpu_dequantize_weight(weight, scale, torch.tensor(rows, dtype=torch.int32), grid.block.k, dtype)
+    # A copy, because the scale of a tensor over a buffer may start at an address that is no multiple of 4.
+    return _OPS.cpu_dequantize_weight(weight, scale.clone(), torch.tensor(rows, dtype=torch.int32), grid.block.k, dtype)
+
+
+def _plan() -> tuple[tuple[str, str], ...]:
+    limit = register_rows(isa())
+    if limit == 0:
+        return (("any", f"decoded into tiles ({isa()})"),)
+    return ((f"m <= {limit}", f"decoded in registers ({isa()})"), (f"m > {limit}", f"decoded into tiles ({isa()})"))
 
 
 def _unsupported(block: BlockSize) -> str | None:
@@ -185,5 +231,5 @@ BACKEND = Backend(
     dequantize_weight=_dequantize,
     unsupported=_unsupported,
     detail=isa,
-    plan=lambda: (("any", f"decoded in registers ({isa()})"),),
+    plan=_plan,
 )

@@ -1,0 +1,56 @@
+"""What tests of the CPU backend share: each instruction set in turn, numbers of threads, bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from qwen3_fp8_ascend.backends import cpu, load_backend
+
+REASON = load_backend("cpu").unusable()
+needs_cpu_backend = pytest.mark.skipif(REASON is not None, reason=f"cpu backend: {REASON}")
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ACTIVATIONS = ("dynamic", "none")
+
+_HERE = () if REASON is not None else cpu.isas()
+
+ISAS = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(name not in _HERE, reason=f"this machine has no {name}, only {', '.join(_HERE)}")
+    )
+    for name in cpu.ISAS
+]
+"""Parameters; those this machine lacks are skipped."""
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    before = cpu.isa()
+    cpu.set_isa(name)
+    try:
+        yield
+    finally:
+        cpu.set_isa(before)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """The tensor's bits as integers, so that NaN equals itself and the zeros differ."""
+    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))

@@ -1,0 +1,272 @@
+"""Builds csrc/cpu with sanitizers and runs tests of the CPU backend against that library, in a process of its own.
+
+A variant compiles a copy of the sources, in which single lines are replaced: what is wrong on purpose (a planted
+defect), and what lets a sanitizer see more than in production. The package itself is not changed and has no switch
+for this.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+SOURCES = ROOT / "csrc" / "cpu"
+CACHE = ROOT / ".cache" / "sanitizers"
+COMPILER = os.environ.get("CXX", "g++")
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One place of the sources, given by its text, and what stands there instead."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to build the library: sanitizers, the run-time library that has to be loaded first, edits.
+
+    `includes` are headers of this folder that come before a file's first line; "" stands for all files.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    runtime: str
+    options: tuple[tuple[str, str], ...]
+    edits: tuple[Edit, ...] = ()
+    includes: tuple[tuple[str, str], ...] = ()
+
+    def with_edits(self, *edits: Edit) -> Variant:
+        return Variant(self.name, self.flags, self.runtime, self.options, (*self.edits, *edits), self.includes)
+
+    def optimized(self) -> Variant:
+        """At the optimization level of the library that is shipped."""
+        flags = tuple("-O3" if flag == "-O1" else flag for flag in self.flags)
+        return Variant(f"{self.name}-O3", flags, self.runtime, self.options, self.edits, self.includes)
+
+
+EMULATED_AMX = (
+    # Every processor that has AVX-512 is taken to have AMX.
+    Edit("isa.cpp", "return amx ? Isa::amx : Isa::avx512;", "(void)amx;\n  return Isa::amx;"),
+    Edit("isa.cpp", "&& request_tiles()", "|| request_tiles()"),
+)
+CUT_FINELY = (
+    # Problems small enough for a property test are cut into parts for several threads.
+    Edit("linear.cpp", "kLeastBytesPerThread = 1 << 17", "kLeastBytesPerThread = 1 << 9"),
+    Edit("linear.cpp", "kLeastNumbersPerThread = 1 << 15", "kLeastNumbersPerThread = 1 << 6"),
+    Edit("pack.cpp", "kLeastPanelsPerThread = 4", "kLeastPanelsPerThread = 1"),
+    Edit("read.cpp", "parallel(chunks, 64,", "parallel(chunks, 1,"),
+)
+EXACT_SCRATCH = (
+    # Memory kept between calls is never larger than asked for, and never holds what an earlier call left there: numbers
+    # that are used without having been written are NaN.
+    Edit("scratch.h", "if (bytes > size_)", "if (true)"),
+    Edit("scratch.h", "size_ = bytes;", "size_ = bytes;\n      std::memset(memory_.get(), 0xff, bytes);"),
+    Edit("scratch.h", "#include <cstddef>", "#include <cstddef>\n#include <cstring>"),
+)
+
+ADDRESS = Variant(
+    "address-undefined",
+    ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "libasan.so",
+    (
+        ("ASAN_OPTIONS", "detect_leaks=0:allocator_may_return_null=1:exitcode=66"),  # the interpreter leaks by design
+        ("UBSAN_OPTIONS", "print_stacktrace=1"),
+        ("OMP_NUM_THREADS", "2"),
+    ),
+    (*EMULATED_AMX, *CUT_FINELY, *EXACT_SCRATCH),
+    (("amx.cpp", "amx_emulation.h"),),
+)
+THREAD = Variant(
+    "thread",
+    ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"),
+    "libtsan.so",
+    # Only accesses by this library are judged; torch and the interpreter are not built for it.
+    (
+        ("TSAN_OPTIONS", "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66"),
+        ("OMP_NUM_THREADS", "4"),
+    ),
+    (
+        *EMULATED_AMX,
+        *CUT_FINELY,
+        Edit("parallel.h", "torch::stable::parallel_for(0,", "parallel_in_plain_threads("),
+    ),
+    (("amx.cpp", "amx_emulation.h"), ("", "plain_threads.h")),
+)
+
+
+def missing() -> str | None:
+    """The reason why nothing can be built or run here, or None."""
+    if not X86 or sys.platform != "linux":
+        return "the sanitizer builds are made for x86-64 Linux only"
+    if shutil.which(COMPILER) is None:
+        return f"no C++ compiler {COMPILER}"
+    for runtime in (ADDRESS.runtime, THREAD.runtime):
+        if not runtime_library(runtime).is_file():
+            return f"{COMPILER} has no {runtime}"
+    return None
+
+
+def runtime_library(name: str) -> Path:
+    out = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+    return Path(out.strip()).resolve()
+
+
+def _setup() -> ModuleType:
+    """The project's setup.py: flags and torch's folder are those of the library that is shipped."""
+    spec = importlib.util.spec_from_file_location("qwen3_fp8_ascend_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _edited_sources(variant: Variant) -> dict[str, str]:
+    texts = {path.name: path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")}
+    for edit in variant.edits:
+        found = texts[edit.file].count(edit.old)
+        assert found == 1, f"{edit.file} holds {edit.old!r} {found} times: renew the edit"
+        texts[edit.file] = texts[edit.file].replace(edit.old, edit.new)
+    return texts
+
+
+def _run(command: Sequence[str], cwd: Path) -> None:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
+
+
+def objects(variant: Variant) -> list[Path]:
+    """The object files of a variant, kept by the hash of all that goes into them."""
+    setup = _setup()
+    torch = setup.torch_folder()
+    version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
+    texts = _edited_sources(variant)
+    headers = "".join(text for name, text in texts.items() if name.endswith(".h"))
+    common = hashlib.sha256("\0".join((version, (torch / "version.py").read_text(), headers)).encode())
+    CACHE.mkdir(parents=True, exist_ok=True)
+    jobs: list[tuple[str, list[str], Path]] = []
+    found = []
+    for name in (name for name in texts if name.endswith(".cpp")):
+        included = [HERE / header for file, header in variant.includes if file in ("", name)]
+        # The variant's flags come last: they set the level of optimization.
+        flags = [*setup.flags_of(name), "-fPIC", *variant.flags]
+        digest = common.copy()
+        digest.update("\0".join((texts[name], *flags, *(header.read_text() for header in included))).encode())
+        target = CACHE / f"{digest.hexdigest()[:20]}-{Path(name).stem}.o"
+        found.append(target)
+        if not target.is_file():
+            before = [part for header in included for part in ("-include", str(header))]
+            jobs.append((name, [*flags, "-isystem", str(torch / "include"), *before], target))
+    if jobs:
+        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+            folder = Path(temporary)
+            for name, text in texts.items():
+                (folder / name).write_text(text)
+
+            def compile_one(job: tuple[str, list[str], Path]) -> None:
+                name, flags, target = job
+                _run([COMPILER, *flags, "-c", name, "-o", target.name], folder)
+                (folder / target.name).replace(target)
+
+            slowest_first = sorted(jobs, key=lambda job: job[0] not in ("amx.cpp", "avx512.cpp"))
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(compile_one, slowest_first))
+    return found
+
+
+def build(variant: Variant) -> Path:
+    """The library of a variant."""
+    parts = objects(variant)
+    digest = hashlib.sha256("\0".join(path.name for path in parts).encode()).hexdigest()[:20]
+    library = CACHE / f"{digest}-{variant.name}.so"
+    if not library.is_file():
+        sanitizers = [flag for flag in variant.flags if flag.startswith("-fsanitize=")]
+        torch = _setup().torch_folder() / "lib"
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            unfinished = Path(folder) / library.name
+            _run(
+                [
+                    COMPILER,
+                    "-shared",
+                    *sanitizers,
+                    *map(str, parts),
+                    "-o",
+                    str(unfinished),
+                    f"-L{torch}",
+                    "-ltorch_cpu",
+                ],
+                CACHE,
+            )
+            unfinished.replace(library)
+    return library
+
+
+def shared_symbols(path: Path) -> list[str]:
+    """What an object file defines of the package that the linker may take from another one instead (weak symbols)."""
+    out = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True).stdout
+    return [line for line in out.splitlines() if line.split()[1] in "WVu" and "qwen3_fp8_ascend" in line]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a pytest process: its exit status, output, seconds, and the plugin's report (None if it died)."""
+
+    status: int
+    output: str
+    seconds: float
+    report: dict[str, Any] | None
+
+
+def run_tests(
+    variant: Variant, library: Path, arguments: Sequence[str], folder: Path, *, examples: int, timeout: float
+) -> Outcome:
+    """Run pytest on some tests with that library in the place of the package's own."""
+    report = folder / "report.json"
+    report.unlink(missing_ok=True)
+    preload = f"{runtime_library(variant.runtime)} {runtime_library('libstdc++.so')}"
+    environment = (
+        os.environ
+        | dict(variant.options)
+        | {
+            "LD_PRELOAD": preload,
+            "SANITIZED_LIBRARY": str(library),
+            "SANITIZED_REPORT": str(report),
+            "SANITIZED_EXAMPLES": str(examples),
+            "OMP_WAIT_POLICY": "passive",  # more threads than cores must not spin
+        }
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "tests.support.sanitizers.plugin", "-p", "no:cacheprovider"]
+    start = time.monotonic()
+    done = subprocess.run(
+        [*command, "-q", "-x", "--capture=sys", "--durations=5", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        check=False,
+    )
+    seconds = time.monotonic() - start
+    return Outcome(done.returncode, done.stdout, seconds, json.loads(report.read_text()) if report.is_file() else None)

@@ -1,0 +1,54 @@
+"""pytest plugin of the process that runs under a sanitizer: puts the library in place and reports what ran."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+LIBRARY = Path(os.environ["SANITIZED_LIBRARY"])
+
+_counts: Counter[str] = Counter()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    from qwen3_fp8_ascend.backends import cpu
+
+    cpu.LIBRARY = LIBRARY
+    settings.register_profile(
+        "sanitizers",
+        deadline=None,
+        max_examples=int(os.environ["SANITIZED_EXAMPLES"]),
+        database=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("sanitizers")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.outcome != "passed":
+        _counts[report.outcome] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    loaded = [
+        line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("/_cpu.so")
+    ]
+    mapped = str(LIBRARY) in Path("/proc/self/maps").read_text()
+    regions = None
+    if mapped and hasattr(library := ctypes.CDLL(str(LIBRARY)), "count_threaded_regions"):
+        library.count_threaded_regions.restype = ctypes.c_int64
+        regions = library.count_threaded_regions()
+    report = {
+        "sanitized_library_loaded": mapped,
+        "other_libraries": sorted(set(loaded)),
+        "threaded_regions": regions,
+        **{outcome: _counts[outcome] for outcome in ("passed", "failed", "skipped")},
+    }
+    Path(os.environ["SANITIZED_REPORT"]).write_text(json.dumps(report))

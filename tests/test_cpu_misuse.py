@@ -1,0 +1,366 @@
+"""torch.ops.qwen3_fp8_ascend.cpu_* called with what nobody should give them: a clear error, or the right answer.
+
+The same tests run under AddressSanitizer (tests/test_cpu_sanitizers.py), which is what shows that nothing is read or
+written outside the tensors on the way to either.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3_fp8_ascend import ops
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.testing.judges import random_problem
+from tests.support.cpu_levels import needs_cpu_backend, same_bits
+
+pytestmark = needs_cpu_backend
+
+OPERATORS = torch.ops.qwen3_fp8_ascend
+N, K, BLOCK = 70, 292, 128
+HUGE = 2**63 - 4
+
+Arguments = dict[str, Any]
+
+
+def good_arguments(name: str) -> Arguments:
+    """Arguments of an operator that it accepts, made anew."""
+    problem = random_problem(3, (N,), K, bias=True)
+    codes, scales, panels = ops.pack_weight(problem.weight, problem.scale, "cpu").tensors
+    weight = problem.weight.view(torch.uint8)
+    return {
+        "cpu_pack": lambda: {"weight": weight, "panels": panels, "codes": torch.zeros_like(codes)},
+        "cpu_block_linear": lambda: {
+            **{"x": problem.x, "codes": codes, "scales": scales, "panels": panels, "bias": problem.bias},
+            **{"n": N, "k": K, "block_k": BLOCK, "quantize_activation": True},
+        },
+        "cpu_quantize_activation": lambda: {"x": problem.x, "block_k": BLOCK},
+        "cpu_dequantize_weight": lambda: {
+            **{"weight": weight, "scales": scales, "scale_rows": torch.zeros(N, dtype=torch.int32)},
+            **{"block_k": BLOCK, "dtype": torch.float32},
+        },
+        "cpu_read": lambda: {"bytes": weight},
+    }[name]()
+
+
+NAMES = ("cpu_pack", "cpu_block_linear", "cpu_quantize_activation", "cpu_dequantize_weight", "cpu_read")
+TENSORS = {name: [key for key, value in good_arguments(name).items() if torch.is_tensor(value)] for name in NAMES}
+
+
+def call(name: str, arguments: Arguments) -> list[torch.Tensor | int]:
+    """Everything that the operator returns or writes."""
+    got = getattr(OPERATORS, name)(**arguments)
+    if name == "cpu_pack":
+        return [arguments["codes"], arguments["panels"]]
+    return list(got) if isinstance(got, tuple) else [got]
+
+
+def misaligned(t: torch.Tensor) -> torch.Tensor:
+    """The same numbers one byte behind an aligned address."""
+    size = t.numel() * t.element_size()
+    buffer = bytearray(size + 1)
+    if not size:
+        return t
+    out = torch.frombuffer(buffer, dtype=torch.uint8, offset=1)
+    out.copy_(t.contiguous().reshape(-1).view(torch.uint8))
+    return torch.frombuffer(buffer, dtype=t.dtype, offset=1).view(t.shape)
+
+
+def shrunk(t: torch.Tensor) -> torch.Tensor:
+    """A tensor from which memory was taken."""
+    out = t.clone()
+    storage = out.untyped_storage()
+    storage.resize_(max(0, storage.nbytes() - 1))
+    return out
+
+
+def emptied(t: torch.Tensor) -> torch.Tensor:
+    out = t.clone()
+    out.untyped_storage().resize_(0)
+    return out
+
+
+def in_a_wider_one(t: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros(*t.shape[:-1], t.shape[-1] + 3, dtype=torch.uint8 if t.element_size() == 1 else t.dtype)
+    part = out[..., 1:-2] if t.dtype == out.dtype else out[..., 1:-2].view(t.dtype)
+    return part.copy_(t)
+
+
+CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "float64": lambda t: t.double(),
+    "float32": lambda t: t.float(),
+    "float16": lambda t: t.half(),
+    "int64": lambda t: t.float().nan_to_num().long(),
+    "bool": lambda t: t.float().bool(),
+    "complex": lambda t: t.float().to(torch.complex64),
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.float().to_sparse(),
+    "one dimension less": lambda t: t[0],
+    "one dimension more": lambda t: t[None],
+    "a scalar": lambda t: t.flatten()[:1].squeeze(),
+    "a row less": lambda t: t[:-1],
+    "a row more": lambda t: torch.cat([t, t[-1:]]),
+    "no rows": lambda t: t[:0],
+    "a column less": lambda t: t[..., :-1],
+    "a column more": lambda t: torch.cat([t, t[..., -1:]], -1),
+    "no columns": lambda t: t[..., :0],
+    "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+    "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "reversed shape": lambda t: t.reshape(t.shape[::-1]),
+    "rows expanded": lambda t: t[:1].expand(t.shape),
+    "columns expanded": lambda t: t[..., :1].expand(t.shape),
+    "all expanded": lambda t: t.flatten()[:1].view((1,) * t.dim()).expand(t.shape),
+    "in a wider one": in_a_wider_one,
+    "misaligned": misaligned,
+    "shrunk": shrunk,
+    "emptied": emptied,
+    "negated lazily": lambda t: torch._neg_view(-t) if t.is_floating_point() and t.element_size() > 1 else t,
+    "all ones": lambda t: torch.full_like(t.contiguous().view(torch.uint8), 0xFF).view(t.dtype),
+    "all large": lambda t: torch.full_like(t.contiguous().view(torch.uint8), 0x7F).view(t.dtype),
+    "many empty rows": lambda t: t.new_empty(2**62, 0),
+    "many empty columns": lambda t: t.new_empty(0, 2**63 - 1),
+    "many rows in the memory of one": lambda t: t[:1].expand(2**40, *t.shape[1:]) if t.dim() else t,
+}
+"""What is done to a tensor. Some of it is no misuse for some arguments: the answer must then be right."""
+
+NUMBERS = (0, 1, -1, 3, 4, 36, 292, 2**31, -(2**31), 2**40, HUGE, 2**63 - 1, -(2**63))
+
+
+def settled(value: Any) -> Any:
+    """A tensor of the same numbers, contiguous, aligned, in memory of its own."""
+    return value.resolve_neg().clone(memory_format=torch.contiguous_format) if torch.is_tensor(value) else value
+
+
+def check(name: str, arguments: Arguments) -> bool:
+    """Whether the operator accepts the arguments; if so, strides, addresses and sharing have not changed its answer."""
+    try:
+        got = call(name, arguments)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        assert len(str(error)) > 10
+        return False
+    if any(torch.is_tensor(value) and value.is_meta for value in (*arguments.values(), *got)):
+        # Shapes only, and only if nothing here is real.
+        assert all(value.is_meta for value in (*arguments.values(), *got) if torch.is_tensor(value))
+        return True
+    if name == "cpu_pack":
+        return True  # its arguments have changed: nothing to compare with
+    want = call(name, {key: settled(value) for key, value in arguments.items()})
+    for one, other in zip(got, want, strict=True):
+        assert same_bits(one, other) if isinstance(one, torch.Tensor) else one == other
+    return True
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_good_arguments_are_accepted(name: str) -> None:
+    assert check(name, good_arguments(name))
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name in NAMES for key in TENSORS[name]])
+def test_every_change_of_every_tensor(name: str, key: str) -> None:
+    refused = []
+    for change, function in CHANGES.items():
+        arguments = good_arguments(name)
+        try:
+            arguments[key] = function(arguments[key])
+        except RuntimeError:
+            continue  # torch has no such tensor
+        if not check(name, arguments):
+            refused.append(change)
+    never_right = {
+        "float64",
+        "int64",
+        "bool",
+        "complex",
+        "sparse",
+        "one dimension less",
+        "a scalar",
+        "shrunk",
+        "emptied",
+    }
+    if name == "cpu_read":  # which takes bytes of any shape and type
+        never_right = {"float64", "int64", "complex", "sparse", "shrunk", "emptied"}
+    elif len(TENSORS[name]) > 1:
+        never_right.add("meta")
+    assert never_right <= set(refused)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=100)
+@given(data=st.data())
+def test_several_changes_at_once(name: str, data: st.DataObject) -> None:
+    arguments = good_arguments(name)
+    last = set()  # torch itself would read behind their memory, or ask for more than there is
+    for _ in range(data.draw(st.integers(1, 3))):
+        key = data.draw(st.sampled_from(sorted(arguments)))
+        value = arguments[key]
+        if key in last:
+            continue
+        if torch.is_tensor(value):
+            change = data.draw(st.sampled_from(sorted(CHANGES)))
+            if change in ("shrunk", "emptied", "many rows in the memory of one"):
+                last.add(key)
+            try:
+                arguments[key] = CHANGES[change](value)
+            except (RuntimeError, IndexError, NotImplementedError):
+                continue  # torch has no such tensor
+        elif isinstance(value, bool):
+            arguments[key] = not value
+        elif isinstance(value, int):
+            arguments[key] = data.draw(st.sampled_from(NUMBERS))
+        else:
+            arguments[key] = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float64, torch.int32]))
+    check(name, arguments)
+
+
+@pytest.mark.parametrize("name", ["cpu_block_linear", "cpu_quantize_activation", "cpu_dequantize_weight"])
+@pytest.mark.parametrize("number", [n for n in NUMBERS if n < 1 or n > 2**30])
+def test_sizes_that_overflow(name: str, number: int) -> None:
+    """A block wider than the weight is one block, whatever its width; no other size may be wrong."""
+    for key, value in good_arguments(name).items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
+        arguments = good_arguments(name) | {key: number}
+        one_block = key == "block_k" and number > K and (name != "cpu_block_linear" or number % 4 == 0)
+        if one_block and "scales" in arguments:
+            arguments["scales"] = arguments["scales"][:, :1].contiguous()
+        assert check(name, arguments) == one_block, key
+        if one_block:
+            got = call(name, arguments)
+            for one, other in zip(got, call(name, arguments | {"block_k": 512}), strict=True):
+                assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and same_bits(one, other)
+
+
+@pytest.mark.parametrize("column", range(4))
+@pytest.mark.parametrize("value", [-1, 1, 31, 33, 64, 2**31 - 1, -(2**31)])
+def test_panel_tables_that_lie(column: int, value: int) -> None:
+    """A panel is where the kernels take addresses from; only its mark, whether it holds NaN, may be any number."""
+    arguments = good_arguments("cpu_block_linear")
+    for row in range(3):
+        panels = arguments["panels"].clone()
+        panels[row, column] = value
+        right = column == 3 or torch.equal(panels, arguments["panels"])
+        if right:
+            assert check("cpu_block_linear", arguments | {"panels": panels})
+        else:
+            with pytest.raises(RuntimeError, match=r"panel \d|the panels hold"):
+                call("cpu_block_linear", arguments | {"panels": panels})
+
+
+def test_packing_in_place_is_refused() -> None:
+    """The table is read while codes are written: shared memory would let codes become addresses."""
+    arguments = good_arguments("cpu_pack")
+    memory = torch.zeros(arguments["codes"].numel() + 64, dtype=torch.uint8)
+    codes = memory[: arguments["codes"].numel()].view(arguments["codes"].shape)
+    panels = memory[:48].view(torch.int32).view(3, 4).copy_(arguments["panels"])
+    weight = memory[: N * K].view(N, K)
+    for shared in ({"codes": codes, "panels": panels}, {"codes": codes, "weight": weight}):
+        with pytest.raises(RuntimeError, match="must not share memory"):
+            call("cpu_pack", arguments | shared)
+
+
+@pytest.mark.parametrize("name", NAMES[:4])
+@pytest.mark.parametrize("real", ["first", "others"])
+def test_tensors_on_different_devices_are_refused(name: str, real: str) -> None:
+    """One tensor on the meta device sends a call to the function that knows shapes only."""
+    keys = TENSORS[name]
+    if len(keys) == 1:
+        pytest.skip("it takes one tensor")
+    arguments = good_arguments(name)
+    for key in keys[1:] if real == "first" else keys[:1]:
+        arguments[key] = arguments[key].to("meta")
+    with pytest.raises(RuntimeError, match="different devices"):
+        call(name, arguments)
+
+
+def test_there_is_no_level_beyond_the_last() -> None:
+    for function in (OPERATORS.cpu_register_rows, OPERATORS.cpu_paths_agree, OPERATORS.cpu_set_isa):
+        for level in (-1, 4, 2**62, -(2**63)):
+            with pytest.raises(RuntimeError, match="instruction set"):
+                function(level)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_addresses_need_not_be_multiples_of_anything(dtype: torch.dtype) -> None:
+    """Tensors over a file or a message: activations, biases, weights and scales, through the public operations."""
+    problem = random_problem(5, (N,), K, dtype=dtype, bias=True)
+    assert problem.bias is not None
+    x, bias, weight, scale = map(misaligned, (problem.x, problem.bias, problem.weight, problem.scale))
+    assert all(operator.mod(t.data_ptr(), 2) == 1 for t in (x, bias, weight, scale))
+    packed, want = (ops.pack_weight(w, s, "cpu") for w, s in ((weight, scale), (problem.weight, problem.scale)))
+    assert all(map(same_bits, packed.tensors, want.tensors))
+    for activation in ("dynamic", "none"):
+        got = ops.block_linear(x, packed, bias, activation)
+        assert same_bits(got, ops.block_linear(problem.x, want, problem.bias, activation))
+    for got, same in zip(
+        (*ops.quantize_activation(x), ops.dequantize_weight(weight, scale, dtype, backend="cpu")),
+        (
+            *ops.quantize_activation(problem.x),
+            ops.dequantize_weight(problem.weight, problem.scale, dtype, backend="cpu"),
+        ),
+        strict=True,
+    ):
+        assert same_bits(got, same)
+
+
+def _public_misuses() -> dict[str, Callable[[], object]]:
+    problem = random_problem(2, (40,), 36)
+    packed = ops.pack_weight(problem.weight, problem.scale, "cpu")
+    x, weight, scale = problem.x, problem.weight, problem.scale
+    return {
+        "x on another device": lambda: ops.block_linear(x.to("meta"), packed),
+        "a bias on another device": lambda: ops.block_linear(x, packed, torch.zeros(40, device="meta")),
+        "x of fp64": lambda: ops.block_linear(x.double(), packed),
+        "x of e4m3": lambda: ops.block_linear(x.to(torch.float8_e4m3fn), packed),
+        "x of complex numbers": lambda: ops.block_linear(x.to(torch.complex64), packed),
+        "x of another k": lambda: ops.block_linear(x[:, 1:], packed),
+        "a scalar": lambda: ops.block_linear(torch.tensor(1.0), packed),
+        "a short bias": lambda: ops.block_linear(x, packed, torch.zeros(39)),
+        "a bias of two dimensions": lambda: ops.block_linear(x, packed, torch.zeros(1, 40)),
+        "an unknown activation": lambda: ops.block_linear(x, packed, None, "static"),
+        "x on the meta device": lambda: ops.quantize_activation(x.to("meta")),
+        "a block of nothing": lambda: ops.quantize_activation(x, block_k=0),
+        "a weight on the meta device": lambda: ops.pack_weight(weight.to("meta"), scale.to("meta"), check_values=False),
+        "a scale on the meta device": lambda: ops.pack_weight(weight, scale.to("meta")),
+        "a scale of another shape": lambda: ops.pack_weight(weight, scale.repeat(2, 1)),
+        "a weight of three dimensions": lambda: ops.pack_weight(weight[None], scale),
+        "to integers": lambda: ops.dequantize_weight(weight, scale, torch.int32),
+    }
+
+
+@pytest.mark.parametrize("misuse", _public_misuses())
+def test_the_public_operations_say_what_to_do(misuse: str) -> None:
+    with pytest.raises(BlockFp8Error):
+        _public_misuses()[misuse]()
+
+
+@pytest.mark.parametrize(("n", "k"), [(40, 64), (1, 1), (33, 129)])
+def test_a_hundred_thousand_rows(n: int, k: int) -> None:
+    """One call is the calls on its parts: row by row as long as the parts take the same path."""
+    m = 100_000
+    problem = random_problem(m, (n,), k)
+    packed = ops.pack_weight(problem.weight, problem.scale, "cpu")
+    for activation in ("dynamic", "none"):
+        whole = ops.block_linear(problem.x, packed, None, activation)
+        parts = [ops.block_linear(x, packed, None, activation) for x in problem.x.split(9_973)]
+        assert whole.shape == (m, n) and same_bits(whole, torch.cat(parts))
+    codes, scale = ops.quantize_activation(problem.x, backend="cpu")
+    pieces = [ops.quantize_activation(x, backend="cpu") for x in problem.x.split(9_973)]
+    assert same_bits(codes, torch.cat([c for c, _ in pieces])) and same_bits(scale, torch.cat([s for _, s in pieces]))
+
+
+def test_no_columns_and_no_rows_take_no_time() -> None:
+    """2^62 rows of nothing are nothing to do."""
+    codes, scale = OPERATORS.cpu_quantize_activation(torch.empty(2**62, 0), 128)
+    assert codes.shape == scale.shape == (2**62, 0)
+    empty = {"codes": torch.empty(0, 4, 32, dtype=torch.uint8), "panels": torch.empty(0, 4, dtype=torch.int32)}
+    x = torch.zeros(1, 4).expand(2**40, 4)
+    y = OPERATORS.cpu_block_linear(
+        x=x, **empty, scales=torch.empty(0, 1), bias=None, n=0, k=4, block_k=128, quantize_activation=True
+    )
+    assert y.shape == (2**40, 0)
