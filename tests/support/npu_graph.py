@@ -93,11 +93,11 @@ class Capture(Watch):
 def falls_back_to_the_host(name: str) -> bool:
     """Whether torch_npu has no kernel for an operation of torch's or of its own, and would compute it on the host.
 
-    Views need none. One that torch makes from other operations counts as missing, since those are not seen here.
+    Views need none, also the one whose schema does not call it so. One that torch makes from other operations counts as missing, since those are not seen here.
     """
     lines = torch._C._dispatch_dump_table(name).splitlines()
     entry = next(line for line in lines if line.startswith("PrivateUse1:"))
-    if entry.endswith("[kernel]"):
+    if entry.endswith("[kernel]") or name == "aten::_unsafe_view":
         return False
     returned = torch._C._get_schema(*(name.split(".", 1) if "." in name else (name, ""))).returns
     return not (returned and returned[0].alias_info is not None and "[default backend kernel]" in entry)

@@ -17,7 +17,7 @@ from qwen3_fp8_ascend.vllm_plugin import linear
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8LmHeadMethod
 from tests.ascendc.test_backend import schemas  # noqa: F401
-from tests.support.npu_graph import FP8_VIEWS, Capture, Watch
+from tests.support.npu_graph import FP8_VIEWS, Capture, Watch, falls_back_to_the_host
 
 from .conftest import BLOCK_FP8, FIGURES, NPU, QWEN3_8B, Chip, engine_config, write_config
 
@@ -111,10 +111,12 @@ def test_the_layers_of_vllm_ascend_run(tmp_path: Path, build: Callable[[Any], to
     vLLM's loader does not know FakeTensors; what it does to FP8 is tested in tests/vllm_plugin/test_fp8_as_bytes.py.
     """
     config = engine_config(write_config(tmp_path / "fp8", **ONE_LAYER, quantization_config=BLOCK_FP8))
-    with Watch() as loading:
+    with Watch() as building:
         model = build(config)
+    with Watch() as loading:
         layers = load(model, config)
-    assert loading.touched_fp8 and loading.touched_fp8 <= FP8_VIEWS
+    assert loading.touched_fp8 and building.touched_fp8 | loading.touched_fp8 <= FP8_VIEWS
+    assert {name for name in loading.seen if name.startswith("aten::") and falls_back_to_the_host(name)} == set()
     for m in (1, 65, 2048):
         for name, layer in layers.items():
             with model.fake_mode, torch.no_grad(), torch.device(NPU):
