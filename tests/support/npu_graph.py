@@ -93,7 +93,8 @@ class Capture(Watch):
 def falls_back_to_the_host(name: str) -> bool:
     """Whether torch_npu has no kernel for an operation of torch's or of its own, and would compute it on the host.
 
-    Views need none, also the one whose schema does not call it so. One that torch makes from other operations counts as missing, since those are not seen here.
+    Views need none, also the one whose schema does not call it so. One that torch makes from other operations counts
+    as missing, since those are not seen here.
     """
     lines = torch._C._dispatch_dump_table(name).splitlines()
     entry = next(line for line in lines if line.startswith("PrivateUse1:"))
