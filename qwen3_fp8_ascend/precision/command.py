@@ -207,8 +207,10 @@ def _load(folder: Path, backend: str, activation: str, dtype: str, device: str) 
     except ImportError as error:
         fix = "pip install transformers, or make the run through a server"
         raise BlockFp8Error("a direct run needs transformers", got=error, fix=fix) from error
-    from qwen3_fp8_ascend.precision.direct import load_model
+    from qwen3_fp8_ascend.backends import available_backends
+    from qwen3_fp8_ascend.precision.direct import DEQUANTIZED, WIDE, load_model
 
+    check_choices("--backend", [backend], [*(status.name for status in available_backends()), WIDE, DEQUANTIZED])
     _check_device(device)
     loaded = load_model(folder, backend, activation, getattr(torch, dtype), device)
     try:

@@ -204,7 +204,7 @@ def run_model(
     with torch.inference_mode():
         for number, prompt in enumerate(prompts, 1):
             progress(f"{name}: prompt {number} of {len(prompts)}")
-            ids = torch.tensor([tokenizer(prompt).input_ids], device=device)
+            ids = encode(tokenizer, prompt, model).to(device)
             out = model(ids, output_hidden_states=keep_layers, use_cache=False)
             scores = out.logits[0, :-1].float().cpu()
             normalized = scores.double().log_softmax(-1)
@@ -232,6 +232,26 @@ def run_model(
         np.concatenate(layers, axis=1) if keep_layers else None,
         facts,
     )
+
+
+def encode(tokenizer: Any, prompt: str, model: torch.nn.Module) -> torch.Tensor:
+    """A prompt's tokens, at least two: the first is given, the others are predicted.
+
+    Shapes: -> (1, tokens) int64 on the CPU.
+    Raises:
+        BlockFp8Error: there are fewer, or the model does not know one.
+    """
+    ids = tokenizer(prompt).input_ids
+    known = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if len(ids) < 2 or max(ids) >= known:
+        raise BlockFp8Error(
+            "a prompt's tokens cannot be used",
+            where=prompt if len(prompt) < 40 else f"{prompt[:40]}...",
+            expected=f"two tokens or more, all below {known}",
+            got=f"{len(ids)}" + (f", the largest {max(ids)}" if ids else ""),
+            fix="use longer prompts, and the tokenizer's files of this very model",
+        )
+    return torch.tensor([ids])
 
 
 def has_our_linears(model: torch.nn.Module) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from qwen3_fp8_ascend.precision.compare import BOUND_COSINE
-from qwen3_fp8_ascend.precision.direct import WIDE, BlockFp8Linear, device_name
+from qwen3_fp8_ascend.precision.direct import WIDE, BlockFp8Linear, device_name, encode
 from qwen3_fp8_ascend.precision.metrics import Closeness, closeness
 from qwen3_fp8_ascend.provenance import command, provenance
 
@@ -105,7 +105,7 @@ def judge_linears(
         with torch.inference_mode():
             for number, prompt in enumerate(prompts, 1):
                 progress(f"linears and layers: prompt {number} of {len(prompts)}")
-                model(torch.tensor([tokenizer(prompt).input_ids]), use_cache=False)
+                model(encode(tokenizer, prompt, model), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -147,7 +147,7 @@ def _summary(document: Result, words: Words) -> list[list[str]]:
     def cell(row: Mapping[str, Any] | None, key: str, form: str) -> str:
         return "—" if row is None or row[key] is None else format(row[key], form)
 
-    rows = []
+    rows: list[list[str]] = []
     for row in document["rows"]:
         cells = [cell(of, key, form) for key, form in keys for of in (row, document["floor"])]
         name = f"{row['name']} vs {row['against']}"

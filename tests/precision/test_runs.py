@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,30 @@ def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: pytest.C
     assert run_command(app, ["eval-precision", *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and "what to do:" in error
+
+
+@pytest.mark.parametrize("what", ["no tokenizer", "one token", "another model's tokenizer", "unknown backend"])
+def test_what_cannot_be_run_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    options, said = ["--limit", "1"], "a prompt's tokens cannot be used"
+    if what == "no tokenizer":
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+        said = "token"  # which of two errors depends on the version of transformers
+    elif what == "one token":
+        (tmp_path / "prompts.json").write_text('["a"]')
+        options = ["--prompts", str(tmp_path / "prompts.json")]
+    elif what == "another model's tokenizer":
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        (folder / "tokenizer.json").write_text(re.sub(r'"T": \d+', '"T": 264', text), encoding="utf-8")
+    else:
+        options, said = ["--backend", "bogus"], "unknown value"
+    assert run_command(app, ["eval-precision", "run", str(folder), str(tmp_path / "x.run"), *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "what to do:" in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("*.run"))
 
 
 def test_the_prompts_cover_what_the_report_asks() -> None:
