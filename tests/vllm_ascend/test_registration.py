@@ -172,22 +172,54 @@ def described(model: torch.nn.Module) -> dict[str, Any]:
     return out | {name: (p.dtype, p.shape, type(p)) for name, p in model.named_parameters()}
 
 
-def test_a_modelslim_checkpoint_is_still_theirs(tmp_path: Path, build: Callable[[Any], torch.nn.Module]) -> None:
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
+COMPRESSED_TENSORS = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ["ModelSlim", "compressed-tensors", "bf16"])
+def test_other_checkpoints_are_still_theirs(tmp_path: Path, build: Callable[[Any], torch.nn.Module], kind: str) -> None:
+    """Every layer's method and scheme and every parameter, with our config registered and with theirs."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    folder = write_modelslim(tmp_path / "modelslim")
-    with_ours = engine_config(folder)
-    assert isinstance(with_ours.quant_config, AscendModelSlimConfig)
+    if kind == "ModelSlim":
+        folder = write_modelslim(tmp_path / "model")
+    else:
+        quantization = {"quantization_config": COMPRESSED_TENSORS} if kind == "compressed-tensors" else {}
+        folder = write_config(tmp_path / "model", **quantization)
+    flag = "ascend" if kind == "ModelSlim" else None
+    with_ours = engine_config(folder, quantization=flag)
     try:
         register_quantization_config("ascend")(AscendModelSlimConfig)
-        theirs = engine_config(folder)
-        assert type(theirs.quant_config) is AscendModelSlimConfig
+        theirs = engine_config(folder, quantization=flag)
     finally:
         register_quantization_config("ascend")(AscendConfig)
-    assert with_ours.quant_config.quant_description == theirs.quant_config.quant_description
+    if kind == "ModelSlim":
+        assert isinstance(with_ours.quant_config, AscendModelSlimConfig)
+        assert type(theirs.quant_config) is AscendModelSlimConfig
+    else:
+        assert type(with_ours.quant_config) is type(theirs.quant_config)
+    description = [getattr(config.quant_config, "quant_description", None) for config in (with_ours, theirs)]
+    assert description[0] == description[1]
     mine, expected = described(build(with_ours)), described(build(theirs))
     assert mine == expected
-    assert any("AscendLinearMethod" in method[0].__name__ for method in expected.values())
+    assert (kind == "bf16") != ("AscendLinearMethod" in str(expected))
 
 
 def test_this_pair_of_versions_is_not_warned_about_and_others_are(caplog: pytest.LogCaptureFixture) -> None:
