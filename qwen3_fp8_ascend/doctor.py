@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +13,7 @@ from typing import Any
 
 from packaging.version import Version
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from qwen3_fp8_ascend.provenance import PACKAGES, cpu_name, installed_version
@@ -34,25 +36,48 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at this machine. Reads only; loads the backends' libraries but neither vLLM nor a model."""
+    """Look at this machine. Reads only; loads torch and the backends' libraries but neither vLLM nor a model."""
     packages = {name: installed_version(name) for name in PACKAGES}
-    problems: list[tuple[str, str]] = []
-    backends = []
-    from qwen3_fp8_ascend.backends import available_backends
-
-    for status in available_backends():
-        backends.append(asdict(status))
-    if not any(b["usable"] and b["name"] != "reference" for b in backends):
-        problems.append(("no fast backend is usable here", "see the reasons in the table of backends"))
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cpu": cpu_name(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
     }
+    problems = _vllm_problems(packages)
+    failure = _torch_failure()
+    if failure is not None:
+        fix = "see that torch is whole: python -c 'import torch'"
+        if packages["torch-npu"]:
+            fix = (
+                "source CANN's set_env.sh, which torch-npu needs; TORCH_DEVICE_BACKEND_AUTOLOAD=0 does without the NPU"
+            )
+        problems.append((f"torch does not load: {failure}", fix))
+        ascend = _ascend(packages, f"none to use: torch does not load: {failure}", "not looked at")
+        return Report(machine, packages, [], {}, ascend, problems)
+    from qwen3_fp8_ascend.backends import available_backends, soc
+    from qwen3_fp8_ascend.backends.ascendc import LIBRARY
+
+    backends = [asdict(status) for status in available_backends()]
+    if not any(b["usable"] and b["name"] != "reference" for b in backends):
+        problems.append(("no fast backend is usable here", "see the reasons in the table of backends"))
     serving = _serving()
-    problems += _vllm_problems(packages) + _npu_problems(packages, serving)
-    return Report(machine, packages, backends, serving, _ascend(packages), problems)
+    problems += _npu_problems(packages, serving)
+    generation = soc.current_generation()
+    chip = f"{soc.device_name()}: {generation.machines}" if generation else f"none to use: {soc.missing_npu()}"
+    not_built = "not built (ASCEND_HOME_PATH was not set when this package was installed)"
+    ascend = _ascend(packages, chip, "built" if LIBRARY.exists() else not_built)
+    return Report(machine, packages, backends, serving, ascend, problems)
+
+
+def _torch_failure() -> str | None:
+    """Why torch cannot be imported, or None. It loads torch_npu by itself, which fails without CANN."""
+    try:
+        importlib.import_module("torch")
+    except (ImportError, OSError, RuntimeError) as error:
+        reasons = [error, *([error.__cause__] if error.__cause__ else [])]
+        return ": ".join(" ".join(str(reason).split()) for reason in reasons)
+    return None
 
 
 def _serving() -> dict[str, dict[str, Any]]:
@@ -140,21 +165,15 @@ def _installer_of_vllm() -> str:
 DRIVER = Path("/usr/local/Ascend/driver/version.info")
 
 
-def _ascend(packages: dict[str, str | None]) -> dict[str, Any]:
-    from qwen3_fp8_ascend.backends import soc
-    from qwen3_fp8_ascend.backends.ascendc import LIBRARY
-
-    not_built = "not built (ASCEND_HOME_PATH was not set when this package was installed)"
-    missing = soc.missing_npu()
-    generation = soc.current_generation()
+def _ascend(packages: dict[str, str | None], chip: str, kernels: str) -> dict[str, Any]:
     return {
         "devices": len(list(Path("/dev").glob("davinci[0-9]*"))),
-        "SoC": f"{soc.device_name()}: {generation.machines}" if generation else f"none to use: {missing}",
+        "SoC": chip,
         "driver": _version_in(DRIVER) or f"not found ({DRIVER})",
         "CANN": _cann(os.environ.get("ASCEND_HOME_PATH")),
         "torch-npu": packages["torch-npu"] or "not installed",
         "vllm-ascend": packages["vllm-ascend"] or "not installed",
-        "Ascend C kernels": "built" if LIBRARY.exists() else not_built,
+        "Ascend C kernels": kernels,
     }
 
 
@@ -182,25 +201,26 @@ def render(report: Report, console: Console) -> None:
     for title, rows in (("machine", report.machine), ("packages", report.packages), ("ascend", report.ascend)):
         table = Table(title=title, title_justify="left", show_header=False, box=None)
         for key, value in rows.items():
-            table.add_row(key, "-" if value is None else str(value))
+            table.add_row(key, "-" if value is None else escape(str(value)))
         console.print(table)
     table = Table("backend", "usable", "computes", "on", "what", title="backends", title_justify="left", box=None)
     for backend in report.backends:
+        usable = ": ".join(filter(None, ("yes", backend["detail"])))
         table.add_row(
             backend["name"],
-            ": ".join(filter(None, ("yes", backend["detail"]))) if backend["usable"] else f"no: {backend['reason']}",
+            escape(usable if backend["usable"] else f"no: {backend['reason']}"),
             ", ".join(backend["computes"]),
             ", ".join(backend["device_types"]),
-            backend["summary"],
+            escape(backend["summary"]),
         )
     console.print(table)
     table = Table("serves", "backend", "rows of x", "how", title="what serves here", title_justify="left", box=None)
     for device, chosen in report.serving.items():
         rows = chosen.get("rows", {"": chosen.get("reason", "").partition("\n")[0]})
         for number, (which, how) in enumerate(rows.items()):
-            table.add_row(*((device, chosen["backend"] or "none") if number == 0 else ("", "")), which, how)
+            table.add_row(*((device, chosen["backend"] or "none") if number == 0 else ("", "")), which, escape(how))
     console.print(table)
     for what, fix in report.problems:
-        console.print(f"[bold red]problem[/] {what}\n  what to do: {fix}", highlight=False)
+        console.print(f"[bold red]problem[/] {escape(what)}\n  what to do: {escape(fix)}", highlight=False)
     if not report.problems:
         console.print("[bold green]ready[/] to serve block FP8")

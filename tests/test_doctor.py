@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import json
+import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,9 +37,9 @@ def test_driver_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     file = tmp_path / "version.info"
     monkeypatch.setattr(doctor, "DRIVER", file)
     packages = dict.fromkeys(doctor.PACKAGES)
-    assert "not found" in doctor._ascend(packages)["driver"]
+    assert "not found" in doctor._ascend(packages, "", "")["driver"]
     file.write_text("Version=25.2.0\nascendhal_version=7.35.23\n")
-    assert doctor._ascend(packages)["driver"] == "25.2.0"
+    assert doctor._ascend(packages, "", "")["driver"] == "25.2.0"
 
 
 def test_what_serves_on_this_machine() -> None:
@@ -171,3 +173,37 @@ def test_a_plugin_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("leaves this plugin out" in what for what, _ in doctor.examine().problems)
     monkeypatch.setenv("VLLM_PLUGINS", "ascend,qwen3_fp8_ascend")
     assert not any("leaves this plugin out" in what for what, _ in doctor.examine().problems)
+
+
+@pytest.mark.parametrize("as_json", [True, False], ids=["json", "human"])
+def test_a_torch_that_does_not_load_is_a_problem_not_a_traceback(tmp_path: Path, as_json: bool) -> None:
+    """As on an Ascend machine where CANN's set_env.sh was not sourced: torch loads torch_npu, which fails."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "raise RuntimeError('Failed to load the backend extension: torch_npu.') from ImportError('libhccl.so')"
+    )
+    (tmp_path / "torch_npu-2.13.0.dist-info").mkdir()
+    (tmp_path / "torch_npu-2.13.0.dist-info" / "METADATA").write_text("Name: torch-npu\nVersion: 2.13.0\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen3_fp8_ascend", "doctor", *(["--json"] if as_json else [])],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "300"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (2, "")
+    said = "torch does not load: Failed to load the backend extension: torch_npu.: libhccl.so"
+    if as_json:
+        report = json.loads(done.stdout)
+        assert any(what == said and "set_env.sh" in fix for what, fix in report["problems"])
+        assert report["backends"] == [] and report["ascend"]["torch-npu"] == "2.13.0"
+    else:
+        assert said in done.stdout and "source CANN's set_env.sh" in done.stdout
+
+
+def test_square_brackets_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "installed", lambda: None)
+    text, facts = both_forms(doctor.examine())
+    assert "pip install 'qwen3-fp8-ascend[cpu]'" in text
+    assert ["vLLM is not installed", "on a CPU: pip install 'qwen3-fp8-ascend[cpu]', or run `make venv`"] in facts[
+        "problems"
+    ]
