@@ -48,6 +48,9 @@ LONG = {
     "dequantize": 12_000,
     "load": 6_000,
 }
+PART = 6000
+"""Inputs for one process, so that each part takes a minute or so."""
+
 GUIDED_SHORT = {"header": 1000, "inspect": 500}
 GUIDED_LONG = {"header": 20_000, "config": 15_000, "inspect": 10_000, "quantize": 2_000, "dequantize": 2_000}
 LEAST_LINES = 0.8
@@ -202,20 +205,29 @@ def test_coverage_guided_at_length(name: str, artefacts: Path, tmp_path: Path) -
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", LONG)
-def test_at_length(name: str, artefacts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "first", "count"),
+    [(name, first, min(PART, LONG[name] - first)) for name in LONG for first in range(0, LONG[name], PART)],
+)
+def test_at_length(name: str, first: int, count: int, artefacts: Path, tmp_path: Path) -> None:
     """In a process of its own, so that a crash is a finding and not the end of the tests."""
     if name == "load":
         pytest.importorskip("vllm", reason="vLLM is not installed")
     file = tmp_path / "figures.json"
-    options = [f"--inputs={LONG[name]}", f"--seed={SEED}", f"--artefacts={artefacts}", f"--figures={file}"]
+    options = [
+        f"--inputs={count}",
+        f"--first={first}",
+        f"--seed={SEED}",
+        f"--artefacts={artefacts}",
+        f"--figures={file}",
+    ]
     text = python("tests.fuzz.campaign", name, *options, limit=890)
     if not file.exists():
         last = (artefacts / "current.bin").rename(artefacts / "last.bin")
         pytest.fail(f"the process died; its last input is {last}\n{text[-3000:]}")
     print(text)
     figures = json.loads(file.read_text())
-    assert figures["inputs"] == LONG[name]
+    assert figures["inputs"] == count
     assert not figures["violations"], text
 
 
