@@ -128,8 +128,9 @@ EN = Words(
     linears="Every linear and every decoder layer alone",
     linears_text=(
         "At each linear and each decoder layer of the model both get the same input, so that nothing is carried on "
-        "and amplified. The fp64 specification judges the backend and the fp32 specification alike. Equal bits is "
-        "the share of a linear's outputs that are the fp64 result rounded once."
+        "and amplified. The fp64 specification judges the backend and the fp32 specification (reference) alike; the "
+        "reference's line is the noise floor: within one decoder layer some roundings still fall the other way in "
+        "W8A8. Equal bits is the share of a linear's outputs that are the fp64 result rounded once."
     ),
     linears_header=(
         "against the fp64 specification",
@@ -247,8 +248,9 @@ ZH = Words(
     reached="余弦 ≥ {cosine} 且 top-1 ≥ {top1}",
     linears="逐个线性层与解码层",
     linears_text=(
-        "在模型的每个线性层和每个解码层，双方都得到相同的输入，误差不会传下去被放大。后端与 fp32 规范都由 fp64 规范评"
-        "判。位相同为线性层输出中与 fp64 结果舍入一次后完全相同的比例。"
+        "在模型的每个线性层和每个解码层，双方都得到相同的输入，误差不会传下去被放大。后端与 fp32 规范（reference）都"
+        "由 fp64 规范评判；reference 一行即噪声底：一个解码层之内，在 W8A8 中仍会有舍入落到另一侧。位相同为线性层输出"
+        "中与 fp64 结果舍入一次后完全相同的比例。"
     ),
     linears_header=(
         "以 fp64 规范为准",
