@@ -40,8 +40,8 @@ METRICS: dict[str, Callable[[Row], str]] = {
     "top-1 agreement": lambda r: _number(r["top1_agreement"], ".2%"),
     "greedy tokens equal": lambda r: _number(r["greedy_match"], ".2%"),
     "greedy continuations equal": lambda r: _number(r["greedy_prompts"], ".2%"),
-    "perplexity": lambda r: _number(r["perplexity"], ".4f"),
-    "perplexity of the reference": lambda r: _number(r["perplexity_reference"], ".4f"),
+    "perplexity": lambda r: _number(r["perplexity"], ".6g"),
+    "perplexity of the reference": lambda r: _number(r["perplexity_reference"], ".6g"),
 }
 """Lines of the table and what each shows of a comparison."""
 
