@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qwen3_fp8_ascend.checkpoints.anomaly import fault
 from qwen3_fp8_ascend.checkpoints.strict_json import DAMAGED, parse_object, regular_size
@@ -55,6 +55,7 @@ MAX_NAME = 512
 MAX_PARTS = 32
 """Of a tensor's name, between dots; an ignore list is looked up once for each."""
 
+PIECE_BYTES = 1 << 18
 METADATA = "__metadata__"
 LENGTH_BYTES = 8
 
@@ -120,7 +121,7 @@ def _read_header_text(path: Path, size: int) -> bytes:
                     file=path.name,
                     expected=f"2 to {MAX_HEADER_BYTES}",
                     got=length,
-                    fix=_pointer_hint(prefix) or DAMAGED,
+                    fix=_hint(prefix) or DAMAGED,
                 )
             if length > available:
                 raise fault(
@@ -130,24 +131,43 @@ def _read_header_text(path: Path, size: int) -> bytes:
                     got=f"{size} bytes",
                     fix="the download is incomplete; download the file again",
                 )
-            text = file.read(length)
+            text = _read_text(file, length, path.name)
     except OSError as error:
         raise fault("the file cannot be read", file=path.name, got=error.strerror) from None
-    if len(text) != length:
-        raise fault("the file shrank while it was read", file=path.name, expected=length, got=len(text))
     if not text.startswith(b"{"):
         raise fault(
             "this is not a safetensors file: its header does not begin with '{'",
             file=path.name,
             got=repr(text[:8]),
-            fix=DAMAGED,
+            fix=_hint(prefix) or DAMAGED,
         )
+    if len(text) != length:
+        raise fault("the file shrank while it was read", file=path.name, expected=length, got=len(text))
     return text
 
 
-def _pointer_hint(prefix: bytes) -> str | None:
+def _read_text(file: BinaryIO, length: int, name: str) -> bytes:
+    """Read an object's JSON text piece by piece, so that a hole or what is no object costs one of them."""
+    pieces: list[bytes] = []
+    while length and (piece := file.read(min(length, PIECE_BYTES))):
+        if not pieces and not piece.startswith(b"{"):
+            return piece
+        if b"\0" in piece:
+            raise fault(
+                "the header holds zero bytes, as files do whose download was not finished",
+                file=name,
+                fix="download the file again",
+            )
+        pieces.append(piece)
+        length -= len(piece)
+    return b"".join(pieces)
+
+
+def _hint(prefix: bytes) -> str | None:
     if prefix == b"version ":
         return "this is a Git LFS pointer, not the file itself; run `git lfs pull`"
+    if prefix.startswith(b"PK\3\4"):
+        return "this is a zip archive, as torch.save writes them, under another name; pickles are never loaded"
     return None
 
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import struct
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ LIES: dict[str, tuple[bytes, str]] = {
     "length of 2^63": (struct.pack("<Q", 1 << 63) + b"{}", "no header length"),
     "length beyond the limit": (struct.pack("<Q", 100_000_001) + b"{}", "no header length"),
     "length zero": (struct.pack("<Q", 0) + b"{}", "no header length"),
+    "torch.save under another name": (b"PK\x03\x04\0\0\0\0" + bytes(70_000_000), "pickles are never loaded"),
+    "header of zeros": (struct.pack("<Q", 64) + b"{" + bytes(100), "zero bytes"),
     "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
     "not an object": (raw_file(b"[]", 0), "does not begin with"),
     "html": (raw_file(b"<html>not found</html>", 0), "does not begin with"),
@@ -172,6 +175,19 @@ def test_a_file_of_a_terabyte_is_read_by_its_header(tmp_path: Path) -> None:
     except OSError as error:
         pytest.skip(f"this file system cannot hold a sparse terabyte: {error}")
     assert read_header(tmp_path / "model.safetensors").size == size
+
+
+def test_a_header_in_a_hole_costs_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 90_000_000) + b"{")
+        file.truncate(1 << 30)
+    tracemalloc.start()
+    with pytest.raises(BlockFp8Error, match="zero bytes"):
+        read_header(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 << 20
 
 
 def agrees_with_safetensors(path: Path) -> None:
