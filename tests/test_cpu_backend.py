@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from qwen3_fp8_ascend import ops, reference
-from qwen3_fp8_ascend.backends import PackedWeight, cpu, load_backend
+from qwen3_fp8_ascend.backends import PackedWeight, cpu
 from qwen3_fp8_ascend.format import BlockSize, ShardGrid, ceil_div
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
+from tests.support.cpu_levels import DTYPES, instruction_set, needs_cpu_backend
 
-REASON = load_backend("cpu").unusable()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"cpu backend: {REASON}")
+pytestmark = needs_cpu_backend
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 70, 130)
 RAGGED = (576, 192, 192)
@@ -32,10 +31,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.param
     if name not in cpu.isas():
         pytest.skip(f"this machine has no {name}, only {', '.join(cpu.isas())}")
-    before = cpu.isa()
-    cpu.set_isa(name)
-    yield name
-    cpu.set_isa(before)
+    with instruction_set(name):
+        yield name
 
 
 def pack(problem: Problem) -> PackedWeight:
