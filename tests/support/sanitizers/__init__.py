@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 SOURCES = ROOT / "csrc" / "cpu"
 CACHE = ROOT / ".cache" / "sanitizers"
+DAYS_KEPT = 14
 COMPILER = os.environ.get("CXX", "g++")
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -194,9 +195,18 @@ def objects(variant: Variant) -> list[Path]:
     return found
 
 
+def _drop_the_unused() -> None:
+    for path in CACHE.glob("*.*o"):
+        if time.time() - path.stat().st_mtime > DAYS_KEPT * 86400:
+            path.unlink(missing_ok=True)
+
+
 def build(variant: Variant) -> Path:
     """The library of a variant."""
     parts = objects(variant)
+    for part in parts:
+        part.touch()
+    _drop_the_unused()
     digest = hashlib.sha256("\0".join(path.name for path in parts).encode()).hexdigest()[:20]
     library = CACHE / f"{digest}-{variant.name}.so"
     if not library.is_file():
@@ -218,6 +228,7 @@ def build(variant: Variant) -> Path:
                 CACHE,
             )
             unfinished.replace(library)
+    library.touch()
     return library
 
 
