@@ -104,7 +104,7 @@ THREAD = Variant(
     "libtsan.so",
     # Only accesses by this library are judged; torch and the interpreter are not built for it.
     (
-        ("TSAN_OPTIONS", "ignore_noninstrumented_modules=1:halt_on_error=1:exitcode=66"),
+        ("TSAN_OPTIONS", "ignore_noninstrumented_modules=1:halt_on_error=1:allocator_may_return_null=1:exitcode=66"),
         ("OMP_NUM_THREADS", "4"),
     ),
     (
