@@ -170,6 +170,10 @@ class Sandbox:
     def __init__(self) -> None:
         self._root = Path(tempfile.mkdtemp(prefix="hostile-", dir=fast_folder())).resolve()
         self.path = self._root / "sandbox"
+        self._folder = self.path / "models" / "snapshots" / "model"
+        self._folder.mkdir(parents=True)
+        (self._folder.parent / f"{OUTSIDE}.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+        (self._folder.parent / f"{OUTSIDE}.json").write_bytes(b'{"key":"secret"}')
 
     def __enter__(self) -> Sandbox:
         return self
@@ -178,16 +182,18 @@ class Sandbox:
         shutil.rmtree(self._root, ignore_errors=True)
 
     def fill(self, hostile: HostileFolder) -> Path:
-        """Write it into a fresh folder."""
-        folder = self.path / "models" / "snapshots" / "model"
-        folder.mkdir(parents=True)
-        (folder.parent / f"{OUTSIDE}.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
-        (folder.parent / f"{OUTSIDE}.json").write_bytes(b'{"key":"secret"}')
-        hostile.write(folder)
-        return folder
+        """Write it into the empty folder."""
+        hostile.write(self._folder)
+        return self._folder
 
     def clear(self) -> None:
-        shutil.rmtree(self.path)
+        """Remove the checkpoint and what was made of it."""
+        for place in (os.fsencode(self._folder), os.fsencode(self.path)):
+            for entry in list(os.scandir(place)):
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                elif entry.name != b"models":
+                    shutil.rmtree(entry.path)
 
 
 class Judge:
@@ -200,14 +206,11 @@ class Judge:
         self.reader = reader
         self.reads_data = reads_data
         self._sandbox = Sandbox()
-        if not tracemalloc.is_tracing():
-            tracemalloc.start(1)
         self._limit = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (address_space() + ADDRESS_SPACE, self._limit[1]))
 
     def close(self) -> None:
         resource.setrlimit(resource.RLIMIT_AS, self._limit)
-        tracemalloc.stop()
         self._sandbox.__exit__()
 
     def __enter__(self) -> Judge:
@@ -243,8 +246,7 @@ class Judge:
         violation = refusal = None
         with _refuse_torch_load(watch), _alarm():
             resident = resident_peak(reset=True)
-            traced = tracemalloc.get_traced_memory()[0]
-            tracemalloc.reset_peak()
+            tracemalloc.start(1)
             _watching.append(watch)
             started = time.process_time()
             try:
@@ -257,7 +259,8 @@ class Judge:
                 violation = f"{type(error).__name__} instead of BlockFp8Error: {_where(error)}"
             seconds = time.process_time() - started
             _watching.pop()
-            python_peak = tracemalloc.get_traced_memory()[1] - traced
+            python_peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
             resident = resident_peak() - resident
         violation = (
             violation
