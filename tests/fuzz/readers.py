@@ -212,6 +212,8 @@ def _files_that_vllm_loads(folder: Path) -> list[str]:
     from vllm.model_executor.model_loader.weight_utils import filter_duplicate_safetensors_files
 
     found = sorted(str(path) for path in folder.iterdir() if _is_weights(path.name))
+    if not found:
+        raise BlockFp8Error("vLLM itself refuses a folder without weights, unless they are to be random")
     return filter_duplicate_safetensors_files(found, str(folder), INDEX)
 
 
