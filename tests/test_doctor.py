@@ -81,6 +81,7 @@ def ascend_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     def examine(chip: str | None, usable: tuple[str, ...], **changes: str | None) -> doctor.Report:
         npu = SimpleNamespace(is_available=lambda: chip is not None, get_device_name=lambda: chip)
         monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(npu=npu, __spec__=SimpleNamespace()))
+        soc.device_name.cache_clear()
         found = VERSIONS | {name.replace("_", "-"): version for name, version in changes.items()}
         for module in (doctor, versions):
             monkeypatch.setattr(module, "installed_version", found.get)
@@ -94,7 +95,6 @@ def ascend_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
             reason = soc.missing_npu() or (None if name in usable else "not on this machine")
             backend = dataclasses.replace(registry.load_backend(name), unusable=lambda reason=reason: reason)
             monkeypatch.setitem(registry.LOADED, name, backend)
-        soc.device_name.cache_clear()
         registry.select_backend.cache_clear()
         return doctor.examine()
 

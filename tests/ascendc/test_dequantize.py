@@ -69,5 +69,5 @@ def test_scales_that_overflow_with_the_decode_bias_are_refused(monkeypatch: pyte
     weight = torch.zeros(1, 1).to(torch.float8_e4m3fn)
     limit = torch.full((1, 1), torch.finfo(torch.float32).max / 256)
     assert torch.isfinite(ops.pack_weight(weight, limit).tensors[1]).all()
-    with pytest.raises(BlockFp8Error, match="up to 1.33e"):
+    with pytest.raises(BlockFp8Error, match=r"up to 1\.33e"):
         ops.pack_weight(weight, limit * 1.01)
