@@ -65,12 +65,14 @@ def is_ignored(module: str, ignored: Collection[str]) -> bool:
     """Whether a config's ignore list (a set is fast) names a module: itself, a parent of it, or the end of its path."""
     if not ignored:
         return False
-    dots = [position for position, character in enumerate(module) if character == "."]
-    return (
-        module in ignored
-        or any(module[:dot] in ignored for dot in dots)
-        or any(module[dot + 1 :] in ignored for dot in dots)
-    )
+    if module in ignored:
+        return True
+    dot = module.find(".")
+    while dot >= 0:
+        if module[:dot] in ignored or module[dot + 1 :] in ignored:
+            return True
+        dot = module.find(".", dot + 1)
+    return False
 
 
 def matches_any(module: str, globs: Iterable[str]) -> bool:

@@ -68,11 +68,12 @@ def read_config(folder: Path) -> None:
 
 
 def inspect(folder: Path) -> None:
-    """`inspect --json`, and the check that vLLM's processes make."""
+    """`inspect --json`."""
     report = inspect_checkpoint(folder)
     for text in _texts(json.loads(json.dumps(report.to_dict()))["anomalies"]):
         assert text.isprintable(), f"not safe for a terminal: {text[:100]!a}"
-    check_checkpoint(folder)
+    if report.errors:
+        raise CheckpointError(report.errors[0])
 
 
 def _texts(value: Any) -> Iterator[str]:
