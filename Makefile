@@ -23,7 +23,8 @@ venv: $(VENV)/.built  ## create .venv and build the package into it
 demo: venv  ## serve a block-FP8 model with vLLM and ask it three questions (MODEL=... for another one)
 	$(PY) scripts/demo.py $(if $(MODEL),--model '$(MODEL)')
 
-test: lint test-triton-ascend test-triton test-vllm-ascend  ## everything that needs no accelerator: lint, types, tests
+test: venv  ## everything that needs no accelerator: lint, types, tests
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint test-triton-ascend test-triton test-vllm-ascend
 	$(PY) -m pytest
 
 test-fast: venv  ## the tests that start no server
