@@ -13,13 +13,14 @@ from vllm.config import set_current_vllm_config
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import prefill
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.testing.models import QWEN3_8B
 from qwen3_fp8_ascend.vllm_plugin import linear
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8LmHeadMethod
 from tests.ascendc.test_backend import schemas  # noqa: F401
 from tests.support.npu_graph import FP8_VIEWS, Capture, Watch, falls_back_to_the_host
 
-from .conftest import BLOCK_FP8, FIGURES, NPU, QWEN3_8B, Chip, engine_config, write_config
+from .conftest import BLOCK_FP8, FIGURES, NPU, Chip, engine_config, write_config
 
 ONE_LAYER = QWEN3_8B | {"num_hidden_layers": 1, "vocab_size": 264}
 

@@ -19,12 +19,13 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm_ascend.quantization import AscendModelSlimConfig
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.testing.models import QWEN3_8B
 from qwen3_fp8_ascend.testing.server import free_port
 from qwen3_fp8_ascend.vllm_plugin import versions
 from qwen3_fp8_ascend.vllm_plugin.ascend import AscendConfig, BlockFp8NpuConfig
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 
-from .conftest import BLOCK_FP8, MOE, QWEN3_8B, engine_config, write_config
+from .conftest import BLOCK_FP8, MOE, engine_config, write_config
 
 MISMATCH = (
     "Quantization method specified in the model config (fp8) does not match the quantization method specified in "
