@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.testing.hostile import HEAVY, Choices, HostileFolder
+from qwen3_fp8_ascend.testing.hostile import Choices, HostileFolder
+from qwen3_fp8_ascend.testing.large_attacks import HEAVY
 from tests.fuzz.judge import FACTOR, HANG_SECONDS, RESIDENT_ALLOWANCE, SECONDS, Sandbox, address_space, resident_peak
 from tests.fuzz.readers import READERS, Reader
 

@@ -21,7 +21,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen3_fp8_ascend.testing.hostile import HEAVY, Choices, DrawnChoices, random_choices
+from qwen3_fp8_ascend.testing.hostile import Choices, DrawnChoices, random_choices
+from qwen3_fp8_ascend.testing.large_attacks import HEAVY
 from tests.fuzz.campaign import run, warm_up
 from tests.fuzz.coverage import FILES, lines_of, lines_reached
 from tests.fuzz.judge import Judge, Sandbox

@@ -18,7 +18,8 @@ from qwen3_fp8_ascend.checkpoints import folder as folder_module
 from qwen3_fp8_ascend.checkpoints import header, rewrite, strict_json
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.testing import hostile
-from qwen3_fp8_ascend.testing.hostile import HEAVY, Choices, DrawnChoices, HostileFolder, hostile_folder, random_choices
+from qwen3_fp8_ascend.testing.hostile import Choices, DrawnChoices, HostileFolder, hostile_folder, random_choices
+from qwen3_fp8_ascend.testing.large_attacks import HEAVY
 from tests.fuzz import heavy as heavy_module
 from tests.fuzz import judge as judge_module
 from tests.fuzz.campaign import run
