@@ -57,8 +57,7 @@ def dequantize_weight(
             "weights dequantize to a floating-point dtype", expected=_names(ACTIVATION_DTYPES), got=dtype
         )
     chosen = select_backend(backend, weight.device.type, block=grid.block)
-    codes = weight.view(torch.uint8).contiguous().view(weight.dtype)
-    return chosen.dequantize_weight(codes, scale.float().contiguous(), grid, dtype)
+    return chosen.dequantize_weight(_contiguous_codes(weight), scale.float().contiguous(), grid, dtype)
 
 
 def pack_weight(
@@ -92,9 +91,7 @@ def pack_weight(
     chosen = select_backend(backend, weight.device.type, _computes(activation), grid.block)
     if check_values:
         check_scale_values(scale, limit=chosen.max_scale)
-    # As bytes: a strided FP8 tensor cannot be copied on NPUs before the Ascend 950.
-    codes = weight.view(torch.uint8).contiguous().view(weight.dtype)
-    tensors = chosen.pack(codes, scale.float().contiguous(), grid)
+    tensors = chosen.pack(_contiguous_codes(weight), scale.float().contiguous(), grid)
     return PackedWeight(chosen.name, grid, tensors)
 
 
@@ -159,6 +156,11 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
     """All tokens as one dimension, contiguous in the last: what a `Backend` is given."""
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def _contiguous_codes(weight: torch.Tensor) -> torch.Tensor:
+    """Contiguous, copied as bytes if at all: NPUs before the Ascend 950 cannot copy strided FP8."""
+    return weight.view(torch.uint8).contiguous().view(weight.dtype)
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:

@@ -104,18 +104,18 @@ def check_writable(path: Path | None) -> None:
     """
     if path is None:
         return
-    if path.is_dir():
-        raise BlockFp8Error("the result cannot be written", where=path, got="it is a folder", fix="name a file")
-    existed = path.parent.exists()
     trial = path.with_name(f".{path.name}.part")
     try:
+        if path.is_dir():
+            raise BlockFp8Error("the result cannot be written", where=path, got="it is a folder", fix="name a file")
+        made = [folder for folder in path.parents if not folder.exists()]  # the deepest first
         path.parent.mkdir(parents=True, exist_ok=True)
         trial.touch()
         trial.unlink()
+        for folder in made:
+            folder.rmdir()
     except OSError as error:
         raise _unwritable(path, error) from error
-    if not existed:
-        path.parent.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

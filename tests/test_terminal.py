@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
+from qwen3_fp8_ascend.terminal import check_writable
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3, write_qwen3
 from qwen3_fp8_ascend.testing.server import free_port
 from tests.support.checkpoint_folders import digests, write_sparse
@@ -324,3 +325,11 @@ def test_json_to_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
         lock = subprocess.run(path, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
         assert not Path(lock).exists(), "asking for the commit left a lock behind"
     assert [path.name for path in tmp_path.iterdir()] == ["verify.json"] and target.read_text() == "what was there"
+
+
+def test_asking_whether_a_result_can_be_written_leaves_nothing(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for path in (tmp_path / "a" / "b" / "result.json", kept / "result.json", tmp_path / "result.json"):
+        check_writable(path)
+    assert list(tmp_path.rglob("*")) == [kept]
