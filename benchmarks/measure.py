@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -38,16 +39,17 @@ def interleave(
 ) -> dict[str, Timing]:
     """Call the functions in turn, round after round, for about `seconds` in all.
 
-    Each gets the number of the round, to choose a copy of its weights that is in no cache. The order of the
-    functions turns by one every round, so that none always follows the same neighbour.
+    Each gets the number of the round, to choose a copy of its weights that is in no cache. Every round has a random
+    order (the same in every run), so that none always follows the same neighbour.
     """
     names = list(functions)
     for name in names:
         functions[name](0)
     taken: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < most and (rounds < least or time.perf_counter() < end):
-        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+        for name in order.sample(names, len(names)):
             start = time.perf_counter()
             functions[name](rounds)
             taken[name].append(time.perf_counter() - start)

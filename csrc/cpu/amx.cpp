@@ -12,7 +12,7 @@ namespace {
 constexpr int kTile = 16;       // rows of a tile register; 64 bytes each
 constexpr int kTileDepth = 32;  // k of a tile of bf16
 constexpr std::int64_t kAmxRows = 512;
-constexpr std::int64_t kFewRows = 2;  // at most kMaxRegisterRows
+constexpr int kFewRows = 2;
 constexpr int kPrefetchBytes = 1024;
 
 constexpr DecodeTables kScaledTables = make_decode_tables(ArithmeticDecoder::kExponent);
@@ -239,9 +239,9 @@ void linear_of_few_rows(const Problem& problem, std::int64_t begin, std::int64_t
   bool has_nan = false;
   for (std::int64_t panel = begin; panel < end; ++panel) has_nan |= problem.weight.panels[panel].has_nan != 0;
   if (has_nan) {
-    linear_in_registers<kPrefetchBytes>(problem, begin, end, TableDecoder(kScaledTables));
+    linear_in_registers<kFewRows, 2, kPrefetchBytes>(problem, begin, end, TableDecoder(kScaledTables));
   } else {
-    linear_in_registers<kPrefetchBytes>(problem, begin, end, ArithmeticDecoder());
+    linear_in_registers<kFewRows, 2, kPrefetchBytes>(problem, begin, end, ArithmeticDecoder());
   }
 }
 

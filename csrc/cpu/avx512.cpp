@@ -2,6 +2,24 @@
 #include "linear_avx512.h"
 
 namespace qwen3_fp8_ascend::cpu {
+namespace {
+
+// With two sums for each row, this many leave registers for four decoded weights and the decoder's constants.
+constexpr int kRegisterRows = 12;
+
+// The processor's own prefetching ends with a page, which is one chunk of a panel: two of them are asked for ahead. Less
+// than one is slower than nothing.
+constexpr int kAhead = 2 * kChunk * kPanelRows;
+
+void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* scratch) {
+  if (problem.path == Path::registers) {
+    linear_in_registers<kRegisterRows, 1, kAhead>(problem, begin, end, TableDecoder(kDecodeTables));
+  } else {
+    linear_in_tiles(problem, begin, end, *static_cast<Avx512Scratch*>(scratch));
+  }
+}
+
+}  // namespace
 
 const Kernels kAvx512Kernels = {
     amax,
@@ -10,10 +28,10 @@ const Kernels kAvx512Kernels = {
     split_values,
     dequantize,
     0,
-    linear_avx512,
+    linear,
     sizeof(Avx512Scratch),
     480,
-    kMaxRegisterRows,
+    kRegisterRows,
     true,
 };
 

@@ -16,7 +16,6 @@ constexpr int kTilePanels = 2;
 constexpr int kTileColumns = kTilePanels * kPanelRows;
 constexpr int kTileRows = 6;
 constexpr std::int64_t kRowBlock = 96;  // a multiple of kTileRows and of every number of terms
-constexpr std::int64_t kMaxRegisterRows = 7;
 
 struct Avx512Scratch {
   alignas(64) std::uint16_t weights[kChunk / 2][kTileColumns * 2];  // [pair of k][weight row][2]
@@ -35,7 +34,7 @@ inline std::int32_t load_pair(const std::uint16_t* values) {
   return pair;
 }
 
-// All activation rows (exactly `Rows`) times `Panels` panels.
+// All activation rows (exactly `Rows`) times `Panels` panels, whose codes are prefetched `Ahead` bytes before use.
 template <int Rows, int Panels, int Ahead, class Decoder>
 void multiply_in_registers(const Problem& problem, std::int64_t panel, const Decoder& decode) {
   const Weight& w = problem.weight;
@@ -45,7 +44,7 @@ void multiply_in_registers(const Problem& problem, std::int64_t panel, const Dec
   for (int p = 0; p < Panels; ++p) codes[p] = w.codes_of(panel + p);
   for (std::int64_t chunk = 0; chunk < w.depth.chunks; ++chunk) {
     __m512 partial[Rows][Panels][2];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 2
       for (int p = 0; p < Panels; ++p) partial[r][p][0] = partial[r][p][1] = _mm512_setzero_ps();
@@ -57,13 +56,11 @@ void multiply_in_registers(const Problem& problem, std::int64_t panel, const Dec
 #pragma GCC unroll 2
       for (int p = 0; p < Panels; ++p) {
         const std::uint8_t* source = codes[p] + offset + quad * kQuadBytes;
-        if constexpr (Ahead > 0) {
-          _mm_prefetch(reinterpret_cast<const char*>(source + Ahead), _MM_HINT_T0);
-          _mm_prefetch(reinterpret_cast<const char*>(source + Ahead + kQuadBytes / 2), _MM_HINT_T0);
-        }
+        _mm_prefetch(reinterpret_cast<const char*>(source + Ahead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(source + Ahead + kQuadBytes / 2), _MM_HINT_T0);
         const HalfQuad top = decode(source);
         const HalfQuad bottom = decode(source + kQuadBytes / 2);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < Rows; ++r) {
           const std::int32_t x0 = load_pair(values + r * kChunk + quad * 4);
           const std::int32_t x1 = load_pair(values + r * kChunk + quad * 4 + 2);
@@ -74,7 +71,7 @@ void multiply_in_registers(const Problem& problem, std::int64_t panel, const Dec
         }
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
       const __m512 x_scale = _mm512_set1_ps(*x.scales_of(chunk, r));
 #pragma GCC unroll 2
@@ -92,28 +89,17 @@ void multiply_in_registers(const Problem& problem, std::int64_t panel, const Dec
   for (int p = 0; p < Panels; ++p) store_panel(problem, panel + p, sums[0][p], Panels * kPanelRows, 0, Rows);
 }
 
-template <int Rows, int Ahead, class Decoder>
-void linear_of_rows(const Problem& problem, std::int64_t begin, std::int64_t end, const Decoder& decode) {
-  std::int64_t panel = begin;
-  if constexpr (Rows <= 4) {  // two panels at once hide the latency of the chain
-    for (; panel + 2 <= end; panel += 2) multiply_in_registers<Rows, 2, Ahead>(problem, panel, decode);
-  }
-  for (; panel < end; ++panel) multiply_in_registers<Rows, 1, Ahead>(problem, panel, decode);
-}
-
-// At most kMaxRegisterRows rows. Codes are prefetched `Ahead` bytes before use, or left to the processor (0).
-template <int Ahead, class Decoder>
+// At most `Rows` rows, and `Panels` panels at a time.
+template <int Rows, int Panels, int Ahead, class Decoder>
 void linear_in_registers(const Problem& problem, std::int64_t begin, std::int64_t end, const Decoder& decode) {
-  switch (problem.activation.rows) {
-    case 1: return linear_of_rows<1, Ahead>(problem, begin, end, decode);
-    case 2: return linear_of_rows<2, Ahead>(problem, begin, end, decode);
-    case 3: return linear_of_rows<3, Ahead>(problem, begin, end, decode);
-    case 4: return linear_of_rows<4, Ahead>(problem, begin, end, decode);
-    case 5: return linear_of_rows<5, Ahead>(problem, begin, end, decode);
-    case 6: return linear_of_rows<6, Ahead>(problem, begin, end, decode);
-    case 7: return linear_of_rows<7, Ahead>(problem, begin, end, decode);
-    default: return;
+  if constexpr (Rows > 1) {
+    if (problem.activation.rows < Rows) {
+      return linear_in_registers<Rows - 1, Panels, Ahead>(problem, begin, end, decode);
+    }
   }
+  std::int64_t panel = begin;
+  for (; panel + Panels <= end; panel += Panels) multiply_in_registers<Rows, Panels, Ahead>(problem, panel, decode);
+  for (; panel < end; ++panel) multiply_in_registers<Rows, 1, Ahead>(problem, panel, decode);
 }
 
 // Decodes a chunk of `panels` panels; the second of one panel is left as it was.
@@ -234,14 +220,6 @@ inline void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int
         store_panel(problem, panel + p, scratch.sums[0] + p * kPanelRows, kTileColumns, row0, rows);
       }
     }
-  }
-}
-
-inline void linear_avx512(const Problem& problem, std::int64_t begin, std::int64_t end, void* scratch) {
-  if (problem.path == Path::registers) {
-    linear_in_registers<0>(problem, begin, end, TableDecoder(kDecodeTables));
-  } else {
-    linear_in_tiles(problem, begin, end, *static_cast<Avx512Scratch*>(scratch));
   }
 }
 
