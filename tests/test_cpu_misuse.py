@@ -207,8 +207,8 @@ def test_several_changes_at_once(name: str, data: st.DataObject) -> None:
                 last.add(key)
             try:
                 arguments[key] = CHANGES[change](value)
-            except (RuntimeError, IndexError, NotImplementedError):
-                continue  # torch has no such tensor
+            except (RuntimeError, IndexError, NotImplementedError, TypeError):
+                continue  # torch has no such tensor (and says TypeError of sizes beyond 64 bits)
         elif isinstance(value, bool):
             arguments[key] = not value
         elif isinstance(value, int):

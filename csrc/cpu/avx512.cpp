@@ -30,7 +30,7 @@ const Kernels kAvx512Kernels = {
     0,
     linear,
     sizeof(Avx512Scratch),
-    480,
+    kMostTileRows,
     kRegisterRows,
     true,
 };

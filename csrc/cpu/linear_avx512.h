@@ -15,11 +15,11 @@ constexpr int kHalf = 16;  // fp32 numbers in a register: half a panel
 constexpr int kTilePanels = 2;
 constexpr int kTileColumns = kTilePanels * kPanelRows;
 constexpr int kTileRows = 6;
-constexpr std::int64_t kRowBlock = 96;  // a multiple of kTileRows and of every number of terms
+constexpr std::int64_t kMostTileRows = 516;  // whole groups of kTileRows, and 512 rows at once
 
 struct Avx512Scratch {
   alignas(64) std::uint16_t weights[kChunk / 2][kTileColumns * 2];  // [pair of k][weight row][2]
-  alignas(64) float sums[kRowBlock][kTileColumns];
+  alignas(64) float sums[kMostTileRows][kTileColumns];
 };
 
 inline __m512bh as_bf16(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
@@ -181,44 +181,49 @@ inline void multiply_rest(const TileStep& step, std::int64_t rows, const Prefetc
   }
 }
 
+// Past the last rows of a chunk, the first of the next one follow.
+inline void prefetch_rows(const std::uint16_t* values) {
+  constexpr int kLine = 64 / sizeof *values;
+  for (int at = 0; at < kTileRows * kChunk; at += kLine) {
+    _mm_prefetch(reinterpret_cast<const char*>(values + at), _MM_HINT_T0);
+  }
+}
+
+// At most kMostTileRows rows.
 inline void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int64_t end, Avx512Scratch& scratch) {
   const Weight& w = problem.weight;
   const Activation& x = problem.activation;
   const TableDecoder decode{kDecodeTables};
-  for (std::int64_t row0 = 0; row0 < x.rows; row0 += kRowBlock) {
-    const std::int64_t rows = x.rows - row0 < kRowBlock ? x.rows - row0 : kRowBlock;
-    for (std::int64_t panel = begin; panel < end; panel += kTilePanels) {
-      const int panels = end - panel < kTilePanels ? 1 : kTilePanels;
-      std::memset(scratch.sums, 0, static_cast<std::size_t>(rows) * sizeof scratch.sums[0]);
-      for (std::int64_t chunk = 0; chunk < w.depth.chunks; ++chunk) {
-        decode_tile(w, panel, panels, chunk, decode, scratch.weights);
-        const std::int64_t pairs = (w.depth.length_of(chunk) + 3) / 4 * 2;
-        const std::int64_t block = w.depth.block_of(chunk);
-        const float w_scale[kTilePanels] = {w.scales_of(panel)[block], w.scales_of(panel + panels - 1)[block]};
-        // Past the last chunk of a panel, the next panel's codes follow.
-        Prefetch next;
-        const std::int64_t ahead = (w.depth.start_of(chunk) + w.depth.length_of(chunk)) * kPanelRows;
-        next.source[0] = w.codes_of(panel) + ahead;
-        next.source[1] = w.codes_of(panel + panels - 1) + ahead;
-        const std::uint16_t* values = x.values_of(chunk, row0);
-        const float* x_scale = x.scales_of(chunk, row0);
-        std::int64_t row = 0;
-        for (; row + kTileRows <= rows; row += kTileRows) {
-          const TileStep step{scratch.weights, values + row * kChunk, pairs,
-                              x_scale + row,   w_scale,               scratch.sums + row};
-          if (row == 0) {
-            multiply_tile<kTileRows, true>(step, next);
-          } else {
-            multiply_tile<kTileRows, false>(step, next);
-          }
+  for (std::int64_t panel = begin; panel < end; panel += kTilePanels) {
+    const int panels = end - panel < kTilePanels ? 1 : kTilePanels;
+    std::memset(scratch.sums, 0, static_cast<std::size_t>(x.rows) * sizeof scratch.sums[0]);
+    for (std::int64_t chunk = 0; chunk < w.depth.chunks; ++chunk) {
+      decode_tile(w, panel, panels, chunk, decode, scratch.weights);
+      const std::int64_t pairs = (w.depth.length_of(chunk) + 3) / 4 * 2;
+      const std::int64_t block = w.depth.block_of(chunk);
+      const float w_scale[kTilePanels] = {w.scales_of(panel)[block], w.scales_of(panel + panels - 1)[block]};
+      // Past the last chunk of a panel, the next panel's codes follow.
+      Prefetch next;
+      const std::int64_t ahead = (w.depth.start_of(chunk) + w.depth.length_of(chunk)) * kPanelRows;
+      next.source[0] = w.codes_of(panel) + ahead;
+      next.source[1] = w.codes_of(panel + panels - 1) + ahead;
+      const auto step_of = [&](std::int64_t row) {
+        return TileStep{scratch.weights, x.values_of(chunk, row), pairs,
+                        x.scales_of(chunk, row), w_scale, scratch.sums + row};
+      };
+      std::int64_t row = 0;
+      for (; row + kTileRows <= x.rows; row += kTileRows) {
+        prefetch_rows(x.values_of(chunk, row + kTileRows));
+        if (row == 0) {
+          multiply_tile<kTileRows, true>(step_of(row), next);
+        } else {
+          multiply_tile<kTileRows, false>(step_of(row), next);
         }
-        multiply_rest(
-            {scratch.weights, values + row * kChunk, pairs, x_scale + row, w_scale, scratch.sums + row}, rows - row,
-            next);
       }
-      for (int p = 0; p < panels; ++p) {
-        store_panel(problem, panel + p, scratch.sums[0] + p * kPanelRows, kTileColumns, row0, rows);
-      }
+      multiply_rest(step_of(row), x.rows - row, next);
+    }
+    for (int p = 0; p < panels; ++p) {
+      store_panel(problem, panel + p, scratch.sums[0] + p * kPanelRows, kTileColumns, 0, x.rows);
     }
   }
 }
