@@ -1,4 +1,4 @@
-"""Draws `make bench`'s newest CSV and writes its table into docs/cpu.md.
+"""Draws `make bench`'s newest CSV and writes its table into docs/cpu.md, each instruction set into its own.
 
 python -m benchmarks.plot_linear [CSV]
 """
@@ -25,9 +25,10 @@ OURS = "w8a8"
 def main() -> None:
     csv = Path(sys.argv[1]) if len(sys.argv) > 1 else max(RESULTS.glob("linear-*.csv"))
     frame = pd.read_csv(csv)
-    picture = ROOT / "docs" / "cpu_linear.png"
+    isa = frame.iloc[0]["isa"]
+    picture = ROOT / "docs" / f"cpu_linear_{isa}.png"
     draw(frame, picture)
-    insert_table(DOCUMENT, "linear", table(frame, csv))
+    insert_table(DOCUMENT, f"linear {isa}", table(frame, csv))
     print(f"{csv.name}: wrote {picture.relative_to(ROOT)} and the table in {DOCUMENT.relative_to(ROOT)}")
 
 
