@@ -169,15 +169,8 @@ def test_bits_change_at_the_stated_limit_and_nowhere_else(isa: str, activation: 
     rows, packed = cancelling_problem(ROWS_OF_A_PASS, 200, dtype)
     limit = most_register_rows(isa, dtype, activation)
     expected = [] if cpu.paths_agree(isa) or limit == 0 else [limit + 1]
-    sizes = [
-        *range(1, 20),
-        33,
-        64,
-        97,
-        128,
-        160,
-        *(n + i for n in (85, 170, 172, 256, 258, 512, 516) for i in range(3)),
-    ]
+    ends = (85, 170, 172, 256, 258, 512, 516)  # of passes, where a row is one, two or three rows of bf16
+    sizes = [*range(1, 20), 33, 64, 97, 128, 160, *(n + i for n in ends for i in range(3))]
     changes, before = [], None
     with instruction_set(isa):
         for m in sorted(sizes):
