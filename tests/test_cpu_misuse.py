@@ -25,8 +25,6 @@ pytestmark = needs_cpu_backend
 OPERATORS = torch.ops.qwen3_fp8_ascend
 N, K, BLOCK = 70, 292, 128
 HUGE = 2**63 - 4
-WIDEST = 2**63 - 1
-"""The largest size that a tensor can have."""
 
 Arguments = dict[str, Any]
 
@@ -89,8 +87,6 @@ def emptied(t: torch.Tensor) -> torch.Tensor:
 
 
 def in_a_wider_one(t: torch.Tensor) -> torch.Tensor:
-    if t.shape[-1] > WIDEST - 3:
-        return t
     out = torch.zeros(*t.shape[:-1], t.shape[-1] + 3, dtype=torch.uint8 if t.element_size() == 1 else t.dtype)
     part = out[..., 1:-2] if t.dtype == out.dtype else out[..., 1:-2].view(t.dtype)
     return part.copy_(t)
@@ -128,12 +124,12 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "all ones": lambda t: torch.full_like(t.contiguous().view(torch.uint8), 0xFF).view(t.dtype),
     "all large": lambda t: torch.full_like(t.contiguous().view(torch.uint8), 0x7F).view(t.dtype),
     "many empty rows": lambda t: t.new_empty(2**62, 0),
-    "many empty columns": lambda t: t.new_empty(0, WIDEST),
+    "many empty columns": lambda t: t.new_empty(0, 2**63 - 1),
     "many rows in the memory of one": lambda t: t[:1].expand(2**40, *t.shape[1:]) if t.dim() else t,
 }
 """What is done to a tensor. Some of it is no misuse for some arguments: the answer must then be right."""
 
-NUMBERS = (0, 1, -1, 3, 4, 36, 292, 2**31, -(2**31), 2**40, HUGE, WIDEST, -(2**63))
+NUMBERS = (0, 1, -1, 3, 4, 36, 292, 2**31, -(2**31), 2**40, HUGE, 2**63 - 1, -(2**63))
 
 
 def settled(value: Any) -> Any:
@@ -207,7 +203,7 @@ def test_several_changes_at_once(name: str, data: st.DataObject) -> None:
             continue
         if torch.is_tensor(value):
             change = data.draw(st.sampled_from(sorted(CHANGES)))
-            if change in ("shrunk", "emptied", "many rows in the memory of one"):
+            if change in ("shrunk", "emptied", "many empty columns", "many rows in the memory of one"):
                 last.add(key)
             try:
                 arguments[key] = CHANGES[change](value)
