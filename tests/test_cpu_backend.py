@@ -15,7 +15,7 @@ from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import PackedWeight, cpu
 from qwen3_fp8_ascend.format import BlockSize, ShardGrid, ceil_div
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
-from tests.support.cpu_levels import DTYPES, instruction_set, needs_cpu_backend
+from tests.support.cpu_levels import DTYPES, instruction_set, lacking, needs_cpu_backend
 
 pytestmark = needs_cpu_backend
 
@@ -29,8 +29,8 @@ RAGGED = (576, 192, 192)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set in turn; those this machine lacks are skipped."""
     name = request.param
-    if name not in cpu.isas():
-        pytest.skip(f"this machine has no {name}, only {', '.join(cpu.isas())}")
+    if reason := lacking(name):
+        pytest.skip(reason)
     with instruction_set(name):
         yield name
 

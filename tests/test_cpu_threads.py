@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -13,8 +14,18 @@ import pytest
 import torch
 
 from qwen3_fp8_ascend import ops
+from qwen3_fp8_ascend.backends import cpu
 from qwen3_fp8_ascend.testing.judges import Problem, random_problem
-from tests.support.cpu_levels import ACTIVATIONS, DTYPES, ISAS, instruction_set, needs_cpu_backend, same_bits, threads
+from tests.support.cpu_levels import (
+    ACTIVATIONS,
+    DTYPES,
+    ISAS,
+    instruction_set,
+    lacking,
+    needs_cpu_backend,
+    same_bits,
+    threads,
+)
 
 pytestmark = needs_cpu_backend
 
@@ -79,17 +90,18 @@ def test_the_instruction_set_may_change_while_others_compute() -> None:
     """A call keeps to the one that it began with: every result is that of some level."""
     problem = random_problem(20, WIDTHS, 300, dtype=torch.float32)
     packed = ops.pack_weight(problem.weight, problem.scale, "cpu", WIDTHS)
-    possible, best = [], OPERATORS.cpu_best_isa()
-    for level in range(best + 1):
-        OPERATORS.cpu_set_isa(level)
+    before, possible = cpu.isa(), []
+    here = [name for name in cpu.ISAS if lacking(name) is None]
+    for name in here:
+        cpu.set_isa(name)
         possible.append(ops.block_linear(problem.x, packed))
     stop = threading.Event()
 
     def change() -> None:
-        level = 0
-        while not stop.is_set():
-            level = (level + 1) % (best + 1)
-            OPERATORS.cpu_set_isa(level)
+        for name in itertools.cycle(here):
+            if stop.is_set():
+                return
+            cpu.set_isa(name)
 
     changer = threading.Thread(target=change)
     changer.start()
@@ -100,7 +112,7 @@ def test_the_instruction_set_may_change_while_others_compute() -> None:
     finally:
         stop.set()
         changer.join()
-        OPERATORS.cpu_set_isa(best)
+        cpu.set_isa(before)
 
 
 def in_a_fork(child: Callable[[], bool]) -> None:

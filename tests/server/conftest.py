@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from qwen3_fp8_ascend.testing.logprobs import prompt_logprobs
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
 from qwen3_fp8_ascend.testing.server import Server, serve, serving_environment
+from tests.support.logprobs import TEXTS, text_logprobs
 
 ASCEND = ("--quantization", "ascend")
 MAX_MODEL_LEN = 1024
@@ -34,21 +34,27 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="session")
-def logprobs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., np.ndarray]:
-    """Log-probabilities of the standard texts under a served model, in fp32 and eagerly unless said otherwise.
+def text_logprobs_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[np.ndarray]]:
+    """Log-probabilities of texts under a served model, in fp32 and eagerly unless said otherwise.
 
     In bf16 one flipped bit in a large activation changes a whole group's codes, and runs that are exact
     in themselves drift apart; fp32 shows what the linears contribute.
     """
 
-    def run(model: Path, *arguments: str, **environment: str) -> np.ndarray:
+    def run(model: Path, *arguments: str, texts: Sequence[str] = TEXTS, **environment: str) -> list[np.ndarray]:
         log = tmp_path_factory.mktemp("server") / "server.log"
         with serve(
             model, *COMMON, "--dtype", "float32", *arguments, log=log, environment=serving_environment(**environment)
         ) as server:
-            return prompt_logprobs(server)
+            return text_logprobs(server, texts)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def logprobs_of(text_logprobs_of: Callable[..., list[np.ndarray]]) -> Callable[..., np.ndarray]:
+    """The same of all texts, one after the other."""
+    return lambda *arguments, **options: np.concatenate(text_logprobs_of(*arguments, **options))
 
 
 @pytest.fixture(scope="session")

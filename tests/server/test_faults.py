@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from qwen3_fp8_ascend.testing.load import Outcome, Request, requests_held, run_load
-from qwen3_fp8_ascend.testing.processes import family, named, wait_until_ended
 from qwen3_fp8_ascend.testing.server import Server, stop
+from tests.support.load import Outcome, Request, requests_held, run_load
+from tests.support.processes import family, named, wait_until_ended
 
 from .conftest import ASCEND, EAGER, Start
 

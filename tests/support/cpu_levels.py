@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,13 +18,30 @@ needs_cpu_backend = pytest.mark.skipif(REASON is not None, reason=f"cpu backend:
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTIVATIONS = ("dynamic", "none")
 
-_HERE = () if REASON is not None else cpu.isas()
+CAP = os.environ.get(cpu.ENVIRONMENT_VARIABLE)
+"""The variable that lowers the backend's instruction set also makes the tests those of such a machine."""
+
+NOT_HERE = "is not here: "
+
+
+def lacking(name: str) -> str | None:
+    """Why tests of an instruction set cannot run, or None."""
+    if REASON is not None:
+        return f"{name} {NOT_HERE}{REASON}"
+    if name not in cpu.isas():
+        return f"{name} {NOT_HERE}this machine has {', '.join(cpu.isas())}"
+    if CAP and cpu.ISAS.index(name) > cpu.ISAS.index(CAP):
+        return f"{name} {NOT_HERE}{cpu.ENVIRONMENT_VARIABLE} caps this run at {CAP}"
+    return None
+
+
+def is_lack(reason: str) -> bool:
+    """Whether a test was skipped because the machine lacks an instruction set, as `lacking` says it."""
+    return re.search(rf"\b({'|'.join(cpu.ISAS)}) {NOT_HERE}(?!cpu backend)", reason) is not None
+
 
 ISAS = [
-    pytest.param(
-        name, marks=pytest.mark.skipif(name not in _HERE, reason=f"this machine has no {name}, only {', '.join(_HERE)}")
-    )
-    for name in cpu.ISAS
+    pytest.param(name, marks=pytest.mark.skipif(bool(lacking(name)), reason=str(lacking(name)))) for name in cpu.ISAS
 ]
 """Parameters; those this machine lacks are skipped."""
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 LIBRARY = Path(os.environ["SANITIZED_LIBRARY"])
 
 _counts: Counter[str] = Counter()
+_skipped: dict[str, str] = {}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -34,6 +35,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
         _counts[report.outcome] += 1
+    if report.outcome == "skipped":
+        _skipped[report.nodeid] = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -49,6 +52,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         "sanitized_library_loaded": mapped,
         "other_libraries": sorted(set(loaded)),
         "threaded_regions": regions,
-        **{outcome: _counts[outcome] for outcome in ("passed", "failed", "skipped")},
+        "passed": _counts["passed"],
+        "failed": _counts["failed"],
+        "skipped": _skipped,
     }
     Path(os.environ["SANITIZED_REPORT"]).write_text(json.dumps(report))

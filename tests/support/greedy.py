@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen3_fp8_ascend.testing.load import Step
+from tests.support.load import Step
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from qwen3_fp8_ascend.testing.greedy import compare
-from qwen3_fp8_ascend.testing.load import Outcome, Request, Step, make_prompts, make_requests, malformed_bodies
+from tests.support.greedy import compare
+from tests.support.load import Outcome, Request, Step, make_prompts, make_requests, malformed_bodies
 
 FLOOR = 0.1
 

@@ -19,18 +19,22 @@ TEXTS = (
 )
 
 
-def prompt_logprobs(server: Server, texts: Sequence[str] = TEXTS) -> np.ndarray:
-    """Log-probability of every token but the first of each text, one after the other.
+def text_logprobs(server: Server, texts: Sequence[str] = TEXTS) -> list[np.ndarray]:
+    """Log-probability of every token but the first of each text.
 
-    Shapes: -> (tokens,) float64.
+    Shapes: -> (tokens of the text,) float64 each.
     """
-    out: list[float] = []
+    out = []
     for text in texts:
         body = {"model": server.model, "prompt": text, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        answer = server.post("/v1/completions", body)
-        for entry in answer["choices"][0]["prompt_logprobs"][1:]:
-            out.append(next(iter(entry.values()))["logprob"])
-    return np.array(out)
+        entries = server.post("/v1/completions", body)["choices"][0]["prompt_logprobs"][1:]
+        out.append(np.array([next(iter(entry.values()))["logprob"] for entry in entries]))
+    return out
+
+
+def prompt_logprobs(server: Server, texts: Sequence[str] = TEXTS) -> np.ndarray:
+    """The same, one text after the other. Shapes: -> (tokens,) float64."""
+    return np.concatenate(text_logprobs(server, texts))
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:
