@@ -23,12 +23,30 @@ venv: $(VENV)/.built  ## create .venv and build the package into it
 demo: venv  ## serve a block-FP8 model with vLLM and ask it three questions (MODEL=... for another one)
 	$(PY) scripts/demo.py $(if $(MODEL),--model '$(MODEL)')
 
+# Parts that need environments of their own run two at a time; then the main tests on several workers, file by file.
+# All parts run, whatever fails.
+TEST_PARTS := test-triton-ascend test-vllm-ascend test-triton lint
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
+PYTEST_WORKERS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: venv  ## everything that needs no accelerator: lint, types, tests
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint test-triton-ascend test-triton test-vllm-ascend
-	$(PY) -m pytest
+	@rm -f $(COSTS); status=0; \
+	$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(TEST_PARTS:%=part-%) || status=1; \
+	$(MAKE) --no-print-directory part-test-main || status=1; \
+	echo 'what each part took:'; sort -rn $(COSTS); exit $$status
+
+test-main: venv
+	$(PY) -m pytest $(PYTEST_WORKERS)
 
 test-fast: venv  ## the tests that start no server
-	$(PY) -m pytest -m 'not server'
+	$(PY) -m pytest $(PYTEST_WORKERS) -m 'not server'
+
+# A part of `make test`, and what it took.
+COSTS := .cache/costs.txt
+.PHONY: test-main
+part-%:
+	@mkdir -p .cache; start=$$(date +%s); $(MAKE) --no-print-directory $*; status=$$?; \
+	printf '%5d s  %s\n' "$$(($$(date +%s) - start))" '$*' >>$(COSTS); exit $$status
 
 test-long: venv  ## the long forms of the reliability tests: load, faults, fuzzing, sanitizers (about an hour)
 	$(PY) -m pytest --long -m long

@@ -3,14 +3,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
+# Threads that spin while they wait starve others, and tests run beside each other and beside whatever else there is.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # No test may reach for a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("default")
+
+pytest_plugins = ["tests.support.costs"]
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
@@ -20,13 +25,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the long forms too: `make test-long`")
 
 
+LONGEST = ("tests/server/", "tests/test_cpu_sanitizers.py", "tests/ascendc/", "tests/fuzz/", "tests/test_model.py")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Servers last: they take minutes, and what breaks them is mostly found sooner. Long forms only with `--long`."""
+    """Long forms only with `--long`. Several workers begin with what takes longest, so that they end together;
+
+    one worker has servers last: they take minutes, and what breaks them is mostly found sooner.
+    """
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
-    items.sort(key=lambda item: item.get_closest_marker("server") is not None)
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: [not item.nodeid.startswith(part) for part in LONGEST])
+    else:
+        items.sort(key=lambda item: item.get_closest_marker("server") is not None)
 
 
 @pytest.fixture(scope="session")
@@ -42,4 +56,5 @@ def smollm2(cache: Path) -> Path:
     sys.path.insert(0, str(ROOT / "scripts"))
     from prepare_demo_model import prepare
 
-    return prepare(cache / "models")
+    with FileLock(cache / "models.lock"):
+        return prepare(cache / "models")

@@ -1,12 +1,15 @@
-"""Teacher-forced log-probabilities from a running server, and how far two runs are apart."""
+"""Teacher-forced log-probabilities from a running server or from transformers, and how far two runs are apart."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.precision.direct import encode, load_model
 from qwen3_fp8_ascend.testing.server import Server
 
 TEXTS = (
@@ -35,6 +38,26 @@ def text_logprobs(server: Server, texts: Sequence[str] = TEXTS) -> list[np.ndarr
 def prompt_logprobs(server: Server, texts: Sequence[str] = TEXTS) -> np.ndarray:
     """The same, one text after the other. Shapes: -> (tokens,) float64."""
     return np.concatenate(text_logprobs(server, texts))
+
+
+def transformers_logprobs(folder: Path, texts: Sequence[str] = TEXTS) -> np.ndarray:
+    """The same from transformers in fp32: block-FP8 linears by the specification without activation quantization.
+
+    Nothing of vLLM and none of the kernels is in it.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        load_model(folder, "reference", "none", torch.float32, "cpu"),
+    )
+    out = []
+    with torch.inference_mode():
+        for text in texts:
+            ids = encode(tokenizer, text, model)
+            logprobs = model(ids).logits[0, :-1].double().log_softmax(-1)
+            out.append(logprobs.gather(1, ids[0, 1:, None])[:, 0].numpy())
+    return np.concatenate(out)
 
 
 def distance(a: np.ndarray, b: np.ndarray) -> float:

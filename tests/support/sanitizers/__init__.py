@@ -24,6 +24,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from filelock import FileLock
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 SOURCES = ROOT / "csrc" / "cpu"
@@ -202,7 +204,13 @@ def _drop_the_unused() -> None:
 
 
 def build(variant: Variant) -> Path:
-    """The library of a variant."""
+    """The library of a variant; one process at a time builds."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "build.lock"):
+        return _build(variant)
+
+
+def _build(variant: Variant) -> Path:
     parts = objects(variant)
     for part in parts:
         part.touch()

@@ -1,0 +1,65 @@
+"""pytest plugin: what each part of the tests costs, printed at the end, also by several workers.
+
+A part is a folder of `tests`, or the tests that stand in none. Seconds of a processor count those of processes that a
+test started and waited for; seconds on the clock include waiting, for a server to start or for another worker.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+import pytest
+
+KEY = "cost"
+
+
+def processor_seconds() -> float:
+    """Of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    start, used = time.monotonic(), processor_seconds()
+    item.stash[_START] = (start, used)
+    return (yield)
+
+
+_START = pytest.StashKey[tuple[float, float]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    if report.when == "teardown":
+        start, used = item.stash[_START]
+        report.user_properties = [(KEY, (time.monotonic() - start, processor_seconds() - used))]
+    return report
+
+
+def part_of(nodeid: str) -> str:
+    folders = PurePosixPath(nodeid.partition("::")[0]).parts[:-1]
+    return "/".join(folders[:2])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    costs: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for key, value in getattr(report, "user_properties", ()):
+                if key == KEY:
+                    row = costs[part_of(report.nodeid)]
+                    row[0] += 1
+                    row[1] += value[0]
+                    row[2] += value[1]
+    if not costs:
+        return
+    terminalreporter.section("what each part cost")
+    terminalreporter.write_line(f"{'part':<24}{'tests':>8}{'clock s':>10}{'processor s':>13}")
+    for part, (tests, clock, processor) in sorted(costs.items(), key=lambda item: -item[1][1]):
+        terminalreporter.write_line(f"{part:<24}{tests:>8}{clock:>10.0f}{processor:>13.0f}")
