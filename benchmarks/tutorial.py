@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.documents import insert_table
-from qwen3_fp8_ascend.verify import Answer, report_lines
+from qwen3_fp8_ascend.evaluate.answers import Answer, form
 
 DOCS = Path(__file__).parent.parent / "docs"
 TUTORIALS = {"en": DOCS / "tutorial.md", "zh": DOCS / "tutorial.zh.md"}
@@ -32,7 +32,7 @@ def load(name: str) -> dict[str, Any]:
 def verification(found: dict[str, Any]) -> str:
     """The report's form of a saved verification, as a block of code; in Chinese, as the script prints it."""
     answers = [Answer(**answer) for answer in found["answers"]]
-    return "\n".join(["```text", *report_lines(found["server"]["root"], answers, "zh"), "```"])
+    return "\n".join(["```text", form(found["server"]["root"], answers, "zh"), "```"])
 
 
 def throughput(found: dict[str, Any], language: str) -> str:

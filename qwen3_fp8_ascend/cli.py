@@ -15,10 +15,9 @@ import typer
 from rich.logging import RichHandler
 
 from qwen3_fp8_ascend import __version__
-from qwen3_fp8_ascend.bench import command as bench
-from qwen3_fp8_ascend.precision import command as precision
-from qwen3_fp8_ascend.report import command as report
-from qwen3_fp8_ascend.terminal import Json, be_quiet, check_choices, check_writable, err, is_quiet, out, run, write_text
+from qwen3_fp8_ascend.evaluate import commands as evaluate
+from qwen3_fp8_ascend.evaluate.precision import command as precision
+from qwen3_fp8_ascend.terminal import Json, be_quiet, err, is_quiet, out, run
 
 app = typer.Typer(
     help="Serve block-FP8 checkpoints with vLLM on Ascend NPUs and on CPUs: look, convert, check.",
@@ -111,44 +110,8 @@ def dequantize(
     err.print(f"wrote {destination}", highlight=False)
 
 
-@app.command(epilog="Example: qwen3-fp8-ascend verify http://127.0.0.1:8000 --model qwen3-8b-fp8 --wait 600 --json")
-def verify(
-    url: Annotated[str, typer.Argument(help="Address of a running OpenAI-compatible server.")],
-    model: Annotated[str | None, typer.Option(help="The model's served name; default: the first it lists.")] = None,
-    language: Annotated[
-        list[str] | None, typer.Option(help="A language the model speaks (en, zh); repeatable. Default: both.")
-    ] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for the server.")] = 0,
-    form: Annotated[str, typer.Option(help="Language of the report: en or zh.")] = "en",
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Ask a running server the three questions of the verification report; exit 1 if an answer fails."""
-    from qwen3_fp8_ascend import verify as verification
-
-    check_choices("--form", [form], verification.WORDINGS)
-    check_choices("--language", language or [], ("en", "zh"))
-    check_writable(output)
-    with err.status(f"waiting for {url}"):
-        verification.wait_until_up(url, wait)
-    server = verification.server_facts(url, model)
-    languages = tuple(language or ("en", "zh"))
-    answers = [verification.ask(url, server["model"], q, languages) for q in verification.QUESTIONS]
-    text = json.dumps(verification.document(server, answers), indent=2, ensure_ascii=False)
-    if output is not None:
-        write_text(output, text + "\n")
-    if as_json:
-        print(text)
-    else:
-        lines = verification.report_lines(server["root"], answers, form)
-        out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-    if any(answer.verdict == "failed" for answer in answers):
-        raise typer.Exit(1)
-
-
-bench.add_commands(app)
+evaluate.add_commands(app)
 precision.add_commands(app)
-report.add_commands(app)
 
 
 def main() -> None:

@@ -6,10 +6,11 @@ is one line that says what to do. Exit codes: 0 fine, 1 a threshold missed, 2 ba
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,22 @@ def be_quiet() -> None:
 def is_quiet() -> bool:
     """Whether `--quiet` was given."""
     return err.quiet
+
+
+@contextlib.contextmanager
+def progress(console: Console, step: str = "") -> Iterator[Callable[[str], None]]:
+    """What is being done, said by calling what the `with` block gets.
+
+    On a terminal one line that is redrawn. Elsewhere `step` alone, as a line of its own: a log is not for watching.
+    """
+    # Not `is_terminal`: FORCE_COLOR makes that true of a file.
+    if console.file.isatty() and not console.is_dumb_terminal and not console.quiet:
+        with console.status(step) as status:
+            yield status.update
+    else:
+        if step:
+            console.print(step, markup=False, highlight=False, soft_wrap=True)
+        yield lambda step: None
 
 
 def fail(message: str) -> None:

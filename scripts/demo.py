@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.testing.server import Server, exit_on_sigterm, serve
-from qwen3_fp8_ascend.verify import QUESTIONS, ask, render
+from qwen3_fp8_ascend.evaluate.answers import QUESTIONS, ask, render
+from qwen3_fp8_ascend.serving import Server, exit_on_sigterm, serve
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"

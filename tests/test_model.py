@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from qwen3_fp8_ascend import ops, reference
-from qwen3_fp8_ascend.precision.prompts import all_prompts
+from qwen3_fp8_ascend.evaluate.precision.prompts import all_prompts
 from qwen3_fp8_ascend.testing.judges import FP32_REL_L2, Problem, assert_exact
 from tests.support.noise import FALSE_ALARMS, rank_sum_probability
 

@@ -91,7 +91,9 @@ OTHER_ENVIRONMENTS = {
     "an old vLLM": {"vllm": "0.11.0", "torch": "2.8.0", "numpy": "1.26.4"},
 }
 """What is installed where the package comes later. pip decides by metadata alone, so metadata is all that is there."""
-COMMON_PACKAGES = {"safetensors": "0.5.3", "typer": "0.15.4", "rich": "13.9.4", "packaging": "24.2"}
+COMMON_PACKAGES = {
+    **{"safetensors": "0.5.3", "typer": "0.15.4", "rich": "13.9.4", "packaging": "24.2", "jinja2": "3.1.6"},
+}
 
 
 def install_metadata(site: Path, packages: dict[str, str]) -> None:

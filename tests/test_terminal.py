@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
+from qwen3_fp8_ascend.serving import free_port
 from qwen3_fp8_ascend.terminal import check_writable
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3, write_qwen3
-from qwen3_fp8_ascend.testing.server import free_port
 from tests.support.checkpoint_folders import digests, write_sparse
 
 COMMANDS = [

@@ -235,7 +235,7 @@ def one_rank() -> Iterator[None]:
         model_parallel_is_initialized,
     )
 
-    from qwen3_fp8_ascend.testing.server import free_port
+    from qwen3_fp8_ascend.serving import free_port
 
     with set_current_vllm_config(VllmConfig()):
         if model_parallel_is_initialized():  # by tests that ran before

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.precision.direct import encode, load_model
-from qwen3_fp8_ascend.testing.server import Server
+from qwen3_fp8_ascend.evaluate.precision.direct import encode, load_model
+from qwen3_fp8_ascend.serving import Server
 
 TEXTS = (
     "The future of AI is increasingly intertwined with advances in machine learning, natural language processing, "

@@ -77,7 +77,7 @@ def rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from vllm.plugins import load_general_plugins
     from vllm_ascend.utils import register_ascend_customop
 
-    from qwen3_fp8_ascend.testing.server import free_port
+    from qwen3_fp8_ascend.serving import free_port
 
     load_general_plugins()
     for name in ("fla_npu", "fla_npu.ops", "fla_npu.ops.ascendc"):  # a package of CANN operators, for other models

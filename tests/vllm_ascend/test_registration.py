@@ -19,8 +19,8 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm_ascend.quantization import AscendModelSlimConfig
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.serving import free_port
 from qwen3_fp8_ascend.testing.models import QWEN3_8B
-from qwen3_fp8_ascend.testing.server import free_port
 from qwen3_fp8_ascend.vllm_plugin import versions
 from qwen3_fp8_ascend.vllm_plugin.ascend import AscendConfig, BlockFp8NpuConfig
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod

@@ -11,7 +11,7 @@ def distributed() -> Iterator[None]:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
 
-    from qwen3_fp8_ascend.testing.server import free_port
+    from qwen3_fp8_ascend.serving import free_port
 
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, "gloo")

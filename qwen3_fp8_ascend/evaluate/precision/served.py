@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.precision.runs import TOP, Run
+from qwen3_fp8_ascend.evaluate.precision.runs import TOP, Run
+from qwen3_fp8_ascend.evaluate.servers import client_of, server_facts, unanswered, wait_until_up
 from qwen3_fp8_ascend.provenance import npu_name, provenance
-from qwen3_fp8_ascend.verify import client_of, server_facts, unanswered, wait_until_up
 
 
 def run_server(

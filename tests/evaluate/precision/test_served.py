@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from qwen3_fp8_ascend.cli import app
-from qwen3_fp8_ascend.precision import runs, served
-from qwen3_fp8_ascend.precision.compare import compare
+from qwen3_fp8_ascend.evaluate.precision import runs, served
+from qwen3_fp8_ascend.evaluate.precision.compare import compare
 from qwen3_fp8_ascend.terminal import run as run_command
 
 Change = Callable[[dict[str, Any]], object]

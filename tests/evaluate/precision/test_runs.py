@@ -18,12 +18,12 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.cli import app
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.precision import runs
-from qwen3_fp8_ascend.precision.compare import compare
-from qwen3_fp8_ascend.precision.direct import BlockFp8Linear, encode, load_model
-from qwen3_fp8_ascend.precision.metrics import kl_divergence
-from qwen3_fp8_ascend.precision.prompts import PROMPTS, all_prompts
-from qwen3_fp8_ascend.precision.render import METRICS
+from qwen3_fp8_ascend.evaluate.precision import runs
+from qwen3_fp8_ascend.evaluate.precision.compare import compare
+from qwen3_fp8_ascend.evaluate.precision.direct import BlockFp8Linear, encode, load_model
+from qwen3_fp8_ascend.evaluate.precision.metrics import kl_divergence
+from qwen3_fp8_ascend.evaluate.precision.prompts import PROMPTS, all_prompts
+from qwen3_fp8_ascend.evaluate.precision.tables import METRICS
 from qwen3_fp8_ascend.terminal import run as run_command
 from qwen3_fp8_ascend.testing.judges import FP32_REL_L2
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3

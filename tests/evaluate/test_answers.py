@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.testing.server import failure_in, free_port
-from qwen3_fp8_ascend.verify import QUESTIONS, ask, server_facts, wait_until_up
+from qwen3_fp8_ascend.evaluate.answers import QUESTIONS, ask
+from qwen3_fp8_ascend.evaluate.servers import server_facts, wait_until_up
+from qwen3_fp8_ascend.serving import failure_in, free_port
 from tests.support.answering_server import answering
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMPLETION, ARITHMETIC, CHINESE = QUESTIONS
 
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen3_fp8_ascend.precision.compare import BOUND_COSINE
-from qwen3_fp8_ascend.precision.direct import WIDE, BlockFp8Linear, device_name, encode
-from qwen3_fp8_ascend.precision.metrics import Closeness, closeness
+from qwen3_fp8_ascend.evaluate.precision.compare import BOUND_COSINE
+from qwen3_fp8_ascend.evaluate.precision.direct import WIDE, BlockFp8Linear, device_name, encode
+from qwen3_fp8_ascend.evaluate.precision.metrics import Closeness, closeness
 from qwen3_fp8_ascend.provenance import command, provenance
 
 LINEAR, LAYER = "linear", "decoder layer"

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from qwen3_fp8_ascend.precision import metrics
+from qwen3_fp8_ascend.evaluate.precision import metrics
 
 MATRICES = arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 9)), elements=st.floats(-50, 50, width=32))
 

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from qwen3_fp8_ascend.cli import app
-from qwen3_fp8_ascend.precision.compare import Row
-from qwen3_fp8_ascend.precision.render import METRICS
-from qwen3_fp8_ascend.report.pages import NAMES, write_pages
-from qwen3_fp8_ascend.report.results import CHIPS, MADE_BY, read_results
-from qwen3_fp8_ascend.report.wordings import LANGUAGES
+from qwen3_fp8_ascend.evaluate.precision.compare import Row
+from qwen3_fp8_ascend.evaluate.precision.tables import METRICS
+from qwen3_fp8_ascend.evaluate.report import NAMES, write_pages
+from qwen3_fp8_ascend.evaluate.results import CHIPS, MADE_BY, read_results
+from qwen3_fp8_ascend.evaluate.templates import environment
 from qwen3_fp8_ascend.terminal import run
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -104,7 +104,7 @@ def test_both_languages_say_the_same() -> None:
 
 
 def test_every_metric_has_a_name_in_chinese() -> None:
-    assert set(LANGUAGES["zh"].metrics) == set(METRICS)
+    assert set(environment().get_template("metrics.zh.j2").module.metrics) == set(METRICS)
 
 
 def test_the_committed_report_is_that_of_the_committed_results() -> None:

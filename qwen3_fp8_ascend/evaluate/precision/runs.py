@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.precision.prompts import fingerprint
+from qwen3_fp8_ascend.evaluate.precision.prompts import fingerprint
 from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.terminal import write_bytes
 
-KEY = "qwen3_fp8_ascend.precision_run"
+KEY = "qwen3_fp8_ascend.evaluate.precision_run"
 VERSION = 1
 TOP = 20
 """Most probable tokens kept of each position; vLLM's servers give as many unless told otherwise."""

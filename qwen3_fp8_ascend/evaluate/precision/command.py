@@ -10,10 +10,10 @@ import typer
 from rich.table import Table
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.precision.prompts import all_prompts
-from qwen3_fp8_ascend.precision.render import markdown_table
+from qwen3_fp8_ascend.evaluate import templates
+from qwen3_fp8_ascend.evaluate.precision.prompts import all_prompts
 from qwen3_fp8_ascend.provenance import provenance
-from qwen3_fp8_ascend.terminal import Json, check_choices, check_writable, err, out, write_text
+from qwen3_fp8_ascend.terminal import Json, check_choices, check_writable, err, out, progress, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -67,13 +67,13 @@ def run(
 
     A server gives the most probable tokens; --backend, --activation and --dtype are then its own.
     """
-    from qwen3_fp8_ascend.precision.runs import save_run
+    from qwen3_fp8_ascend.evaluate.precision.runs import save_run
 
     texts = _texts(prompts, limit)
     check_writable(output)
-    with err.status("") as status:
+    with progress(err) as say:
         if source.startswith(("http://", "https://")):
-            from qwen3_fp8_ascend.precision.served import run_server
+            from qwen3_fp8_ascend.evaluate.precision.served import run_server
 
             made = run_server(
                 source,
@@ -82,10 +82,10 @@ def run(
                 name or "server",
                 greedy_tokens=greedy_tokens,
                 device=device,
-                progress=status.update,
+                progress=say,
             )
         else:
-            from qwen3_fp8_ascend.precision.direct import describe, run_model
+            from qwen3_fp8_ascend.evaluate.precision.direct import describe, run_model
 
             device = device or "cpu"
             loaded, tokenizer = _load(Path(source), backend, activation, dtype, device)
@@ -99,7 +99,7 @@ def run(
                 keep_logits=logits,
                 keep_layers=layers,
                 facts=provenance() | describe(loaded, backend, activation, dtype, device),
-                progress=status.update,
+                progress=say,
             )
     save_run(made, output)
     err.print(f"wrote {output}: {made.name}, {len(texts)} prompts, {made.tokens} tokens", highlight=False)
@@ -123,9 +123,9 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare saved runs, wherever they were made."""
-    from qwen3_fp8_ascend.precision import compare as comparison
-    from qwen3_fp8_ascend.precision import render
-    from qwen3_fp8_ascend.precision.runs import load_run
+    from qwen3_fp8_ascend.evaluate.precision import compare as comparison
+    from qwen3_fp8_ascend.evaluate.precision import tables
+    from qwen3_fp8_ascend.evaluate.precision.runs import load_run
 
     for path in (output, markdown, html):
         check_writable(path)
@@ -136,14 +136,14 @@ def compare(
     if output is not None:
         write_text(output, text + "\n")
     if markdown is not None:
-        write_text(markdown, render.markdown(document))
+        write_text(markdown, tables.markdown(document))
     if html is not None:
-        write_text(html, render.page(document))
+        write_text(html, tables.page(document))
     if as_json:
         print(text)
     else:
-        out.print(render.title(document), markup=False, highlight=False, soft_wrap=True)
-        _print_table(*render.cells(document))
+        out.print(tables.title(document), markup=False, highlight=False, soft_wrap=True)
+        _print_table(*tables.cells(document))
     if any(row.top1_agreement < min_top1 or (row.cosine is not None and row.cosine < min_cosine) for row in rows):
         raise typer.Exit(1)
 
@@ -166,14 +166,14 @@ def linears(
 
     The model around it is computed on the CPU, by the specification.
     """
-    from qwen3_fp8_ascend.precision import linears as judge
+    from qwen3_fp8_ascend.evaluate.precision import linears as judge
 
     texts = _texts(prompts, limit)
     check_writable(output)
-    with err.status("") as status:
+    with progress(err) as say:
         _check_device(device)
         loaded, tokenizer = _load(model, "reference", activation, dtype, "cpu")
-        judged = judge.judge_linears(loaded, tokenizer, texts, backend, device, status.update)
+        judged = judge.judge_linears(loaded, tokenizer, texts, backend, device, say)
     document = judge.document(model, activation, dtype, device, judged)
     if output is not None:
         write_text(output, json.dumps(document, indent=2) + "\n")
@@ -208,7 +208,7 @@ def _load(folder: Path, backend: str, activation: str, dtype: str, device: str) 
         fix = "pip install transformers, or make the run through a server"
         raise BlockFp8Error("a direct run needs transformers", got=error, fix=fix) from error
     from qwen3_fp8_ascend.backends import available_backends
-    from qwen3_fp8_ascend.precision.direct import DEQUANTIZED, WIDE, load_model
+    from qwen3_fp8_ascend.evaluate.precision.direct import DEQUANTIZED, WIDE, load_model
 
     check_choices("--backend", [backend], [*(status.name for status in available_backends()), WIDE, DEQUANTIZED])
     _check_device(device)
@@ -236,7 +236,7 @@ def _check_device(device: str) -> None:
 
 
 def _default_name(model: torch.nn.Module, backend: str, activation: str, dtype: str) -> str:
-    from qwen3_fp8_ascend.precision.direct import DEQUANTIZED, has_our_linears
+    from qwen3_fp8_ascend.evaluate.precision.direct import DEQUANTIZED, has_our_linears
 
     if not has_our_linears(model):
         return f"{DEQUANTIZED} {dtype}" if backend == DEQUANTIZED else dtype
@@ -251,4 +251,4 @@ def _print_table(header: list[str], rows: list[list[str]]) -> None:
     if out.is_terminal and table.__rich_measure__(out, out.options.update(width=1000)).minimum <= out.width:
         out.print(table)
     else:
-        out.print(markdown_table(header, rows), markup=False, highlight=False, soft_wrap=True)
+        out.print(templates.table(header, rows), markup=False, highlight=False, soft_wrap=True)

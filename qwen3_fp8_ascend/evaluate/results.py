@@ -8,9 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from qwen3_fp8_ascend.bench import serving
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.precision import compare, linears
+from qwen3_fp8_ascend.evaluate import throughput
+from qwen3_fp8_ascend.evaluate.precision import compare, linears
 
 VERSION = 1
 MADE_BY = {
@@ -33,7 +33,7 @@ _ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "verify": ("answers", ("prompt", "text", "verdict")),
     "precision": ("rows", tuple(field.name for field in fields(compare.Row))),
     "linears": ("rows", tuple(field.name for field in fields(linears.Judged))),
-    "throughput": ("rows", tuple(field.name for field in fields(serving.Row))),
+    "throughput": ("rows", tuple(field.name for field in fields(throughput.Row))),
 }
 """Where each kind keeps its rows, and what a row has."""
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qwen3_fp8_ascend.bench.serving import Load, Row, Target, measure, render
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.evaluate.throughput import Load, Row, Target, measure, render
+from qwen3_fp8_ascend.serving import free_port
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3, write_byte_tokenizer
-from qwen3_fp8_ascend.testing.server import free_port
 from tests.support.answering_server import answering
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KEYS = {"configuration", "request_rate", "concurrency", "requests", "requests_per_second", "output_tokens_per_second"}
 KEYS |= {"ttft_ms", "tpot_ms"}
 

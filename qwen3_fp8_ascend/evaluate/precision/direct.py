@@ -19,8 +19,8 @@ from qwen3_fp8_ascend.checkpoints.folder import Checkpoint, find_quantization, r
 from qwen3_fp8_ascend.checkpoints.header import TensorEntry
 from qwen3_fp8_ascend.checkpoints.shard import TORCH_DTYPES, ShardReader
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.evaluate.precision.runs import TOP, Run
 from qwen3_fp8_ascend.format import BlockFp8Config
-from qwen3_fp8_ascend.precision.runs import TOP, Run
 from qwen3_fp8_ascend.provenance import npu_name
 
 DEQUANTIZED = "dequantized"

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen3_fp8_ascend.precision import metrics
-from qwen3_fp8_ascend.precision.runs import Run, check_comparable
+from qwen3_fp8_ascend.evaluate.precision import metrics
+from qwen3_fp8_ascend.evaluate.precision.runs import Run, check_comparable
 from qwen3_fp8_ascend.provenance import command, provenance
 
 BOUND_COSINE = 0.99999

@@ -1,1 +1,0 @@
-"""Throughput as in the verification report, through ``vllm bench serve``; and the micro-benchmark of the sources."""

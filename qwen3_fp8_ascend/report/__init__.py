@@ -1,1 +1,0 @@
-"""The verification report, written from the result files of real runs: `results` reads them, `pages` writes."""
