@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.logging import RichHandler
 
-from qwen3_fp8_ascend import __version__
+from qwen3_fp8_ascend import __version__, launch
 from qwen3_fp8_ascend.evaluate import commands as evaluate
 from qwen3_fp8_ascend.evaluate.precision import command as precision
 from qwen3_fp8_ascend.terminal import Json, be_quiet, err, is_quiet, out, run
@@ -110,6 +110,10 @@ def dequantize(
     err.print(f"wrote {destination}", highlight=False)
 
 
+app.command(
+    epilog="Examples: qwen3-fp8-ascend serve --model ./Qwen3-8B-FP8 --device cpu -- --enforce-eager; "
+    "qwen3-fp8-ascend serve --device npu --tensor-parallel-size 2 --dry-run"
+)(launch.serve)
 evaluate.add_commands(app)
 precision.add_commands(app)
 

@@ -34,9 +34,9 @@ Exit codes: that of the tool; 2 for bad input or set-up.
 TEXT
 }
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/common.sh
-. "$root/scripts/common.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+read_settings "$@"
 
 tool=${EVAL_TOOL:-lm_eval}
 tasks=${EVAL_TASKS:-gsm8k}
@@ -49,27 +49,7 @@ limit=${EVAL_LIMIT:-}
 concurrency=${EVAL_CONCURRENCY:-8}
 output=${EVAL_OUTPUT:-eval-results}
 venv=${EVAL_VENV:-}
-install=
-dry_run=
 
-while [ $# -gt 0 ]; do
-  case $1 in
-    --help | -h) usage; exit 0 ;;
-    --install) install=1; shift; continue ;;
-    --dry-run) dry_run=1; shift; continue ;;
-    --) shift; break ;;
-    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
-  esac
-  case $1 in
-    --tool | --tasks | --url | --model | --tokenizer | --api | --max-length | --limit | --concurrency | --output | --venv)
-      [ $# -ge 2 ] || fail "$1 needs a value" "see --help"
-      setting=${1#--}
-      printf -v "${setting//-/_}" %s "$2"
-      shift 2
-      ;;
-    *) fail "unknown setting $1" "see --help; arguments of the tool itself go after --" ;;
-  esac
-done
 one_of tool "$tool" lm_eval evalscope
 one_of api "$api" completions chat
 whole_number max-length "$max_length"
@@ -98,7 +78,7 @@ else
     --generation-config "{\"temperature\": 0, \"max_tokens\": $((max_length / 2))}")
   [ -z "$limit" ] || command+=(--limit "$limit")
 fi
-command+=("$@")
+command+=(${further[@]+"${further[@]}"})
 making=("${PYTHON:-python3}" -m venv "$venv")
 installing=("$venv/bin/python" -m pip install -q "${requirements[@]}")
 

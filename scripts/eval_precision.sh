@@ -34,9 +34,9 @@ Exit codes: 0 fine, 2 bad input or set-up.
 TEXT
 }
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/common.sh
-. "$root/scripts/common.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+read_settings "$@"
 
 fp8=${PRECISION_FP8:-}
 bf16=${PRECISION_BF16:-}
@@ -48,43 +48,24 @@ server=${PRECISION_SERVER:-}
 server_name=${PRECISION_SERVER_NAME:-server}
 limit=${PRECISION_LIMIT:-}
 output=${PRECISION_OUTPUT:-precision}
-python=${PYTHON:-}
-dry_run=
 
-while [ $# -gt 0 ]; do
-  case $1 in
-    --help | -h) usage; exit 0 ;;
-    --dry-run) dry_run=1; shift; continue ;;
-    --) shift; break ;;
-    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
-  esac
-  case $1 in
-    --fp8 | --bf16 | --backend | --device | --activation | --dtype | --server | --server-name | --limit | --output | --python)
-      [ $# -ge 2 ] || fail "$1 needs a value" "see --help"
-      setting=${1#--}
-      printf -v "${setting//-/_}" %s "$2"
-      shift 2
-      ;;
-    *) fail "unknown setting $1" "see --help; options of \`eval-precision run\` go after --" ;;
-  esac
-done
 [ -n "$fp8" ] || fail "no checkpoint" "give --fp8 FOLDER"
 one_of device "$device" cpu npu cuda
 one_of activation "$activation" dynamic none
 one_of dtype "$dtype" float32 bfloat16 float16
 [ -z "$limit" ] || whole_number limit "$limit"
-python=$(find_python "$python" "$root")
+find_python
 if [ -z "$dry_run" ]; then
   # Before anything takes minutes.
   for folder in "$fp8" ${bf16:+"$bf16"}; do
     [ -f "$folder/config.json" ] || fail "there is no checkpoint in $folder" "give a folder with a config.json"
   done
   code='import importlib.util as u; print(*(m for m in ("transformers", "matplotlib", "openai") if u.find_spec(m) is None))'
-  missing=$("$python" -c "$code")
-  [ -z "$missing" ] || fail "$python has no $missing" "$python -m pip install $missing"
+  missing=$("$PYTHON" -c "$code")
+  [ -z "$missing" ] || fail "$PYTHON has no $missing" "$PYTHON -m pip install $missing"
 fi
 
-evaluate=("$python" -m qwen3_fp8_ascend eval-precision)
+evaluate=("$PYTHON" -m qwen3_fp8_ascend eval-precision)
 some=()
 [ -z "$limit" ] || some=(--limit "$limit")
 suffix=w8a8
@@ -99,7 +80,6 @@ keep_or() { # FILE COMMAND...
   if [ -z "$dry_run" ] && [ -e "$1" ]; then echo "keeping $1" >&2; else do_it "${@:2}"; fi
 }
 
-further=("$@")
 make_run() { # NAME SOURCE OPTIONS...
   local file=$output/$1.run source=$2
   shift 2

@@ -30,43 +30,17 @@ Exit codes: 0 all answers are good, 1 one is not, 2 no server, no such model, or
 TEXT
 }
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=scripts/common.sh
-. "$root/scripts/common.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+read_settings "$@"
+find_python
 
-url=${VERIFY_URL:-http://127.0.0.1:8000}
-model=${VERIFY_MODEL:-}
-languages=${VERIFY_LANGUAGES:-en,zh}
-form=${VERIFY_FORM:-zh}
-wait=${VERIFY_WAIT:-600}
-output=${VERIFY_OUTPUT:-}
-python=${PYTHON:-}
-json=
-dry_run=
-
-while [ $# -gt 0 ]; do
-  case $1 in
-    --help | -h) usage; exit 0 ;;
-    --json) json=1; shift; continue ;;
-    --dry-run) dry_run=1; shift; continue ;;
-    --*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}"; continue ;;
-  esac
-  case $1 in
-    --url | --model | --languages | --form | --wait | --output | --python)
-      [ $# -ge 2 ] || fail "$1 needs a value" "see --help"
-      printf -v "${1#--}" %s "$2"
-      shift 2
-      ;;
-    *) fail "unknown setting $1" "see --help" ;;
-  esac
-done
-python=$(find_python "$python" "$root")
-
-command=("$python" -m qwen3_fp8_ascend verify "$url" --wait "$wait" --form "$form")
-IFS=, read -ra spoken <<<"$languages"
+command=("$PYTHON" -m qwen3_fp8_ascend verify "${VERIFY_URL:-http://127.0.0.1:8000}" --wait "${VERIFY_WAIT:-600}"
+  --form "${VERIFY_FORM:-zh}")
+IFS=, read -ra spoken <<<"${VERIFY_LANGUAGES:-en,zh}"
 for language in "${spoken[@]}"; do command+=(--language "$language"); done
-[ -z "$model" ] || command+=(--model "$model")
-[ -z "$output" ] || command+=(--output "$output")
+[ -z "${VERIFY_MODEL:-}" ] || command+=(--model "$VERIFY_MODEL")
+[ -z "${VERIFY_OUTPUT:-}" ] || command+=(--output "$VERIFY_OUTPUT")
 [ -z "$json" ] || command+=(--json)
 if [ -n "$dry_run" ]; then
   quoted "${command[@]}"

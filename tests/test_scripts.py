@@ -1,5 +1,6 @@
 """The shell scripts without a server: what they would run, what they refuse, and that each setting does something."""
 
+import functools
 import json
 import os
 import re
@@ -27,6 +28,8 @@ def run(script: str, *arguments: str | Path, **environment: str) -> subprocess.C
         for name, value in os.environ.items()
         if not name.startswith(("SERVE_", "VERIFY_", "EVAL_", "PRECISION_", "VLLM_CPU_", "ASCEND"))
     }
+    # Without this project's .venv `python3` is the one that runs the tests.
+    kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     return subprocess.run(
         ["bash", str(SCRIPTS / script), *map(str, arguments)],
         capture_output=True,
@@ -38,6 +41,7 @@ def run(script: str, *arguments: str | Path, **environment: str) -> subprocess.C
     )
 
 
+@functools.cache
 def dry_run(*arguments: str, **environment: str) -> list[str]:
     done = run(SERVE, *arguments, **environment)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr

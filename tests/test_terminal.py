@@ -26,6 +26,7 @@ COMMANDS = [
     ("inspect",),
     ("quantize",),
     ("dequantize",),
+    ("serve",),
     ("verify",),
     ("bench", "serving"),
     ("bench", "linear"),
