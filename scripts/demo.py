@@ -5,6 +5,7 @@ Without --model the demo's own model is prepared: SmolLM2-135M-Instruct, quantiz
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
@@ -13,16 +14,14 @@ from statistics import median
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.answers import QUESTIONS, ask, render
 from qwen3_fp8_ascend.serving import Server, exit_on_sigterm, serve
+from qwen3_fp8_ascend.terminal import fail, out, progress
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / ".cache"
-
-console = Console()
 
 
 def demo(
@@ -43,20 +42,21 @@ def demo(
         arguments.append("--enforce-eager")  # a model this small is up sooner than it is compiled
     name = Path(model).name
     log = CACHE / "demo-server.log"
-    console.print(f"[bold]vllm serve {model} {' '.join(arguments)}[/]  (log: {log})", highlight=False, soft_wrap=True)
-    with console.status("starting vLLM") as status:
+    out.print(f"[bold]vllm serve {model} {' '.join(arguments)}[/]  (log: {log})", highlight=False, soft_wrap=True)
+    with contextlib.ExitStack() as stack:
+        with progress(out, "starting vLLM") as say:
 
-        def show(waited: float, line: str) -> None:
-            status.update(f"starting vLLM, {waited:.0f} s: {line[-(max(console.width - 30, 20)) :]}")
+            def show(waited: float, line: str) -> None:
+                say(f"starting vLLM, {waited:.0f} s: {line[-(max(out.width - 30, 20)) :]}")
 
-        with serve(model, *arguments, log=log, name=name, timeout=timeout, on_wait=show) as server:
-            status.stop()
-            console.print(f"ready after {time.monotonic() - start:.0f} s; {backend_line(server)}", highlight=False)
-            answers = [ask(server.url, name, question, languages) for question in QUESTIONS]
-            for number, answer in enumerate(answers, 1):
-                render(number, answer, console)
+            served = serve(model, *arguments, log=log, name=name, timeout=timeout, on_wait=show)
+            server = stack.enter_context(served)
+        out.print(f"ready after {time.monotonic() - start:.0f} s; {backend_line(server)}", highlight=False)
+        answers = [ask(server.url, name, question, languages) for question in QUESTIONS]
+        for number, answer in enumerate(answers, 1):
+            render(number, answer, out)
     tpots = [a.tpot for a in answers if a.tpot is not None]
-    console.print(
+    out.print(
         f"time to first token {1e3 * median(a.ttft for a in answers):.0f} ms, "
         + (f"time per output token {1e3 * median(tpots):.1f} ms (medians); " if tpots else "")
         + f"all in {time.monotonic() - start:.0f} s",
@@ -79,8 +79,7 @@ if __name__ == "__main__":
     try:
         typer.run(demo)
     except BlockFp8Error as error:
-        console.print("[bold red]error[/]", end=" ")
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        fail(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

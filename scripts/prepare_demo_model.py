@@ -74,7 +74,7 @@ def prepare(output: Path) -> Path:
 
         _say("quantizing to block FP8 (e4m3, one fp32 scale for 128x128 weights)")
         started = time.monotonic()
-        quantize_checkpoint(bf16, fp8)
+        quantize_checkpoint(bf16, fp8, progress=sys.stderr.isatty())
         _say(f"wrote {fp8} in {time.monotonic() - started:.1f} s")
     return fp8
 
@@ -126,6 +126,7 @@ def expand_gguf(gguf: Path, folder: Path) -> None:
     _say("expanding the GGUF to bf16 (transformers; about 20 s)")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    quiet_bars()
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -149,6 +150,16 @@ def expand_gguf(gguf: Path, folder: Path) -> None:
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _make_tokenizer_portable(folder / "tokenizer_config.json")
+
+
+def quiet_bars() -> None:
+    """Let transformers draw its progress bars on a terminal only: in a file each of their steps is a line more."""
+    if sys.stderr.isatty():
+        return
+    os.environ["TQDM_DISABLE"] = "1"  # for bars that go past transformers; read when tqdm is imported
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def check_state(state: dict[str, Any], model: Any) -> None:

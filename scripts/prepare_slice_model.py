@@ -34,7 +34,7 @@ def main() -> int:
                 write_qwen3(Path(scratch) / "bf16", **QWEN3_8B | {"num_hidden_layers": arguments.layers})
                 (Path(scratch) / "bf16").rename(bf16)
         if not fp8.is_dir():
-            quantize_checkpoint(bf16, fp8)
+            quantize_checkpoint(bf16, fp8, progress=sys.stderr.isatty())
     except BlockFp8Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
