@@ -1,11 +1,16 @@
-"""`serve` and CANN's set_env.sh; tests/test_scripts.py has the command line."""
+"""`serve` through its script: CANN's set_env.sh, the download, and vLLM; tests/test_scripts.py has the command line."""
 
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 from qwen3_fp8_ascend import launch
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3, write_qwen3
+
+from .test_scripts import SERVE, run
 
 
 def test_the_environment_is_that_after_canns_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +53,56 @@ def test_when_canns_script_is_sourced(
     monkeypatch.setenv("CANN_SET_ENV", str(script))
     monkeypatch.setenv("ASCEND_HOME_PATH", home)
     assert launch._cann_script(device, dry_run=True) == (script if sourced else None)
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """An environment whose hub client hands out a local folder and whose `vllm` says how it was called."""
+    (tmp_path / "hub").mkdir()
+    for name in ("modelscope", "huggingface_hub"):
+        (tmp_path / "hub" / f"{name}.py").write_text(
+            "import os\ndef snapshot_download(name, cache_dir=None):\n"
+            "    if name != 'Qwen/Qwen3-8B-FP8': raise ValueError(f'no model {name}')\n"
+            f"    print('{name} says hello'); return os.environ['HUB_FOLDER']\n"
+        )
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    (bin / "python").write_text(
+        f'#!/bin/sh\nPYTHONPATH="{tmp_path}/hub:$PYTHONPATH" exec {shlex.quote(sys.executable)} "$@"\n'
+    )
+    (bin / "vllm").write_text('#!/bin/sh\necho "$VLLM_CPU_KVCACHE_SPACE" "$@"\nexit 7\n')
+    for file in bin.iterdir():
+        file.chmod(0o755)
+    return bin / "python"
+
+
+@pytest.mark.parametrize("hub", ["modelscope", "huggingface"])
+def test_it_downloads_checks_and_becomes_vllm(python: Path, tmp_path: Path, hub: str) -> None:
+    model = write_block_fp8_qwen3(tmp_path / "snapshot")
+    done = run(SERVE, "--device", "cpu", "--source", hub, "--python", python, HUB_FOLDER=str(model))
+    assert done.returncode == 7, done.stderr  # vLLM's own
+    assert done.stdout.startswith(f"4 serve {model} --served-model-name qwen3-8b-fp8 --host 127.0.0.1 --port 8000 ")
+    assert f"downloading Qwen/Qwen3-8B-FP8 from {hub}" in done.stderr
+    assert "no anomalies" in done.stderr
+
+
+def test_a_half_downloaded_folder_is_not_served(python: Path, tmp_path: Path) -> None:
+    model = write_block_fp8_qwen3(tmp_path / "snapshot")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    done = run(SERVE, "--device", "cpu", "--python", python, HUB_FOLDER=str(model))
+    assert done.returncode == 2 and done.stdout == ""
+    assert "model.safetensors" in done.stderr and "half-written" in done.stderr.splitlines()[-1]
+
+
+def test_a_wrong_model_name_is_told(python: Path, tmp_path: Path) -> None:
+    done = run(SERVE, "--device", "cpu", "--python", python, "--model", "Qwen/Qwen3-8B-FP7", HUB_FOLDER=str(tmp_path))
+    assert done.returncode == 2 and done.stdout == ""
+    assert "no model Qwen/Qwen3-8B-FP7" in done.stderr
+    assert "Qwen/Qwen3-8B-FP7 could not be downloaded from modelscope" in done.stderr.splitlines()[-1]
+
+
+def test_bf16_is_served_without_our_method(python: Path, tmp_path: Path) -> None:
+    model = write_qwen3(tmp_path / "bf16")
+    done = run(SERVE, "--device", "cpu", "--python", python, "--quantization", "none", "--model", model)
+    assert done.returncode == 7 and "--quantization" not in done.stdout

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3, write_qwen3
+from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -383,56 +383,3 @@ def test_an_evaluation_without_a_server_is_told(tmp_path: Path) -> None:
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
     done = run(EVALUATE, "--venv", tmp_path, "--url", "http://127.0.0.1:1")
     assert (done.returncode, done.stdout) == (2, "") and "no server is up at http://127.0.0.1:1" in done.stderr
-
-
-@pytest.fixture
-def python(tmp_path: Path) -> Path:
-    """An environment whose hub client hands out a local folder and whose `vllm` says how it was called."""
-    (tmp_path / "hub").mkdir()
-    for name in ("modelscope", "huggingface_hub"):
-        (tmp_path / "hub" / f"{name}.py").write_text(
-            "import os\ndef snapshot_download(name, cache_dir=None):\n"
-            "    if name != 'Qwen/Qwen3-8B-FP8': raise ValueError(f'no model {name}')\n"
-            f"    print('{name} says hello'); return os.environ['HUB_FOLDER']\n"
-        )
-    bin = tmp_path / "bin"
-    bin.mkdir()
-    (bin / "python").write_text(
-        f'#!/bin/sh\nPYTHONPATH="{tmp_path}/hub:$PYTHONPATH" exec {shlex.quote(sys.executable)} "$@"\n'
-    )
-    (bin / "vllm").write_text('#!/bin/sh\necho "$VLLM_CPU_KVCACHE_SPACE" "$@"\nexit 7\n')
-    for file in bin.iterdir():
-        file.chmod(0o755)
-    return bin / "python"
-
-
-@pytest.mark.parametrize("hub", ["modelscope", "huggingface"])
-def test_it_downloads_checks_and_becomes_vllm(python: Path, tmp_path: Path, hub: str) -> None:
-    model = write_block_fp8_qwen3(tmp_path / "snapshot")
-    done = run(SERVE, "--device", "cpu", "--source", hub, "--python", python, HUB_FOLDER=str(model))
-    assert done.returncode == 7, done.stderr  # vLLM's own
-    assert done.stdout.startswith(f"4 serve {model} --served-model-name qwen3-8b-fp8 --host 127.0.0.1 --port 8000 ")
-    assert f"downloading Qwen/Qwen3-8B-FP8 from {hub}" in done.stderr
-    assert "no anomalies" in done.stderr
-
-
-def test_a_half_downloaded_folder_is_not_served(python: Path, tmp_path: Path) -> None:
-    model = write_block_fp8_qwen3(tmp_path / "snapshot")
-    weights = model / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    done = run(SERVE, "--device", "cpu", "--python", python, HUB_FOLDER=str(model))
-    assert done.returncode == 2 and done.stdout == ""
-    assert "model.safetensors" in done.stderr and "half-written" in done.stderr.splitlines()[-1]
-
-
-def test_a_wrong_model_name_is_told(python: Path, tmp_path: Path) -> None:
-    done = run(SERVE, "--device", "cpu", "--python", python, "--model", "Qwen/Qwen3-8B-FP7", HUB_FOLDER=str(tmp_path))
-    assert done.returncode == 2 and done.stdout == ""
-    assert "no model Qwen/Qwen3-8B-FP7" in done.stderr
-    assert "Qwen/Qwen3-8B-FP7 could not be downloaded from modelscope" in done.stderr.splitlines()[-1]
-
-
-def test_bf16_is_served_without_our_method(python: Path, tmp_path: Path) -> None:
-    model = write_qwen3(tmp_path / "bf16")
-    done = run(SERVE, "--device", "cpu", "--python", python, "--quantization", "none", "--model", model)
-    assert done.returncode == 7 and "--quantization" not in done.stdout
