@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from qwen3_fp8_ascend.serving import Server, serve, serving_environment
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
-from qwen3_fp8_ascend.testing.server import Server, serve, serving_environment
 from tests.support.logprobs import TEXTS, text_logprobs
 
 ASCEND = ("--quantization", "ascend")

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from qwen3_fp8_ascend.testing.server import Server, stop
+from qwen3_fp8_ascend.serving import Server, stop
 from tests.support.load import Outcome, Request, requests_held, run_load
 from tests.support.processes import family, named, wait_until_ended
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from qwen3_fp8_ascend.provenance import provenance
-from qwen3_fp8_ascend.testing.server import Server
+from qwen3_fp8_ascend.serving import Server
 from tests.support.greedy import Comparison, compare
 from tests.support.load import Outcome, Request, Step, make_prompts, make_requests, requests_held, run_load
 from tests.support.noise import largest_of_noise

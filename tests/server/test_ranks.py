@@ -17,7 +17,7 @@ import pytest
 from qwen3_fp8_ascend.backends import cpu
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.precision.prompts import all_prompts
+from qwen3_fp8_ascend.evaluate.precision.prompts import all_prompts
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3, write_with_more_heads
 from tests.support.cpu_levels import lacking
 from tests.support.logprobs import distance

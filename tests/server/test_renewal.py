@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.serving import Server, serve, serving_environment
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
-from qwen3_fp8_ascend.testing.server import Server, serve, serving_environment
 from tests.support.logprobs import distance, prompt_logprobs
 from tests.support.lora_adapters import RANK, write_adapter
 from tests.support.processes import resident_bytes

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from qwen3_fp8_ascend.evaluate.answers import QUESTIONS, ask
+from qwen3_fp8_ascend.evaluate.servers import wait_until_up
+from qwen3_fp8_ascend.serving import failure_in, free_port, serving_environment, stop
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
-from qwen3_fp8_ascend.testing.server import failure_in, free_port, serving_environment, stop
-from qwen3_fp8_ascend.verify import QUESTIONS, ask, wait_until_up
 from tests.support.documents import read
 
 pytestmark = pytest.mark.server

@@ -10,8 +10,8 @@ import pytest
 
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.evaluate.answers import QUESTIONS, ask
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
-from qwen3_fp8_ascend.verify import QUESTIONS, ask
 from tests.support.logprobs import distance, transformers_logprobs
 
 from .conftest import ASCEND, EAGER, Start
