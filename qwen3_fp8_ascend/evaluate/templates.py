@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def render(template: str, **values: Any) -> str:
@@ -21,6 +22,8 @@ def render(template: str, **values: Any) -> str:
 @cache
 def environment() -> Environment:
     """The templates of this package. HTML is escaped, Markdown and text are not."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     made = Environment(
         loader=PackageLoader("qwen3_fp8_ascend.evaluate"),
         autoescape=lambda name: name is not None and name.endswith(".html.j2"),
