@@ -276,6 +276,8 @@ def test_a_setting_of_the_other_scripts_can_be_given_in_three_ways(script: str, 
     [
         (VERIFY, ["--bogus"], "unknown setting"),
         (VERIFY, ["--url"], "needs a value"),
+        (VERIFY, ["--dry-run", "--", "x"], "unknown setting x"),
+        (VERIFY, ["scripts/verify_qwen3-8b-fp8.sh"], "unknown setting scripts/verify"),  # its help has such a line
         (VERIFY, ["--python", "no-such-python"], "no no-such-python"),
         (EVALUATE, ["--bogus"], "unknown setting"),
         (EVALUATE, ["--tool", "opencompass"], "choose one of: lm_eval evalscope"),
