@@ -1,5 +1,7 @@
 """The public operations: every backend against the oracle, and what they refuse."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import available_backends, load_backend, select_backend
 from qwen3_fp8_ascend.backends.registry import ENVIRONMENT_VARIABLE
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
+from qwen3_fp8_ascend.testing.judges import Problem, assert_bias_before_rounding, assert_exact, random_problem
 from qwen3_fp8_ascend.testing.strategies import activations, problems
 
 BACKENDS = [
@@ -29,6 +31,31 @@ def linear(problem: Problem, backend: str, activation: str = "dynamic") -> torch
 @given(problem=problems())
 def test_linear(backend: str, activation: str, problem: Problem) -> None:
     assert_exact(linear(problem, backend, activation), problem, activation)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 9, 70])
+def test_bias_is_added_before_the_rounding(backend: str, m: int, dtype: torch.dtype, activation: str) -> None:
+    problem = random_problem(m, (200, 64), 300, dtype=dtype, bias=True, seed=m)
+    packed = ops.pack_weight(problem.weight, problem.scale, backend, problem.widths)
+    assert_bias_before_rounding(lambda bias: ops.block_linear(problem.x, packed, bias, activation))
+    assert problem.bias is not None
+    wide = problem.bias.float() * 1.001  # a bias in fp32 is not rounded to the dtype of x
+    assert_exact(
+        ops.block_linear(problem.x, packed, wide, activation), dataclasses.replace(problem, bias=wide), activation
+    )
+
+
+def test_a_bias_added_after_the_rounding_is_noticed() -> None:
+    problem = random_problem(9, (200,), 300, bias=True)
+    sums = reference.block_linear(problem.x, problem.weight, problem.scale)
+    with pytest.raises(AssertionError, match="added after it"):
+        assert_bias_before_rounding(lambda bias: sums if bias is None else sums + bias)
+    assert problem.bias is not None
+    with pytest.raises(AssertionError, match="more than fp32 accumulation allows"):
+        assert_exact(sums + problem.bias, problem)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

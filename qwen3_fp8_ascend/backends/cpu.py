@@ -34,6 +34,8 @@ PANEL_ROWS = 32
 
 HUGE_PAGE = 1 << 21
 
+_BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 _OPS = torch.ops.qwen3_fp8_ascend
 
 
@@ -190,7 +192,7 @@ def _with_adjacent_columns(x: torch.Tensor) -> torch.Tensor:
 def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     codes, scales, panels = packed.tensors
     if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
+        bias = (bias if bias.dtype in _BIAS_DTYPES else bias.float()).contiguous()
     grid = packed.grid
     x = _with_adjacent_columns(x)
     return _OPS.cpu_block_linear(x, codes, scales, panels, bias, grid.n, grid.k, grid.block.k, activation == "dynamic")
@@ -201,9 +203,10 @@ def _quantize(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _dequantize(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:
-    rows = [span.scale_row for span in grid.spans() for _ in range(span.rows)]
+    blocks = torch.arange(grid.scale_shape[0], dtype=torch.int32)
+    rows = blocks.repeat_interleave(torch.tensor([span.rows for span in grid.spans()]), output_size=grid.n)
     # A copy, because the scale of a tensor over a buffer may start at an address that is no multiple of 4.
-    return _OPS.cpu_dequantize_weight(weight, scale.clone(), torch.tensor(rows, dtype=torch.int32), grid.block.k, dtype)
+    return _OPS.cpu_dequantize_weight(weight, scale.clone(), rows, grid.block.k, dtype)
 
 
 def _plan() -> tuple[tuple[str, str], ...]:
