@@ -24,8 +24,8 @@ def quantize_activation(x: torch.Tensor, block_k: int = DEFAULT_BLOCK.k) -> tupl
         x / scale (true division), clamped to +-448. A ragged last group uses the channels it has. A NaN
         makes its whole group NaN; an infinity makes the scale infinite, itself NaN and the rest zero.
     Source: ``native_per_token_group_quant_fp8`` of vLLM's tests: byte-identical for finite input in groups whose
-        largest magnitude is at least 1e-10. Below, as in groups of zeros, it differs: that helper applies the floor
-        in the dtype of x. vLLM's ``QuantFP8`` has a higher floor and is byte-identical from 1/512 on.
+        largest magnitude is at least 1e-10. Below, as in groups of zeros, bf16 and fp16 differ: that helper applies the
+        floor in the dtype of x. vLLM's ``QuantFP8`` has a higher floor and is byte-identical from 1/512 on.
     """
     k = x.shape[-1]
     groups = ceil_div(k, block_k)

@@ -415,7 +415,7 @@ def triton_block_linear(
     # fp16 cannot hold fp32 activations: what it loses is multiplied separately.
     exact = activation == "none" and x.dtype == torch.float32
     kinds = (_CODE_VALUES,) if activation == "dynamic" else (_SCALED, _RESIDUAL) if exact else (_SCALED,)
-    # What is still to be added to is not rounded: with a bias the kernel writes fp32, 4 m n bytes more to write and read.
+    # Sums that a bias is still added to are not rounded before: then the kernel writes fp32.
     stored = x.dtype if bias is None else torch.float32
     total: torch.Tensor | None = None
     for kind in kinds:
