@@ -61,7 +61,7 @@ def test_activation_quantization_as_in_vllm() -> None:
     ours, our_scale = reference.quantize_activation(x)
     largest = x.float().unflatten(1, (-1, 128)).abs().amax(-1)
     same = largest >= 1 / 512  # its floor; ours is 1e-10
-    assert 1000 < same.sum() < 1500 and torch.equal(our_scale[same], scale[same])
+    assert 0 < same.sum() < same.numel() and torch.equal(our_scale[same], scale[same])
     assert torch.equal(*(c.view(torch.uint8).unflatten(1, (-1, 128))[same] for c in (ours, codes)))
     assert (scale[~same] == torch.tensor(1 / 512) / 448).all()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from qwen3_fp8_ascend import torch_range
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.format import BlockSize, ShardGrid, ceil_div
 
@@ -47,12 +48,14 @@ def _load() -> str | None:
             f"the C++ library {LIBRARY.name} was not built; reinstall with a C++ compiler present: "
             "pip install --no-build-isolation --force-reinstall --no-deps qwen3-fp8-ascend"
         )
+    if torch_range.is_too_old(torch.__version__):
+        return f"its library is for torch {torch_range.DESCRIBED}, and this is torch {torch.__version__}"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return (
-            f"the C++ library {LIBRARY.name} cannot be loaded ({error}); "
-            f"it needs torch 2.10 or newer (here: {torch.__version__}) and the processor type it was built for"
+            f"the C++ library {LIBRARY.name} cannot be loaded ({error}); it is for torch {torch_range.DESCRIBED} "
+            f"(here: {torch.__version__}) and the processor type it was built for"
         )
     _register_fakes()
     if hasattr(os, "register_at_fork"):
