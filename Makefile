@@ -13,7 +13,7 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt scripts/create_venv.sh too
 	PYTHON=$(PYTHON) scripts/create_venv.sh $(VENV)
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies setup.py build_ascend.py $(wildcard csrc/*/* csrc/*/*/*)
+$(VENV)/.built: $(VENV)/.dependencies setup.py build_ascend.py qwen3_fp8_ascend/torch_range.py $(wildcard csrc/*/* csrc/*/*/*)
 	@echo "building the CPU kernels"
 	$(PY) -m pip --disable-pip-version-check install -qq --no-build-isolation --no-deps --editable .
 	@touch $@
