@@ -13,7 +13,7 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt scripts/create_venv.sh too
 	PYTHON=$(PYTHON) scripts/create_venv.sh $(VENV)
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies setup.py build_ascend.py $(wildcard csrc/*/* csrc/*/*/*)
+$(VENV)/.built: $(VENV)/.dependencies setup.py build_ascend.py qwen3_fp8_ascend/torch_range.py $(wildcard csrc/*/* csrc/*/*/*)
 	@echo "building the CPU kernels"
 	$(PY) -m pip --disable-pip-version-check install -qq --no-build-isolation --no-deps --editable .
 	@touch $@
@@ -50,6 +50,7 @@ part-%:
 
 test-long: venv  ## the long forms of the reliability tests: load, faults, fuzzing, sanitizers (about an hour)
 	$(PY) -m pytest --long -m long
+	$(MAKE) --no-print-directory test-torch-versions
 
 lint: venv
 	$(PY) -m ruff check .
@@ -68,4 +69,4 @@ wheel: venv  ## a wheel in dist/
 clean:
 	rm -rf build dist *.egg-info qwen3_fp8_ascend/*.so
 
-include triton.mk ascendc.mk vllm_ascend.mk
+include triton.mk ascendc.mk vllm_ascend.mk torch_versions.mk

@@ -1,7 +1,8 @@
 """Builds the native libraries; everything else about the package is in pyproject.toml.
 
 A native library holds torch operators and nothing of Python: it uses torch's stable ABI only, so that one file
-serves every Python and every torch since 2.10. CXX, CXXFLAGS and LDFLAGS work as usual (sanitizers, debugging).
+serves every Python and every torch that `qwen3_fp8_ascend/torch_range.py` names. CXX, CXXFLAGS and LDFLAGS work as
+usual (sanitizers, debugging).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -20,8 +22,11 @@ from setuptools.errors import SetupError
 
 sys.path.insert(0, str(Path(__file__).parent))  # build backends do not put the project's folder there
 from build_ascend import build_ascend_library
+from qwen3_fp8_ascend import torch_range
 
 CPU = Path("csrc") / "cpu"
+
+OLDEST_REQUIREMENT = f"torch>={torch_range.OLDEST[0]}.{torch_range.OLDEST[1]}"
 
 COMMON_FLAGS = [
     "-std=c++17",
@@ -30,7 +35,7 @@ COMMON_FLAGS = [
     "-ffp-contract=off",  # the kernels say where they want a fused multiply-add
     "-Wall",
     "-Wextra",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # torch 2.10
+    f"-DTORCH_TARGET_VERSION={torch_range.TARGET_VERSION}",
 ]
 
 AVX512_FLAGS = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vbmi2", "bf16")]
@@ -67,16 +72,36 @@ def torch_folder() -> Path:
         raise SetupError(
             "torch is not installed in the environment that builds qwen3-fp8-ascend, and its headers are needed.\n"
             "  what to do: install torch first, then build in the same environment:\n"
-            "    pip install 'torch>=2.10' 'setuptools>=77'\n"
+            f"    pip install '{OLDEST_REQUIREMENT}' 'setuptools>=77'\n"
             "    pip install --no-build-isolation ."
         )
     folder = Path(spec.origin).parent
-    if not (folder / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+    version = torch_version(folder)
+    if torch_range.is_too_old(version):
         raise SetupError(
-            "the installed torch is too old: it has no stable C++ interface.\n"
-            f"  where: {folder}\n  expected: torch 2.10 or newer\n  what to do: pip install 'torch>=2.10'"
+            f"the installed torch is too old: the kernels are built for torch {torch_range.DESCRIBED}.\n"
+            f"  where: {folder}\n  expected: torch {torch_range.DESCRIBED}\n  got: torch {version}\n"
+            f"  what to do: build in an environment with a newer one (pip install '{OLDEST_REQUIREMENT}'); a vLLM that "
+            "pins an older torch cannot use these kernels"
+        )
+    if torch_range.is_untried(version):
+        print(
+            f"torch {version} is newer than what the kernels were tried with ({torch_range.DESCRIBED}); "
+            "its stable C++ interface should serve them all the same",
+            file=sys.stderr,
         )
     return folder
+
+
+def torch_version(folder: Path) -> str:
+    """The version in torch's folder, which is what will be compiled against, whatever its metadata says."""
+    found = re.search(r"__version__ = ['\"](\d[^'\"]*)", (folder / "version.py").read_text())
+    if found is None:
+        raise SetupError(
+            "the installed torch does not say which version it is.\n"
+            f"  where: {folder / 'version.py'}\n  what to do: install it again: pip install --force-reinstall torch"
+        )
+    return found[1]
 
 
 def require_compiler(command: list[str]) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qwen3_fp8_ascend import torch_range
 from qwen3_fp8_ascend.provenance import PACKAGES, cpu_name, installed_version
 
 
@@ -44,7 +45,7 @@ def examine() -> Report:
         "cpu": cpu_name(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
     }
-    problems = _vllm_problems(packages)
+    problems = _vllm_problems(packages) + _torch_problems(packages["torch"])
     failure = _torch_failure()
     if failure is not None:
         fix = "see that torch is whole: python -c 'import torch'"
@@ -68,6 +69,22 @@ def examine() -> Report:
     not_built = "not built (ASCEND_HOME_PATH was not set when this package was installed)"
     ascend = _ascend(packages, chip, "built" if LIBRARY.exists() else not_built)
     return Report(machine, packages, backends, serving, ascend, problems)
+
+
+def _torch_problems(version: str | None) -> list[tuple[str, str]]:
+    if version is None:
+        return []  # what `_torch_failure` says is more
+    if torch_range.is_too_old(version):
+        what = f"torch {version} is too old for the native kernels, which are for torch {torch_range.DESCRIBED}"
+        return [(what, "use a vLLM whose torch is in that range; the README names those that were tested")]
+    if torch_range.is_untried(version):
+        return [
+            (
+                f"torch {version} is newer than what the kernels were tried with, torch {torch_range.DESCRIBED}",
+                "it may work; please report",
+            )
+        ]
+    return []
 
 
 def _torch_failure() -> str | None:

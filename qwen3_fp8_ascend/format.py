@@ -53,6 +53,21 @@ def scale_shape(n: int, k: int, block: BlockSize = DEFAULT_BLOCK) -> tuple[int, 
     return ceil_div(n, block.n), ceil_div(k, block.k)
 
 
+def check_block_sizes(sizes: Sequence[Any], what: str) -> None:
+    """Refuse sizes of blocks that are not integers of at least 1 which 64 bits can hold.
+
+    Raises:
+        BlockFp8Error: names `what`.
+    """
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size < 1 << 63:
+            raise BlockFp8Error(
+                f"{what} must be a positive integer",
+                expected="an integer of at least 1, below 2**63",
+                got=f"{describe(size)} ({type(size).__name__})",
+            )
+
+
 class RowSpan(NamedTuple):
     """Consecutive weight rows that share one row of scales."""
 
@@ -74,10 +89,11 @@ class ShardGrid:
     block: BlockSize = DEFAULT_BLOCK
 
     def __post_init__(self) -> None:
-        if not self.widths or any(w < 0 for w in self.widths) or self.k < 0 or min(self.block) < 1:
+        check_block_sizes(self.block, "a block's size")
+        if not self.widths or any(w < 0 for w in self.widths) or self.k < 0:
             raise BlockFp8Error(
-                "a block grid needs at least one shard, sizes of zero or more, and blocks of at least 1x1",
-                got=f"widths {self.widths}, k {self.k}, block {self.block}",
+                "a block grid needs at least one shard, and sizes of zero or more",
+                got=f"widths {self.widths}, k {self.k}",
             )
 
     @property

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from qwen3_fp8_ascend.backends.gradients import refuse_gradients
 from qwen3_fp8_ascend.backends.registry import COMPUTES, LOADED, PackedWeight, select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockSize, ShardGrid
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockSize, ShardGrid, check_block_sizes
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -23,13 +24,14 @@ def quantize_activation(
 
     Shapes: x (..., k) bf16/fp16/fp32 -> codes (..., k) float8_e4m3fn, scale (..., ceil(k / block_k)) fp32.
     Raises:
-        BlockFp8Error: x is a scalar or of another dtype, or the backend cannot run here.
+        BlockFp8Error: x is a scalar, sparse or of another dtype, block_k is no positive 64-bit integer, a gradient is
+            wanted (`refuse_gradients`), or the backend cannot run here.
     Semantics and source: `qwen3_fp8_ascend.reference.quantize_activation`, bit for bit.
     """
     _check_activation(x)
-    if block_k < 1:
-        raise BlockFp8Error("block_k must be positive", got=block_k)
-    chosen = select_backend(backend, x.device.type)
+    check_block_sizes((block_k,), "block_k")
+    refuse_gradients("quantize_activation", x)
+    chosen = LOADED[_choose(backend, x.device.type)]
     codes, scale = chosen.quantize_activation(_as_rows(x), block_k)
     return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], scale.shape[-1])
 
@@ -48,7 +50,8 @@ def dequantize_weight(
     Shapes: weight (n, k) float8_e4m3fn, scale (ceil(n / block_n), ceil(k / block_k)) fp32 or bf16 -> (n, k) `dtype`;
         with `widths`, the row counts of merged shards, each shard has its own block grid (`ShardGrid`).
     Raises:
-        BlockFp8Error: wrong dtype or shape, or the backend cannot run here.
+        BlockFp8Error: wrong dtype, layout or shape, a gradient is wanted (`refuse_gradients`), or the backend cannot
+            run here.
     Semantics and source: `qwen3_fp8_ascend.reference.dequantize_weight`, bit for bit.
     """
     grid = _check_weight(weight, scale, widths, block)
@@ -56,7 +59,8 @@ def dequantize_weight(
         raise BlockFp8Error(
             "weights dequantize to a floating-point dtype", expected=_names(ACTIVATION_DTYPES), got=dtype
         )
-    chosen = select_backend(backend, weight.device.type, block=grid.block)
+    refuse_gradients("dequantize_weight", weight, scale)
+    chosen = LOADED[_choose(backend, weight.device.type, *grid.block)]
     return chosen.dequantize_weight(_contiguous_codes(weight), scale.float().contiguous(), grid, dtype)
 
 
@@ -103,7 +107,8 @@ def block_linear(
     Shapes: x (..., k) bf16/fp16/fp32, bias (n,) -> (..., n) in x.dtype.
     `activation`: "dynamic" quantizes x to e4m3 in groups (w8a8), "none" leaves it as it is (w8a16).
     Raises:
-        BlockFp8Error: shapes, dtypes or devices that do not fit.
+        BlockFp8Error: shapes, dtypes, layouts or devices that do not fit, or a gradient is wanted
+            (`refuse_gradients`).
     Semantics and source: `qwen3_fp8_ascend.reference.block_linear`, up to the order of fp32 additions.
     """
     _check_activation(x)
@@ -112,12 +117,15 @@ def block_linear(
         raise BlockFp8Error("the activation does not fit the weight", expected=f"(..., {packed.k})", got=tuple(x.shape))
     if x.device != packed.device:
         raise BlockFp8Error("activation and weight are on different devices", expected=packed.device, got=x.device)
-    if bias is not None and (bias.shape != (packed.n,) or bias.device != x.device):
-        raise BlockFp8Error(
-            "the bias does not fit the weight",
-            expected=f"({packed.n},) on {x.device}",
-            got=f"{tuple(bias.shape)} on {bias.device}",
-        )
+    if bias is not None:
+        _check_dense("the bias", bias)
+        if bias.shape != (packed.n,) or bias.device != x.device:
+            raise BlockFp8Error(
+                "the bias does not fit the weight",
+                expected=f"({packed.n},) on {x.device}",
+                got=f"{tuple(bias.shape)} on {bias.device}",
+            )
+    refuse_gradients("block_linear", x, bias)
     rows = _as_rows(x)
     out = LOADED[packed.backend].linear(rows, packed, bias, activation)
     return out.reshape(*x.shape[:-1], packed.n)
@@ -152,6 +160,14 @@ def check_scale_values(scale: torch.Tensor, where: object = None, limit: float =
         )
 
 
+@torch.compiler.assume_constant_result
+def _choose(
+    backend: str | None, device_type: str, block_n: int = DEFAULT_BLOCK.n, block_k: int = DEFAULT_BLOCK.k
+) -> str:
+    """The name of the backend to use. `select_backend` looks at files: torch.compile calls it and does not trace it."""
+    return select_backend(backend, device_type, block=BlockSize(block_n, block_k)).name
+
+
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
     """All tokens as one dimension, contiguous in the last: what a `Backend` is given."""
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -173,7 +189,15 @@ def _computes(activation: str) -> str:
     return COMPUTES[activation]
 
 
+def _check_dense(what: str, tensor: torch.Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise BlockFp8Error(
+            f"{what} is sparse or nested", expected="a dense tensor", got=tensor.layout, fix="pass its .to_dense()"
+        )
+
+
 def _check_activation(x: torch.Tensor) -> None:
+    _check_dense("the activation", x)
     if x.dim() < 1:
         raise BlockFp8Error("an activation has at least one dimension", got="a scalar")
     if x.dtype not in ACTIVATION_DTYPES:
@@ -183,6 +207,8 @@ def _check_activation(x: torch.Tensor) -> None:
 def _check_weight(
     weight: torch.Tensor, scale: torch.Tensor, widths: Sequence[int] | None, block: Sequence[int]
 ) -> ShardGrid:
+    _check_dense("the weight", weight)
+    _check_dense("the weight's scale", scale)
     if weight.dtype != torch.float8_e4m3fn:
         raise BlockFp8Error("the weight is not block FP8", expected="float8_e4m3fn", got=weight.dtype)
     if weight.dim() != 2:

@@ -1,5 +1,6 @@
 """The CPU kernels on every instruction set of this machine: exact decoding and quantization, linear, misuse."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import PackedWeight, cpu
 from qwen3_fp8_ascend.format import BlockSize, ShardGrid, ceil_div
-from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
+from qwen3_fp8_ascend.testing.judges import Problem, assert_bias_before_rounding, assert_exact, random_problem
 from tests.support.cpu_levels import DTYPES, instruction_set, lacking, needs_cpu_backend
 
 pytestmark = needs_cpu_backend
@@ -139,14 +140,17 @@ def test_linear_of_other_block_sizes(isa: str, block: BlockSize, m: int) -> None
 
 @pytest.mark.parametrize("activation", ["dynamic", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bias_is_added_after_rounding(isa: str, dtype: torch.dtype, activation: str) -> None:
-    problem = random_problem(9, (200,), 256, dtype=dtype, bias=True)
+@pytest.mark.parametrize("m", [1, 9, 40])
+def test_bias_is_added_to_the_fp32_sums(isa: str, m: int, dtype: torch.dtype, activation: str) -> None:
+    problem = random_problem(m, (200,), 256, dtype=dtype, bias=True)
     packed = pack(problem)
+    if dtype != torch.float32:
+        assert_bias_before_rounding(lambda bias: ops.block_linear(problem.x, packed, bias, activation))
     assert problem.bias is not None
-    without = ops.block_linear(problem.x, packed, None, activation)
-    assert torch.equal(ops.block_linear(problem.x, packed, problem.bias, activation), without + problem.bias)
-    wide = problem.bias.float() * 1.001  # a bias of another dtype is rounded to that of x first
-    assert torch.equal(ops.block_linear(problem.x, packed, wide, activation), without + wide.to(dtype))
+    for bias_dtype in (*DTYPES, torch.float64):  # of any dtype, and not rounded to that of x
+        bias = (problem.bias.double() * 1.001).to(bias_dtype)
+        got = ops.block_linear(problem.x, packed, bias, activation)
+        assert_exact(got, dataclasses.replace(problem, bias=bias), activation)
 
 
 @pytest.mark.parametrize("m", [1, 3, 20])
@@ -278,7 +282,7 @@ def _misuses() -> dict[str, tuple[dict[str, object], str]]:
         "a negative k": ({"k": -36}, "must not be negative"),
         "a block of 6": ({"block_k": 6}, "multiple of 4"),
         "a block of 0": ({"block_k": 0}, "multiple of 4"),
-        "a bias of fp32": ({"bias": torch.zeros(40)}, "bias must have the dtype of x"),
+        "a bias of fp64": ({"bias": torch.zeros(40).double()}, "bias must be bfloat16, float16 or float32"),
         "a short bias": ({"bias": torch.zeros(39).bfloat16()}, "bias must be contiguous and have 40"),
     }
 

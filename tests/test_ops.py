@@ -1,5 +1,9 @@
 """The public operations: every backend against the oracle, and what they refuse."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +13,7 @@ from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import available_backends, load_backend, select_backend
 from qwen3_fp8_ascend.backends.registry import ENVIRONMENT_VARIABLE
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
+from qwen3_fp8_ascend.testing.judges import Problem, assert_bias_before_rounding, assert_exact, random_problem
 from qwen3_fp8_ascend.testing.strategies import activations, problems
 
 BACKENDS = [
@@ -29,6 +33,31 @@ def linear(problem: Problem, backend: str, activation: str = "dynamic") -> torch
 @given(problem=problems())
 def test_linear(backend: str, activation: str, problem: Problem) -> None:
     assert_exact(linear(problem, backend, activation), problem, activation)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [1, 9, 70])
+def test_bias_is_added_before_the_rounding(backend: str, m: int, dtype: torch.dtype, activation: str) -> None:
+    problem = random_problem(m, (200, 64), 300, dtype=dtype, bias=True, seed=m)
+    packed = ops.pack_weight(problem.weight, problem.scale, backend, problem.widths)
+    assert_bias_before_rounding(lambda bias: ops.block_linear(problem.x, packed, bias, activation))
+    assert problem.bias is not None
+    wide = problem.bias.float() * 1.001  # a bias in fp32 is not rounded to the dtype of x
+    assert_exact(
+        ops.block_linear(problem.x, packed, wide, activation), dataclasses.replace(problem, bias=wide), activation
+    )
+
+
+def test_a_bias_added_after_the_rounding_is_noticed() -> None:
+    problem = random_problem(9, (200,), 300, bias=True)
+    sums = reference.block_linear(problem.x, problem.weight, problem.scale)
+    with pytest.raises(AssertionError, match="added after it"):
+        assert_bias_before_rounding(lambda bias: sums if bias is None else sums + bias)
+    assert problem.bias is not None
+    with pytest.raises(AssertionError, match="more than fp32 accumulation allows"):
+        assert_exact(sums + problem.bias, problem)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -124,6 +153,10 @@ def _with_scale(value: float) -> torch.Tensor:
         ({"scale": _with_scale(float("inf"))}, r"\(0, 1\): inf"),
         ({"scale": _with_scale(-1.0)}, r"\(0, 1\): -1"),
         ({"widths": (30, 11)}, "do not add up"),
+        ({"block": (128.0, 128)}, r"a block's size must be a positive integer[\s\S]*128.0 \(float\)"),
+        ({"block": (128, 1 << 63)}, r"below 2\*\*63"),
+        ({"block": (0, 128)}, "positive integer"),
+        ({"scale": GOOD.scale.to_sparse()}, "scale is sparse"),
         ({"backend": "nonsense"}, "unknown backend 'nonsense'"),
         ({"activation": "static"}, "activation mode"),
     ],
@@ -140,11 +173,110 @@ def test_refused_weights(changes: dict, said: str) -> None:
         (GOOD.x.int(), None, "activation dtype"),
         (torch.tensor(1.0), None, "at least one dimension"),
         (GOOD.x, torch.zeros(41), r"expected: \(40,\)"),
+        (GOOD.x.to_sparse(), None, "the activation is sparse"),
+        (GOOD.x, torch.ones(40).to_sparse(), "the bias is sparse"),
     ],
 )
 def test_refused_activations(x: torch.Tensor, bias: torch.Tensor | None, said: str) -> None:
     with pytest.raises(BlockFp8Error, match=said):
         ops.block_linear(x, _pack(), bias)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block_k", [0, -1, 1 << 63, 1 << 70, 128.0, "128", True, None])
+def test_refused_group_sizes(backend: str, block_k: object) -> None:
+    with pytest.raises(BlockFp8Error, match="block_k must be a positive integer"):
+        ops.quantize_activation(GOOD.x, block_k=block_k, backend=backend)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_group_may_be_wider_than_anything(backend: str) -> None:
+    codes, scale = ops.quantize_activation(GOOD.x, block_k=(1 << 63) - 1, backend=backend)
+    want_codes, want_scale = reference.quantize_activation(GOOD.x, GOOD.x.shape[1])
+    assert torch.equal(scale, want_scale) and torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
+
+
+def operations(backend: str) -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]:
+    """Each operation as a function of its floating-point operands alone, and such operands."""
+    p = random_problem(5, (130, 70), 300, dtype=torch.float32, bias=True)
+    packed = ops.pack_weight(p.weight, p.scale, backend, p.widths)
+    assert p.bias is not None
+    return {
+        "block_linear": (lambda x, bias: ops.block_linear(x, packed, bias), (p.x, p.bias)),
+        "block_linear w8a16": (lambda x, bias: ops.block_linear(x, packed, bias, "none"), (p.x, p.bias)),
+        "quantize_activation": (lambda x: ops.quantize_activation(x, backend=backend), (p.x,)),
+        "dequantize_weight": (
+            lambda scale: ops.dequantize_weight(p.weight, scale, torch.float32, widths=p.widths, backend=backend),
+            (p.scale,),
+        ),
+    }
+
+
+OPERATIONS = list(operations("reference"))
+
+
+def same(got: Any, want: Any) -> bool:
+    return all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(*((r if isinstance(r, tuple) else (r,)) for r in (got, want)), strict=True)
+    )
+
+
+def total(f: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    def scalar(*operands: torch.Tensor) -> torch.Tensor:
+        out = f(*operands)
+        return (out if isinstance(out, torch.Tensor) else out[1]).sum()
+
+    return scalar
+
+
+WAYS_TO_ASK_FOR_A_GRADIENT: dict[str, Callable[[Callable[..., Any], torch.Tensor], Any]] = {
+    "backward": lambda f, x: total(f)(x.clone().requires_grad_()).backward(),
+    "func.grad": lambda f, x: torch.func.grad(total(f))(x),
+    "func.vjp": lambda f, x: torch.func.vjp(f, x),
+    "func.jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    "compiled": lambda f, x: torch.compile(f, backend="eager", fullgraph=True)(x.clone().requires_grad_()),
+    "compiled func.grad": lambda f, x: torch.compile(torch.func.grad(total(f)), backend="eager", fullgraph=True)(x),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("way", WAYS_TO_ASK_FOR_A_GRADIENT)
+def test_no_operation_is_silently_without_a_gradient(backend: str, operation: str, way: str) -> None:
+    """All backends alike, for each operand. Where torch.compile traces, the error comes wrapped in one of torch's."""
+    torch._dynamo.reset()
+    f, operands = operations(backend)[operation]
+    for position, operand in enumerate(operands):
+
+        def of_one(t: torch.Tensor, position: int = position) -> Any:
+            return f(*operands[:position], t, *operands[position + 1 :])
+
+        wanted = Exception if "compiled" in way else BlockFp8Error
+        with pytest.raises(wanted, match=r"block FP8 computes no gradients[\s\S]*torch.inference_mode\(\)"):
+            WAYS_TO_ASK_FOR_A_GRADIENT[way](of_one, operand)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_tensors_that_require_them_are_taken(backend: str, operation: str, mode: Any) -> None:
+    f, operands = operations(backend)[operation]
+    with mode():
+        got = f(*(t.clone().requires_grad_() for t in operands))
+    assert same(got, f(*operands))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_compiles_whole(backend: str | None, operation: str, gradients: bool) -> None:
+    """From nothing: the choice of a backend looks at files and environment, which is no part of a graph."""
+    torch._dynamo.reset()
+    select_backend.cache_clear()
+    f, operands = operations(backend)[operation]  # type: ignore[arg-type]
+    with torch.set_grad_enabled(gradients):
+        assert same(torch.compile(f, backend="aot_eager", fullgraph=True)(*operands), f(*operands))
 
 
 def test_automatic_choice_is_logged_and_never_the_reference(caplog: pytest.LogCaptureFixture) -> None:

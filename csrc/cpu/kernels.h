@@ -83,8 +83,9 @@ struct Activation {
 
 struct Output {
   void* y;           // (rows / terms, n), row stride n
-  const void* bias;  // (n) or null, of the same dtype
+  const void* bias;  // (n) or null
   Dtype dtype;
+  Dtype bias_dtype;
   std::int64_t n;
 };
 

@@ -125,9 +125,10 @@ Tensor cpu_block_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, st
   const Panel* table = require_panels(panels, n, scales.size(0));
   require_packed_shape(codes, panels.size(0), depth);
   const void* bias_data = nullptr;
+  Dtype bias_dtype = rows.dtype;
   if (bias.has_value()) {
     require_cpu(*bias, "bias", 1);
-    require(bias->scalar_type() == x.scalar_type(), "bias must have the dtype of x");
+    bias_dtype = require_float(bias->scalar_type(), "bias");
     require(bias->is_contiguous() && bias->size(0) == n, "bias must be contiguous and have ", n, " elements");
     require_memory(*bias, "bias", n);
     bias_data = bias->const_data_ptr();
@@ -136,7 +137,7 @@ Tensor cpu_block_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, st
   Tensor y = torch::stable::empty({shape, 2}, x.scalar_type(), std::nullopt, x.device());
   const Weight weight{codes.const_data_ptr<std::uint8_t>(), scales.const_data_ptr<float>(), table, panels.size(0),
                       depth};
-  block_linear(rows, weight, quantize, {y.mutable_data_ptr(), bias_data, rows.dtype, n});
+  block_linear(rows, weight, quantize, {y.mutable_data_ptr(), bias_data, rows.dtype, bias_dtype, n});
   return y;
 }
 

@@ -176,7 +176,7 @@ inline void dequantize(const std::uint8_t* codes, std::int64_t count, float scal
   }
 }
 
-// Adds up the terms of each output row, rounds once, and adds the bias in the output's own arithmetic.
+// Adds up the terms of each output row and the bias, and rounds once.
 // sums: (rows, ld) fp32, the panel's 32 columns first; row_begin counts rows of the activation.
 inline void store_panel(const Problem& problem, std::int64_t panel, const float* sums, std::int64_t ld,
                         std::int64_t row_begin, std::int64_t rows) {
@@ -184,7 +184,7 @@ inline void store_panel(const Problem& problem, std::int64_t panel, const float*
   const Output& output = problem.output;
   const int terms = problem.activation.terms;
   float bias[kPanelRows];
-  if (output.bias != nullptr) load_run(output.bias, output.dtype, target.first_row, target.rows, bias);
+  if (output.bias != nullptr) load_run(output.bias, output.bias_dtype, target.first_row, target.rows, bias);
   for (std::int64_t row = 0; row < rows; row += terms) {
     float values[kPanelRows];
     const float* smallest = sums + (row + terms - 1) * ld;
@@ -194,9 +194,6 @@ inline void store_panel(const Problem& problem, std::int64_t panel, const float*
     }
     const std::int64_t offset = (row_begin + row) / terms * output.n + target.first_row;
     if (output.bias != nullptr) {
-      std::uint32_t rounded[kPanelRows];
-      store_run(values, target.rows, output.dtype, rounded, 0);
-      load_run(rounded, output.dtype, 0, target.rows, values);
       for (std::int64_t i = 0; i < target.rows; ++i) values[i] += bias[i];
     }
     if (target.rows == kPanelRows) {

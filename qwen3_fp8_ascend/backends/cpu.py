@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from qwen3_fp8_ascend import torch_range
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.format import BlockSize, ShardGrid, ceil_div
 
@@ -34,6 +35,8 @@ PANEL_ROWS = 32
 
 HUGE_PAGE = 1 << 21
 
+_BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 _OPS = torch.ops.qwen3_fp8_ascend
 
 
@@ -45,12 +48,14 @@ def _load() -> str | None:
             f"the C++ library {LIBRARY.name} was not built; reinstall with a C++ compiler present: "
             "pip install --no-build-isolation --force-reinstall --no-deps qwen3-fp8-ascend"
         )
+    if torch_range.is_too_old(torch.__version__):
+        return f"its library is for torch {torch_range.DESCRIBED}, and this is torch {torch.__version__}"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return (
-            f"the C++ library {LIBRARY.name} cannot be loaded ({error}); "
-            f"it needs torch 2.10 or newer (here: {torch.__version__}) and the processor type it was built for"
+            f"the C++ library {LIBRARY.name} cannot be loaded ({error}); it is for torch {torch_range.DESCRIBED} "
+            f"(here: {torch.__version__}) and the processor type it was built for"
         )
     _register_fakes()
     if hasattr(os, "register_at_fork"):
@@ -190,7 +195,7 @@ def _with_adjacent_columns(x: torch.Tensor) -> torch.Tensor:
 def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     codes, scales, panels = packed.tensors
     if bias is not None:
-        bias = bias.to(x.dtype).contiguous()
+        bias = (bias if bias.dtype in _BIAS_DTYPES else bias.float()).contiguous()
     grid = packed.grid
     x = _with_adjacent_columns(x)
     return _OPS.cpu_block_linear(x, codes, scales, panels, bias, grid.n, grid.k, grid.block.k, activation == "dynamic")
@@ -201,9 +206,10 @@ def _quantize(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _dequantize(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:
-    rows = [span.scale_row for span in grid.spans() for _ in range(span.rows)]
+    blocks = torch.arange(grid.scale_shape[0], dtype=torch.int32)
+    rows = blocks.repeat_interleave(torch.tensor([span.rows for span in grid.spans()]), output_size=grid.n)
     # A copy, because the scale of a tensor over a buffer may start at an address that is no multiple of 4.
-    return _OPS.cpu_dequantize_weight(weight, scale.clone(), torch.tensor(rows, dtype=torch.int32), grid.block.k, dtype)
+    return _OPS.cpu_dequantize_weight(weight, scale.clone(), rows, grid.block.k, dtype)
 
 
 def _plan() -> tuple[tuple[str, str], ...]:

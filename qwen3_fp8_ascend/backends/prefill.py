@@ -53,11 +53,11 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor |
     """The stock matrix product with a weight that may be padded.
 
     Shapes: x (m, k), weight (n' >= n, k' >= k), zeros beyond k, bias (n,) -> (m, n) contiguous.
+    Semantics: the bias is rounded to x.dtype and goes into the product, which adds it to its fp32 sums.
     """
     columns = weight.shape[1]
     padded = x if x.shape[1] == columns else torch.nn.functional.pad(x, (0, columns - x.shape[1]))
-    out = torch.nn.functional.linear(padded, weight.narrow(0, 0, n))
-    return out if bias is None else out + bias.to(out.dtype)
+    return torch.nn.functional.linear(padded, weight.narrow(0, 0, n), None if bias is None else bias.to(x.dtype))
 
 
 def _at_least(size: int, device: torch.device) -> torch.Tensor:

@@ -82,29 +82,39 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[t
 def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     if x.shape[0] == 0 or packed.k == 0 or packed.n == 0:
         out = x.new_zeros(x.shape[0], packed.n)
-    elif packed.tensors[0].shape[0] != packed.tensors[1].shape[0]:  # scales of blocks, not of rows
+        return out if bias is None else out + bias.to(out.dtype)
+    if packed.tensors[0].shape[0] != packed.tensors[1].shape[0]:  # scales of blocks, not of rows
         codes, scale, *kept = packed.tensors
-        out = torch_npu_native_linear(x, codes, scale, kept[0] if kept else None)
-    else:
-        return torch_npu_scratch_linear(x, *packed.tensors, bias)
-    return out if bias is None else out + bias.to(out.dtype)
+        return torch_npu_native_linear(x, codes, scale, kept[0] if kept else None, bias)
+    return torch_npu_scratch_linear(x, *packed.tensors, bias)
 
 
 def _fake_native_linear(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, kept: torch.Tensor | None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    kept: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], codes.shape[0] if kept is None else kept.shape[0])
 
 
 @torch_operator(_fake_native_linear)
 def torch_npu_native_linear(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, kept: torch.Tensor | None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    kept: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """W8A8 in the chip's own block-scaled product (A5).
 
-    Shapes: x (m, k) bf16/fp16; codes, scale and kept as `_pack` returns them -> (m, n) in x.dtype.
+    Shapes: x (m, k) bf16/fp16; codes, scale and kept as `_pack` returns them, bias (n,) -> (m, n) in x.dtype.
     Raises:
         BlockFp8Error: operands that do not fit each other. The operators' own shape functions accept almost anything.
+    Semantics: the product takes no bias beside FP8 operands with these scales, but gives fp32 on request: with a bias
+        it does, so that the bias is added before the rounding. That costs 4 m n bytes more, written and read.
+    Source: CANN's documentation of aclnnQuantMatmulV5, constraints of G-B quantization on Ascend 950.
     """
     _check_activation(x)
     _check_packed(codes, scale, x.shape[1], rows=_BLOCK, where="npu_quant_matmul")
@@ -122,10 +132,11 @@ def torch_npu_native_linear(
         codes.view(torch.float8_e4m3fn).t(),
         scale.t(),
         pertoken_scale=x_scale,
-        output_dtype=x.dtype,
+        output_dtype=x.dtype if bias is None else torch.float32,
         group_sizes=[1, _BLOCK, _BLOCK],
     )
-    return out if kept is None else out.index_select(1, kept)
+    out = out if kept is None else out.index_select(1, kept)
+    return out if bias is None else (out + bias.float()).to(x.dtype)
 
 
 def _fake_scratch_linear(

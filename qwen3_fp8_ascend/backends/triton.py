@@ -322,6 +322,11 @@ def _launch_linear(
     dtype: torch.dtype,
     subnormals: bool,
 ) -> torch.Tensor:
+    """Partial sums of x @ W.T over `cut.split_k` stretches of K.
+
+    Shapes: values, a_scale, lanes and w_scale as the kernel's -> (split_k, m_padded, n_padded), in `dtype` if that is
+        all there is to add up, else in fp32.
+    """
     k_blocks, n = w_scale.shape
     # The interpreter truncates where a device rounds, so it writes fp32.
     stored = torch.float32 if cut.split_k > 1 or _INTERPRETED else dtype
@@ -356,7 +361,7 @@ product (docs/triton.md), since partial products cross L2 with the rows, while t
 
 
 def _through_scratch(
-    x: torch.Tensor, lanes: torch.Tensor, w_scale: torch.Tensor, n: int, dynamic: bool
+    x: torch.Tensor, lanes: torch.Tensor, w_scale: torch.Tensor, n: int, dynamic: bool, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Decode the weight into the shared scratch, then the stock product; both operands are rounded to x.dtype once."""
     pairs, rows, _ = lanes.shape
@@ -368,20 +373,32 @@ def _through_scratch(
         values, scale = _values(x, _CODE_VALUES, k_blocks, ceil_div(m, row_tile) * row_tile)
         scaled = values.float().unflatten(1, (k_blocks, _BLOCK)) * scale.T.unsqueeze(-1)
         x = scaled.flatten(1)[:m].to(x.dtype)
-    return prefill.multiply(x, weight, n)
+    return prefill.multiply(x, weight, n, bias)
 
 
-def _fake_linear(x: torch.Tensor, lanes: torch.Tensor, w_scale: torch.Tensor, n: int, activation: str) -> torch.Tensor:
+def _fake_linear(
+    x: torch.Tensor,
+    lanes: torch.Tensor,
+    w_scale: torch.Tensor,
+    n: int,
+    activation: str,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
     return x.new_empty(x.shape[0], n)
 
 
 @torch_operator(_fake_linear)
 def triton_block_linear(
-    x: torch.Tensor, lanes: torch.Tensor, w_scale: torch.Tensor, n: int, activation: str
+    x: torch.Tensor,
+    lanes: torch.Tensor,
+    w_scale: torch.Tensor,
+    n: int,
+    activation: str,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x @ W.T of a packed weight, without bias.
+    """x @ W.T + bias of a packed weight.
 
-    Shapes: x (m, k), lanes and w_scale as `_pack` returns them -> (m, n) in x.dtype.
+    Shapes: x (m, k), lanes and w_scale as `_pack` returns them, bias (n,) -> (m, n) in x.dtype.
     """
     _check_operand("the activation", x, _ACTIVATIONS, lanes.device)
     _check_packed(lanes, w_scale, x.shape[1])
@@ -391,27 +408,31 @@ def triton_block_linear(
     k_blocks, n_padded = w_scale.shape
     device = lanes.device
     if device.type == "npu" and m > HAND_OVER_ROWS and prefill.fits(k_blocks * _BLOCK * n_padded):
-        return _through_scratch(x, lanes, w_scale, n, activation == "dynamic")
+        return _through_scratch(x, lanes, w_scale, n, activation == "dynamic", bias)
     subnormals = keeps_subnormals(device.type, device.index)
     cores = _cores(device.type, device.index)[0]
     cut = linear_shape(m, n_padded, k_blocks, cores, _chip(device.type), subnormals)
     # fp16 cannot hold fp32 activations: what it loses is multiplied separately.
     exact = activation == "none" and x.dtype == torch.float32
     kinds = (_CODE_VALUES,) if activation == "dynamic" else (_SCALED, _RESIDUAL) if exact else (_SCALED,)
+    # Sums that a bias is still added to are not rounded before: then the kernel writes fp32.
+    stored = x.dtype if bias is None else torch.float32
     total: torch.Tensor | None = None
     for kind in kinds:
         values, a_scale = _values(x, kind, k_blocks, cut.m_padded)
-        out = _launch_linear(values, a_scale, lanes, w_scale, cut, x.dtype, subnormals)
+        out = _launch_linear(values, a_scale, lanes, w_scale, cut, stored, subnormals)
         part = out[0] if cut.split_k == 1 else out.sum(0)
         total = part if total is None else total + part
     assert total is not None
-    return total[:m, :n].to(x.dtype).clone(memory_format=torch.contiguous_format)
+    total = total[:m, :n]
+    if bias is not None:
+        total = total + bias.float()
+    return total.to(x.dtype).clone(memory_format=torch.contiguous_format)
 
 
 def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     lanes, w_scale = packed.tensors
-    out = triton_block_linear(x, lanes, w_scale, packed.n, activation)
-    return out if bias is None else out + bias.to(out.dtype)
+    return triton_block_linear(x, lanes, w_scale, packed.n, activation, bias)
 
 
 def _plan() -> tuple[tuple[str, str], ...]:

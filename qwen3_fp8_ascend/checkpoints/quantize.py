@@ -73,7 +73,9 @@ def quantize_weight(weight: torch.Tensor, block: BlockSize = DEFAULT_BLOCK) -> t
         scale (ceil(n / block.n), ceil(k / block.k)) fp32.
     Semantics: scale = amax(|block|) / 448 by true division in fp32, 1.0 where that is zero; code = round to nearest
         even of weight / scale (true division), clamped to +-448.
-    Source: DeepSeek-V3 ``inference/kernel.py`` (weight_quant), and transformers' fine-grained FP8.
+    Source: the inverse of DeepSeek-V3's ``weight_dequant`` (``inference/kernel.py``; the quantizer of its weights is
+        not published). transformers' ``Fp8Quantize`` has the same scales of zero blocks, and multiplies by reciprocals
+        where this divides: its scales differ in the last bit.
     """
     n, k = weight.shape
     block = BlockSize(min(block.n, max(1, n)), min(block.k, max(1, k)))  # no padding beyond the only block

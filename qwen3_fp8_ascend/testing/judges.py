@@ -6,6 +6,7 @@ to bf16 near 2e-3, w8a16 taken for w8a8 near 3e-2. A gate of 1e-3 on rounded out
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,15 +113,13 @@ def assert_exact(got: torch.Tensor, problem: Problem, activation: str = "dynamic
         return
     k = problem.weight.shape[1]
     eps = torch.finfo(got.dtype).eps
-    rounding = eps * want.abs() + (eps * magnitude if problem.bias is not None else 0)
+    rounding = eps * want.abs()
     # Within a block a sum of at most 128 + 8 roundings per chain, then one per block, and the two scales.
     bound = magnitude * 2.0**-23 * (min(k, problem.block.k) + k // problem.block.k + 8)
     tiny = torch.finfo(got.dtype).smallest_normal
     error = (got.double() - want).abs()
     worst = (error - (bound + rounding + tiny)).max()
     assert worst <= 0, f"an element is off by {worst:.3e} more than fp32 accumulation allows"
-    if problem.bias is not None:
-        return
     # Relative measures say nothing where terms cancel or where the dtype runs out of exponents.
     typical = want.norm() / want.numel() ** 0.5
     well_conditioned = want.norm() > 1e-2 * magnitude.norm() and typical > 2**10 * tiny
@@ -133,3 +132,23 @@ def assert_exact(got: torch.Tensor, problem: Problem, activation: str = "dynamic
         equal = (got == want.to(got.dtype)).double().mean()
         if got.numel() >= 1000:
             assert equal >= BF16_EQUAL, f"only {equal:.4%} equal the rounded oracle"
+
+
+def assert_bias_before_rounding(linear: Callable[[torch.Tensor | None], torch.Tensor]) -> None:
+    """Judge where a linear adds its bias, by a bias that cancels the first token's own outputs.
+
+    Added to the rounded sums it would leave zeros. Added to the fp32 sums, as the specification has it, it leaves what
+    rounding took away: at most half a unit in the last place, and something in nearly every output.
+    Shapes: `linear` is a layer and its activations: bias (n,) or None -> (m, n) bf16 or fp16.
+    """
+    rounded = linear(None)[0]
+    left = linear(-rounded)[0].double().abs()
+    assert rounded.dtype in (torch.bfloat16, torch.float16)
+    size, info = rounded.double().abs(), torch.finfo(rounded.dtype)
+    half_unit = info.eps / 2 * size.clamp_min(info.smallest_normal)
+    order = 2.0**-16 * size.max()  # the two calls may add in different orders
+    assert (left <= half_unit + order).all(), f"{(left - half_unit).max():.3e} more than rounding is left"
+    visible = half_unit > 2**6 * info.smallest_normal * info.eps  # else what is left may itself round to zero
+    assert visible.any(), "the outputs are too small to tell"
+    share = (left[visible] != 0).double().mean()
+    assert share > 0.9, f"only {share:.1%} of the outputs keep what rounding took: the bias was added after it"

@@ -12,7 +12,7 @@ import torch
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import prefill, registry, soc, torch_npu
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
+from qwen3_fp8_ascend.testing.judges import Problem, assert_bias_before_rounding, assert_exact, random_problem
 
 SHAPES = [((256, 128, 128), 384), ((576, 192, 192), 576), ((40,), 130), ((1,), 1)]
 
@@ -85,6 +85,14 @@ def test_linear(chip: str, widths: tuple[int, ...], k: int, m: int) -> None:
             x, problem.weight, problem.scale, problem.bias, widths=widths, compute_dtype=torch.float64
         )
         assert (got - oracle).norm() <= 2**-8 * oracle.norm()
+
+
+@pytest.mark.parametrize("m", [1, 70])
+def test_bias_is_added_before_the_rounding(chip: str, m: int) -> None:
+    """On A2 and A3 by the stock product of the CPU; where an NPU's adds a bias was not seen."""
+    problem = random_problem(m, (256, 192), 384)
+    packed = pack(problem)
+    assert_bias_before_rounding(lambda bias: ops.block_linear(problem.x, packed, bias))
 
 
 @pytest.mark.parametrize("chip", ["A2"], indirect=True)

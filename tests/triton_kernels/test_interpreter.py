@@ -16,6 +16,7 @@ from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import triton as backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import ShardGrid
+from qwen3_fp8_ascend.testing.judges import Problem, assert_bias_before_rounding, assert_exact
 from qwen3_fp8_ascend.triton_kernels import block_linear, group_quantize, lanes
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -135,7 +136,10 @@ def test_linear(m, widths, k, dtype, activation, form):
         assert (out - oracle).norm() / oracle.norm() <= 1e-6
     else:
         assert (out == oracle.to(dtype)).float().mean() >= 0.995
-    assert torch.equal(ops.block_linear(x, packed, bias, activation), out + bias)
+    biased = ops.block_linear(x, packed, bias, activation)
+    assert_exact(biased, Problem(x, weight, scale, bias, widths), activation)
+    if dtype != torch.float32:
+        assert_bias_before_rounding(lambda bias: ops.block_linear(x, packed, bias, activation))
 
 
 def test_linear_survives_extreme_scales(form):

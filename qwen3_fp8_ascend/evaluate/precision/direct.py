@@ -63,9 +63,10 @@ class BlockFp8Linear(torch.nn.Module):
             return ops.block_linear(x, self.packed, self.bias, self.activation)
         assert self.original and self.sums and self.codes is not None
         scale = self.original[1]
-        out = reference.block_linear(x, self.codes, scale, activation=self.activation, compute_dtype=self.sums)
-        out = out.to(x.dtype)
-        return out if self.bias is None else out + self.bias
+        out = reference.block_linear(
+            x, self.codes, scale, self.bias, activation=self.activation, compute_dtype=self.sums
+        )
+        return out.to(x.dtype)
 
 
 def load_model(folder: Path, backend: str, activation: str, dtype: torch.dtype, device: str) -> torch.nn.Module:

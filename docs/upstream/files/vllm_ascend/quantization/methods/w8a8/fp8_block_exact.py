@@ -90,7 +90,7 @@ def reserve_scratch(elements: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _block_fp8_scratch_linear(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, block_n: int, block_k: int
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, block_n: int, block_k: int
 ) -> torch.Tensor:
     n, k = codes.shape
     weight = _scratch[x.device][: n * k * x.dtype.itemsize].view(x.dtype).view(n, k)
@@ -101,11 +101,12 @@ def _block_fp8_scratch_linear(
         scales = scales.repeat_interleave(block_n, dim=0)[: stop - start]
         scales = scales.repeat_interleave(block_k, dim=1)[:, :k]
         weight[start:stop].copy_(decode_e4m3(codes[start:stop]) * scales)
-    return torch.nn.functional.linear(round_to_e4m3(x, block_k), weight)
+    # The product adds the bias to its fp32 sums, so that an output is rounded once.
+    return torch.nn.functional.linear(round_to_e4m3(x, block_k), weight, None if bias is None else bias.to(x.dtype))
 
 
 def _block_fp8_scratch_linear_fake(
-    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, block_n: int, block_k: int
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, block_n: int, block_k: int
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
 
@@ -185,16 +186,15 @@ class AscendFp8BlockExactLinearMethod(AscendFp8BlockLinearMethod):
             return super().apply(layer, x, bias, tp_rank)
         rows = x.reshape(-1, x.shape[-1])
         if self.native:
-            out = self._native(rows, layer.weight, layer.weight_scale)
+            out = self._native(rows, layer.weight, layer.weight_scale, bias)
         else:
             out = torch.ops.vllm.block_fp8_scratch_linear(
-                rows, layer.weight, layer.weight_scale, self.block_n, self.block_k
+                rows, layer.weight, layer.weight_scale, bias, self.block_n, self.block_k
             )
-        out = out.view(*x.shape[:-1], out.shape[-1])
-        return out if bias is None else out + bias
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     @staticmethod
-    def _native(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def _native(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         x_codes, x_scale = torch_npu.npu_dynamic_block_quant(
             x.contiguous(),
             min_scale=AMAX_FLOOR / E4M3_MAX,
@@ -202,11 +202,13 @@ class AscendFp8BlockExactLinearMethod(AscendFp8BlockLinearMethod):
             row_block_size=1,
             col_block_size=NATIVE_BLOCK,
         )
-        return torch_npu.npu_quant_matmul(
+        out = torch_npu.npu_quant_matmul(
             x_codes,
             codes.view(BLOCK_FP8_WEIGHT_DTYPE).t(),
             scale.t(),
             pertoken_scale=x_scale,
-            output_dtype=x.dtype,
+            # With these scales the operator takes no bias, so that is added to fp32 outputs before they are rounded.
+            output_dtype=x.dtype if bias is None else torch.float32,
             group_sizes=[1, NATIVE_BLOCK, NATIVE_BLOCK],
         )
+        return out if bias is None else (out + bias.float()).to(x.dtype)

@@ -104,6 +104,15 @@ class TestLinear(TestBase):
             error = (scheme.apply(layer, x, bias) - expected).norm() / expected.norm()
             self.assertLess(error, 1e-6)
 
+    def test_the_bias_is_added_before_the_rounding(self):
+        layer, scheme = build_layer(256, 384), build_scheme()
+        scheme.process_weights_after_loading(layer)
+        x = torch.randn(1, 384, generator=torch.Generator().manual_seed(1)).bfloat16()
+        rounded = scheme.apply(layer, x)
+        left = scheme.apply(layer, x, -rounded[0])  # zero if it were added to the rounded sums
+        self.assertTrue((left.abs() <= 2.0**-8 * rounded.abs() + 2.0**-16 * rounded.abs().max()).all())
+        self.assertGreater((left != 0).float().mean(), 0.9)
+
     def test_rows_decoded_in_pieces_are_the_same(self):
         layer, scheme = build_layer(520, 256), build_scheme()
         scheme.process_weights_after_loading(layer)
@@ -156,7 +165,12 @@ class TestLinear(TestBase):
         npu.npu_quant_matmul.return_value = torch.zeros(5, 256)
         with patch(f"{MODULE}.torch_npu", npu):
             out = scheme.apply(layer, torch.zeros(5, 384).bfloat16())
-        self.assertEqual(out.shape, (5, 256))
+            self.assertEqual(npu.npu_quant_matmul.call_args.kwargs["output_dtype"], torch.bfloat16)
+            npu.npu_quant_matmul.return_value = torch.full((5, 256), 1 + 2.0**-12)
+            biased = scheme.apply(layer, torch.zeros(5, 384).bfloat16(), -torch.ones(256).bfloat16())
+        self.assertEqual(npu.npu_quant_matmul.call_args.kwargs["output_dtype"], torch.float32)
+        self.assertTrue((biased == 2.0**-12).all())
+        self.assertEqual((out.shape, biased.dtype), ((5, 256), torch.bfloat16))
         quantize = npu.npu_dynamic_block_quant.call_args.kwargs
         self.assertEqual((quantize["row_block_size"], quantize["col_block_size"]), (1, 128))
         arguments, options = npu.npu_quant_matmul.call_args
