@@ -103,6 +103,19 @@ def test_quantize_any_nan_and_infinity(dtype):
     assert len(wrong) >= 16 and {name: what for name, what in wrong.items() if what} == {}
 
 
+def test_without_the_two_limits_these_cases_fail(monkeypatch):
+    """Patterns that leave int32 when e4m3's rounding is added, and inf - inf in what fp16 leaves of fp32."""
+    monkeypatch.setattr(group_quantize, "_INFINITY_BITS", tl.constexpr(0x7FFFFFFF))
+    found, x = non_finite(torch.float32)
+    parts = zip(found, *(part.split(6) for part in (x, *ops.quantize_activation(x, backend="triton"))), strict=True)
+    wrong = {case.name for case, *rest in parts if nonfinite.wrong_quantization(*rest)}
+    patterns = {"quiet-all", "signalling-all", "overflow"}
+    assert wrong == patterns | {f"negative-{name}" for name in patterns}
+    monkeypatch.setattr(group_quantize, "_FP16_MAX", tl.constexpr(float("inf")))
+    values, _ = backend._values(torch.tensor([[float("inf")]]), 2, 1, 16)
+    assert values[0, 0].isnan()
+
+
 @pytest.mark.parametrize("through", ["fused kernel", "scratch"])
 @pytest.mark.parametrize("activation", ["dynamic", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
