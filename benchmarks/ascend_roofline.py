@@ -13,8 +13,9 @@ serial L2    the vector cores' stores and the cube's loads take turns: the lower
 
 BF16 is at its own limit: HBM or the cube. Assumptions beside the chips' figures: HBM and L2 sustain them, kernels
 are captured in a graph, and the extra kernel that prepares activations costs a fixed time (--fixed-us).
-Above one row tile (m > 64) weights are decoded once for each tile; decoding them once into a bf16 scratch for the
-stock matmul, at three bytes of HBM a weight, is predicted as well, and "best" is the better of the two.
+Above one row tile (m > 64) weights are decoded once for each tile; decoding them once into an fp16 scratch for the
+stock matmul, at three bytes of HBM a weight, is predicted as well, with what normalising its operands and taking its
+result back to size read and write of activations and results. "best" is the better of the two.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ L2_WRITE_BYTES_PER_CYCLE = 86  # platform_config tables of CANN 8.1, per AI core
 CUBE_LOAD = 135 * GIB  # GM to L1 per cube core, PTO-ISA's model calibrated on 910B3
 VECTOR_LOAD = 100.9 * GIB  # GM to UB per vector core, the same
 CALIBRATION = 1.48 / 1.81
+ACTIVATION_BYTES = 16  # beside the scratch: quantized 2 + 2, scaled in fp32 2 + 4, to fp16 4 + 2
+RESULT_BYTES = 8  # the product to bf16 2 + 2, times a power of two 2 + 2
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def predict(
         stages[limit] + fixed_s,
         stages[limit] / CALIBRATION + fixed_s,
         serial + fixed_s,
-        bf16 + weights * 3 / chip.hbm + fixed_s,
+        bf16 + (weights * 3 + m * (k * ACTIVATION_BYTES + n * RESULT_BYTES)) / chip.hbm + fixed_s,
         bf16,
         limit,
     )

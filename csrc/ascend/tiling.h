@@ -28,8 +28,11 @@ enum Dtype : uint32_t { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2 };
 enum Activation : uint32_t { kDynamic = 0, kNone = 1 };  // w8a8, w8a16
 
 // Where a tile of 128 packed rows goes: `rows` columns of the output from `start` on. 32 bytes, one DataBlock.
+// shrink and grow, the same in every tile, are for the host: powers of two that normalise the weight for many rows.
 struct TileSpan {
-    uint32_t start, rows, reserved[6];
+    uint32_t start, rows;
+    float shrink, grow;
+    uint32_t reserved[4];
 };
 
 struct QuantizeTiling {

@@ -1,7 +1,7 @@
 """Ascend C kernels on Atlas A2 and A3: weights decoded by the vector cores, multiplied by the cube.
 
 The kernels are in csrc/ascend; `docs/ascendc.md` says how they work and what was measured. Up to `HAND_OVER_ROWS` rows
-go to the fused kernel, more to one dequantized scratch and the stock matrix product.
+go to the fused kernel, which is exact, more to a scratch and the stock fp16 product (`prefill`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[to
     Semantics: a tile holds the rows of one scale block (zeros below a ragged one). Within a block the order is the
         cube's: strips of 16 columns, each 128 rows of 16. The first half of a block is in the low bytes of its
         16-bit lanes, the second half in the high ones. A scale is multiplied by 2^8 and repeated to 32 bytes.
-        A span is the tile's first output and its number of outputs.
+        A span is the tile's first output, its number of outputs, and, as bits of fp32, the powers of two that
+        normalise the weight for many rows and back.
     Raises:
         BlockFp8Error: k is larger than the kernels address.
     """
@@ -73,9 +74,10 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[to
     halves = strips.reshape(len(spans), k_blocks, 2, TILE * TILE // 2)
     lanes = halves.transpose(2, 3).reshape(len(spans), k_blocks, TILE * TILE)
     scales = (scale * DECODE_BIAS).unsqueeze(-1).expand(-1, -1, SCALE_REPEATS).contiguous()
-    table = [[span.start, span.rows, 0, 0, 0, 0, 0, 0] for span in spans]
-    prefill.reserve(grid.n * grid.k, weight.device)
-    return lanes.contiguous(), scales, torch.tensor(table, dtype=torch.int32, device=weight.device)
+    rows_of_tiles = [[span.start, span.rows, 0, 0, 0, 0, 0, 0] for span in spans]
+    table = torch.tensor(rows_of_tiles, dtype=torch.int32, device=weight.device).view(-1, 8)
+    table[:, 2:4] = prefill.powers_of_weight(scale).view(torch.int32)
+    return lanes.contiguous(), scales, table
 
 
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
@@ -116,10 +118,12 @@ def ascendc_linear(
     bias = None if bias is None else bias.contiguous()
     operators = torch.ops.qwen3_fp8_ascend
     m, k = x.shape
-    if m > HAND_OVER_ROWS and prefill.fits(n * k):
-        weight = prefill.scratch(n, k, x.dtype, x.device)
-        operators.ascendc_block_dequantize_out(codes, scales, spans, weight)
-        return prefill.multiply(_dequantized_activation(x) if dynamic else x, weight, n, bias)
+    if m > HAND_OVER_ROWS and prefill.fits(n, k):
+        weight = prefill.scratch(n, k, x)
+        shrink, grow = spans[0, 2:4].view(torch.float32)
+        operators.ascendc_block_dequantize_out(codes, scales * shrink, spans, weight)
+        operand, grow_rows = _quantized_operand(x) if dynamic else prefill.normalise_rows(x)
+        return prefill.multiply(operand, weight, n, grow_rows * grow, bias, x.dtype)
     if m == 1 and k <= MAX_GEMV_COLUMNS and _single_row_kernel() == "gemv":
         return operators.ascendc_block_gemv(x, codes, scales, spans, bias, n, dynamic)
     rows = [
@@ -141,11 +145,12 @@ def _single_row_kernel() -> str:
     return chosen
 
 
-def _dequantized_activation(x: torch.Tensor) -> torch.Tensor:
-    """x after quantization, in x.dtype: what the stock product multiplies in W8A8."""
+def _quantized_operand(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x after quantization, as `prefill.normalise_groups` returns it: (m, k' >= k), (m, 1)."""
     codes, scale = torch.ops.qwen3_fp8_ascend.ascendc_group_quantize(x)
     values = torch.nn.functional.pad(e4m3.decode(codes), (0, -x.shape[1] % TILE)).unflatten(1, (-1, TILE))
-    return (values * scale.unsqueeze(-1)).flatten(1).narrow(1, 0, x.shape[1]).to(x.dtype)
+    operand, grow = prefill.normalise_groups(values, scale, x)
+    return operand.narrow(1, 0, x.shape[1]), grow
 
 
 def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,15 +220,15 @@ def unsupported(block: BlockSize) -> str | None:
 
 def _plan() -> tuple[tuple[str, str], ...]:
     return (
-        ("m = 1", f"{_single_row_kernel()} kernel"),
-        (f"m <= {HAND_OVER_ROWS}", "fused kernel: decoded on vector cores, multiplied by the cube"),
-        (f"m > {HAND_OVER_ROWS}", "decode into the shared scratch, then the stock product"),
+        ("m = 1", f"{_single_row_kernel()} kernel, exact"),
+        (f"m <= {HAND_OVER_ROWS}", "fused kernel, exact: decoded on vector cores, multiplied by the cube"),
+        (f"m > {HAND_OVER_ROWS}", prefill.PLAN),
     )
 
 
 BACKEND = Backend(
     name="ascendc",
-    summary="Ascend C kernels on Atlas A2 and A3: decoding on vector cores, products on the cube",
+    summary="Ascend C kernels on Atlas A2 and A3: exact for decode, prefill through an fp16 scratch",
     computes=frozenset({"w8a8", "w8a16"}),
     device_types=frozenset({"npu"}),
     unusable=unusable,

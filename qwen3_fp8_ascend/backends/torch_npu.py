@@ -2,8 +2,8 @@
 
 Ascend 950 (A5) multiplies e4m3 with 1x128 and 128x128 scales in one stock operator: the checkpoint's arithmetic, with
 nothing re-quantized. Atlas A2 and A3 know no FP8; there weights stay at one byte too, but each linear decodes its
-whole weight into the shared scratch (`prefill`), which costs a decode step far more than a fused kernel does. So on
-those chips this backend is used only when asked for by name.
+whole weight into a scratch (`prefill`, which also says what it rounds), which costs a decode step far more than a fused
+kernel does. So on those chips this backend is used only when asked for by name.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[t
     """Codes as bytes, in whole blocks of columns.
 
     Shapes: A5: codes (n', k'), every shard padded to whole blocks of rows, scale (n' / 128, k' / 128) fp32, and, only
-        if that moved rows, their numbers (n,) int64. A2, A3: codes (n, k'), scales of rows (n, k' / 128) fp32.
+        if that moved rows, their numbers (n,) int64. A2, A3: codes (n, k'), scales of rows (n, k' / 128) fp32, the
+        powers of two that normalise the weight (2,) fp32.
     Raises:
         BlockFp8Error: the weight is too large for the scratch (A2, A3).
     """
@@ -60,15 +61,14 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[t
     k_padded = ceil_div(grid.k, _BLOCK) * _BLOCK
     codes = torch.nn.functional.pad(codes, (0, k_padded - grid.k)) if k_padded != grid.k else codes
     if not _has_fp8_matmul():
-        if not prefill.fits(codes.numel()):
+        if not prefill.fits(*codes.shape):
             raise BlockFp8Error(
                 "the weight is too large for the scratch into which this backend decodes",
-                expected=f"at most {prefill.SCRATCH_LIMIT // prefill.RESERVED_ITEMSIZE} weights",
+                expected=f"at most {prefill.MAX_WEIGHTS} weights in at most {prefill.MAX_COLUMNS} columns",
                 got=f"{codes.shape[0]} x {codes.shape[1]}",
                 fix="choose the backend `ascendc` or `triton`, or more ranks (--tensor-parallel-size)",
             )
-        prefill.reserve(codes.numel(), codes.device)
-        return codes.contiguous(), row_scales(scale, grid).contiguous()
+        return codes.contiguous(), row_scales(scale, grid).contiguous(), prefill.powers_of_weight(scale)
     if all(width % _BLOCK == 0 for width in grid.widths):
         return codes.contiguous(), scale.contiguous()
     sizes = [span.rows for span in grid.spans()]
@@ -140,30 +140,31 @@ def torch_npu_native_linear(
 
 
 def _fake_scratch_linear(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, powers: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
 @torch_operator(_fake_scratch_linear)
 def torch_npu_scratch_linear(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, powers: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """W8A8 by decoding the weight into the scratch, then the stock product.
 
-    Shapes: x (m, k), codes (n, k') uint8, scales (n, k' / 128) fp32, bias (n,) -> (m, n) in x.dtype.
+    Shapes: x (m, k), codes (n, k') uint8, scales (n, k' / 128) fp32, powers (2,) fp32, bias (n,) -> (m, n) in x.dtype.
     Raises:
         BlockFp8Error: operands that do not fit each other.
-    Semantics: both operands are rounded to x.dtype once; sums as the stock product makes them.
+    Semantics: both operands are rounded to fp16 once, after normalisation (`prefill`).
     """
     _check_packed(codes, scales, x.shape[1], rows=1, where="torch_npu_scratch_linear")
     rows, columns = codes.shape
-    weight = prefill.scratch(rows, columns, x.dtype, x.device)
+    weight = prefill.scratch(rows, columns, x)
     step = max(1, DECODE_PIECE // columns)
-    for part, scale, target in zip(codes.split(step), scales.split(step), weight.split(step), strict=True):
+    normalised = scales * powers[0]
+    for part, scale, target in zip(codes.split(step), normalised.split(step), weight.split(step), strict=True):
         target.copy_((e4m3.decode(part).unflatten(1, (-1, _BLOCK)) * scale.unsqueeze(-1)).flatten(1))
-    values, x_scale = e4m3.quantize_values(x, _BLOCK)
-    return prefill.multiply((values * x_scale.unsqueeze(-1)).flatten(1).to(x.dtype), weight, rows, bias)
+    operand, grow = prefill.normalise_groups(*e4m3.quantize_values(x, _BLOCK), x)
+    return prefill.multiply(operand, weight, rows, grow * powers[1], bias, x.dtype)
 
 
 def _quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -218,12 +219,12 @@ def _by_name_only() -> str | None:
 def _plan() -> tuple[tuple[str, str], ...]:
     if _has_fp8_matmul():
         return (("any", "npu_dynamic_block_quant, npu_quant_matmul with 1x128 and 128x128 scales"),)
-    return (("any", "decode into the shared scratch with torch operations, then the stock product"),)
+    return (("any", prefill.PLAN),)
 
 
 BACKEND = Backend(
     name="torch_npu",
-    summary="torch_npu's operators: the FP8 product of Ascend 950; on A2 and A3 a scratch and the stock product",
+    summary="torch_npu's operators: the FP8 product of Ascend 950, exact; on A2 and A3 an fp16 scratch for any rows",
     computes=frozenset({"w8a8"}),
     device_types=frozenset({"npu"}),
     unusable=_unusable,

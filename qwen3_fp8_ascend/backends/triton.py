@@ -260,7 +260,8 @@ def _dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGri
 def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[torch.Tensor, ...]:
     """Lanes and row scales, padded with zeros to whole tiles; and, at load, the question about subnormals.
 
-    Shapes: -> lanes (k_padded / 256, n_padded, 128) int16, scales (k_padded / 128, n_padded) fp32.
+    Shapes: -> lanes (k_padded / 256, n_padded, 128) int16, scales (k_padded / 128, n_padded) fp32, the powers of two
+        that normalise the weight for many rows (2,) fp32.
     """
     codes = _as_int8(weight)
     _check_operand("the weight", codes, (torch.int8,), weight.device)
@@ -272,15 +273,14 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[t
     rows = reference.row_scales(scale, grid).T
     scales = torch.nn.functional.pad(rows, (0, n_pad, 0, 2 * lanes.shape[0] - rows.shape[0])).contiguous()
     keeps_subnormals(weight.device.type, weight.device.index)
-    if weight.device.type == "npu":
-        prefill.reserve(lanes.numel() * 2, weight.device)
-    return lanes, scales
+    return lanes, scales, prefill.powers_of_weight(scale)
 
 
 def _unpack_dequantize(lanes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
     """Write a packed weight's values into a scratch.
 
     Shapes: lanes and scale as `_pack` returns them, out (n_padded, k_padded), bf16, fp16 or fp32, contiguous.
+    Semantics: code * scale, rounded once to out's dtype.
     """
     pairs, n, _ = lanes.shape
     chip, device = _chip(lanes.device.type), lanes.device
@@ -361,25 +361,33 @@ product (docs/triton.md), since partial products cross L2 with the rows, while t
 
 
 def _through_scratch(
-    x: torch.Tensor, lanes: torch.Tensor, w_scale: torch.Tensor, n: int, dynamic: bool, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    lanes: torch.Tensor,
+    w_scale: torch.Tensor,
+    powers: torch.Tensor,
+    n: int,
+    dynamic: bool,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Decode the weight into the shared scratch, then the stock product; both operands are rounded to x.dtype once."""
+    """Decode the weight into a scratch, then the stock product; `prefill` says what is rounded."""
     pairs, rows, _ = lanes.shape
-    weight = prefill.scratch(rows, 2 * pairs * _BLOCK, x.dtype, x.device)
-    _unpack_dequantize(lanes, w_scale, weight)
+    weight = prefill.scratch(rows, 2 * pairs * _BLOCK, x)
+    _unpack_dequantize(lanes, w_scale * powers[0], weight)
     if dynamic:
         m, k_blocks = x.shape[0], ceil_div(x.shape[1], _BLOCK)
         row_tile = _chip(x.device.type).value_rows
         values, scale = _values(x, _CODE_VALUES, k_blocks, ceil_div(m, row_tile) * row_tile)
-        scaled = values.float().unflatten(1, (k_blocks, _BLOCK)) * scale.T.unsqueeze(-1)
-        x = scaled.flatten(1)[:m].to(x.dtype)
-    return prefill.multiply(x, weight, n, bias)
+        operand, grow = prefill.normalise_groups(values[:m].unflatten(1, (k_blocks, _BLOCK)), scale.T[:m], x)
+    else:
+        operand, grow = prefill.normalise_rows(x)
+    return prefill.multiply(operand, weight, n, grow * powers[1], bias, x.dtype)
 
 
 def _fake_linear(
     x: torch.Tensor,
     lanes: torch.Tensor,
     w_scale: torch.Tensor,
+    powers: torch.Tensor,
     n: int,
     activation: str,
     bias: torch.Tensor | None = None,
@@ -392,13 +400,14 @@ def triton_block_linear(
     x: torch.Tensor,
     lanes: torch.Tensor,
     w_scale: torch.Tensor,
+    powers: torch.Tensor,
     n: int,
     activation: str,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x @ W.T + bias of a packed weight.
 
-    Shapes: x (m, k), lanes and w_scale as `_pack` returns them, bias (n,) -> (m, n) in x.dtype.
+    Shapes: x (m, k), lanes, w_scale and powers as `_pack` returns them, bias (n,) -> (m, n) in x.dtype.
     """
     _check_operand("the activation", x, _ACTIVATIONS, lanes.device)
     _check_packed(lanes, w_scale, x.shape[1])
@@ -407,8 +416,8 @@ def triton_block_linear(
         return x.new_empty(0, n)
     k_blocks, n_padded = w_scale.shape
     device = lanes.device
-    if device.type == "npu" and m > HAND_OVER_ROWS and prefill.fits(k_blocks * _BLOCK * n_padded):
-        return _through_scratch(x, lanes, w_scale, n, activation == "dynamic", bias)
+    if device.type == "npu" and m > HAND_OVER_ROWS and k_blocks and prefill.fits(n_padded, k_blocks * _BLOCK):
+        return _through_scratch(x, lanes, w_scale, powers, n, activation == "dynamic", bias)
     subnormals = keeps_subnormals(device.type, device.index)
     cores = _cores(device.type, device.index)[0]
     cut = linear_shape(m, n_padded, k_blocks, cores, _chip(device.type), subnormals)
@@ -431,16 +440,15 @@ def triton_block_linear(
 
 
 def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    lanes, w_scale = packed.tensors
-    return triton_block_linear(x, lanes, w_scale, packed.n, activation, bias)
+    return triton_block_linear(x, *packed.tensors, packed.n, activation, bias)
 
 
 def _plan() -> tuple[tuple[str, str], ...]:
     if _current_device_type() != "npu":
-        return (("any", "fused kernel"),)
+        return (("any", "fused kernel, exact"),)
     return (
-        (f"m <= {HAND_OVER_ROWS}", "fused kernel"),
-        (f"m > {HAND_OVER_ROWS}", "decode into the shared scratch, then the stock product"),
+        (f"m <= {HAND_OVER_ROWS}", "fused kernel, exact"),
+        (f"m > {HAND_OVER_ROWS}", prefill.PLAN),
     )
 
 

@@ -16,6 +16,8 @@ from qwen3_fp8_ascend.triton_kernels.lanes import LANE_BLOCK
 GROUP = tl.constexpr(LANE_BLOCK)
 _E4M3_MAX = tl.constexpr(448.0)
 _AMAX_FLOOR = tl.constexpr(1e-10)
+_INFINITY_BITS = tl.constexpr(0x7F800000)
+_FP16_MAX = tl.constexpr(65504.0)
 
 CODE_VALUES = tl.constexpr(0)
 """`group_values_kernel`: round to e4m3 (w8a8)."""
@@ -64,13 +66,14 @@ def _e4m3_code(y):
 
     A normal code is the fp32 pattern rounded at its third mantissa bit and rebiased. A subnormal one is
     |y| * 512 rounded to an integer, which adding 2^14 leaves in the low bits. Each is the smaller of the two
-    exactly where it is right, given that the first is held at 8 or more.
+    exactly where it is right, given that the first is held at 8 or more. Patterns of NaN go up to 0x7FFFFFFF, where
+    that rounding would leave int32: infinity, which cannot occur otherwise, stands for all of them.
     """
     bits = y.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
+    magnitude = tl.minimum(bits & 0x7FFFFFFF, _INFINITY_BITS)
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
     subnormal = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    # 126 is the largest finite code; a NaN's pattern lands above it.
+    # 126 is the largest finite code; infinity's pattern lands above it.
     code = tl.minimum(tl.minimum(subnormal, tl.maximum(normal, 8)), 127) | ((bits >> 24) & 0x80)
     return code - (((code + 1) >> 8) << 7)  # 0xFF, a NaN whose sign was set, becomes 0x7F
 
@@ -143,6 +146,8 @@ def group_values_kernel(
             reciprocal = (((254 << 23) - exponent) + (14 << 23)).to(tl.float32, bitcast=True)
             value = x * reciprocal[:, None]
             if KIND == RESIDUAL:
+                # What SCALED keeps of an infinity is all of it: inf - inf would make NaN of the sum of the two.
+                value = _minimum(_maximum(value, -_FP16_MAX), _FP16_MAX)
                 value = value - value.to(tl.float16).to(tl.float32)
         tl.store(values_ptr + row[:, None] * (k_blocks * GROUP) + column[None, :], value.to(tl.float16))
         tl.store(scale_ptr + k_block * m_padded + row, scale)
@@ -173,8 +178,10 @@ def group_values_specification(
     else:
         groups = rows.unflatten(-1, (k_blocks, LANE_BLOCK))
         amax = groups.abs().amax(-1).clamp_min(2.0**-100)
-        scale = torch.exp2(torch.frexp(amax).exponent.float() - 1 - 14)
+        exponent = torch.where(amax.isfinite(), torch.frexp(amax).exponent - 1, 128)
+        scale = torch.exp2(exponent.float() - 14)
         exact = groups / scale[..., None]
         kept = exact.to(torch.float16)
-        values = (kept if kind == SCALED.value else (exact - kept.float()).to(torch.float16)).flatten(1)
+        lost = torch.where(exact.isinf(), 0.0, exact - kept.float())
+        values = (kept if kind == SCALED.value else lost.to(torch.float16)).flatten(1)
     return values, (scale).T.contiguous()

@@ -36,7 +36,7 @@ class BlockFp8NpuConfig(BlockFp8AscendConfig):
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """Those that NPUs multiply; the scratch is reserved for two bytes an element before any graph is captured."""
+        """Those that NPUs multiply; the scratch of many rows takes two bytes an element for them."""
         return [torch.bfloat16, torch.float16]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str, tid2eid: Any = None) -> QuantizeMethodBase | None:

@@ -15,8 +15,9 @@ from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import ascendc, prefill, registry
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockSize
+from qwen3_fp8_ascend.testing.judges import assert_prefill, random_problem
 
-from .conftest import SOURCES, Emulator, build, random_activation, random_weight, relative_error
+from .conftest import DTYPES, SOURCES, Emulator, build, random_activation, random_weight, relative_error
 
 NAMESPACE = "qwen3_fp8_ascend"
 
@@ -61,7 +62,7 @@ def on_cpu(schemas: None, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -
         library.impl(f"ascendc_{function.__name__}", function, "CPU")
     backend = dataclasses.replace(ascendc.BACKEND, device_types=frozenset({"cpu"}), unusable=lambda: None)
     monkeypatch.setitem(registry.LOADED, "ascendc", backend)
-    monkeypatch.setattr(prefill, "_scratch", {})
+    monkeypatch.setattr(prefill, "stock_product", lambda x, w: (x.float() @ w.float().T).to(x.dtype))
     registry.select_backend.cache_clear()
     ascendc._single_row_kernel.cache_clear()
     yield emulator
@@ -89,40 +90,42 @@ def test_public_operations_end_to_end(on_cpu: Emulator) -> None:
 
 
 @pytest.mark.parametrize("activation", ["dynamic", "none"])
-def test_more_rows_than_the_fused_kernel_takes_go_through_the_scratch(on_cpu: Emulator, activation: str) -> None:
-    weight = random_weight((200,), 300)
-    packed = ops.pack_weight(weight.codes, weight.scale, backend="ascendc", activation=activation)
-    x = random_activation(ascendc.HAND_OVER_ROWS + 1, 300, torch.float32)
-    oracle = reference.block_linear(x, weight.codes, weight.scale, activation=activation, compute_dtype=torch.float64)
-    got = ops.block_linear(x, packed, activation=activation)
-    assert relative_error(got, oracle) <= 1e-6
-    assert prefill.reserved_bytes(x.device) == 200 * 300 * x.element_size()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "widths", "k"), [(65, (256,), 512), (65, (130, 62), 300), (512, (72, 40), 260)])
+def test_more_rows_than_the_fused_kernel_takes_go_through_the_scratch(
+    on_cpu: Emulator, m: int, widths: tuple[int, ...], k: int, dtype: torch.dtype, activation: str
+) -> None:
+    """By the bound that has a name: one power of two for the weight, one for each row, operands in fp16."""
+    assert m > ascendc.HAND_OVER_ROWS
+    problem = random_problem(m, widths, k, dtype=dtype, bias=True)
+    packed = ops.pack_weight(problem.weight, problem.scale, "ascendc", widths, activation=activation)
+    for bias in (None, problem.bias):
+        got = ops.block_linear(problem.x, packed, bias, activation)
+        assert_prefill(got, dataclasses.replace(problem, bias=bias), activation)
 
 
-def test_the_scratch_is_reserved_when_a_weight_is_packed_and_shared(on_cpu: Emulator) -> None:
-    packed = []
-    for n in (200, 300, 100):
-        weight = random_weight((n,), 300)
-        packed.append(ops.pack_weight(weight.codes, weight.scale, backend="ascendc"))
-    (scratch,) = prefill._scratch.values()
-    assert scratch.numel() == 300 * 300 * 2
-    x = random_activation(ascendc.HAND_OVER_ROWS + 1, 300, torch.bfloat16)
-    for weight in packed:
-        ops.block_linear(x, weight)
-    assert list(prefill._scratch.values()) == [scratch]
+def test_every_tile_carries_the_powers_of_two_of_its_weight(on_cpu: Emulator) -> None:
+    weight = random_weight((200, 30), 300)
+    spans = ops.pack_weight(weight.codes, weight.scale, "ascendc", (200, 30)).tensors[2]
+    powers = prefill.powers_of_weight(weight.scale)
+    assert torch.equal(spans[:, 2:4].view(torch.float32), powers.expand(3, 2)) and not spans[:, 4:].any()
+    assert spans[:, :2].tolist() == [[0, 128], [128, 72], [200, 30]]
 
 
 def test_a_weight_beyond_the_scratch_keeps_to_the_fused_kernel(
     on_cpu: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefill, "SCRATCH_LIMIT", 1000)
+    monkeypatch.setattr(prefill, "MAX_WEIGHTS", 1000)
+
+    def taken(*_: object) -> None:
+        raise AssertionError("a scratch was taken")
+
+    monkeypatch.setattr(prefill, "scratch", taken)
     weight = random_weight((200,), 300)
     packed = ops.pack_weight(weight.codes, weight.scale, backend="ascendc")
-    assert prefill.reserved_bytes(torch.device("cpu")) == 0
     x = random_activation(2 * ascendc.HAND_OVER_ROWS + 1, 300, torch.float32)
     oracle = reference.block_linear(x, weight.codes, weight.scale, compute_dtype=torch.float64)
     assert relative_error(ops.block_linear(x, packed), oracle) <= 1e-6
-    assert prefill.reserved_bytes(torch.device("cpu")) == 0
 
 
 @pytest.mark.parametrize("kernel", ascendc.SINGLE_ROW_KERNELS)

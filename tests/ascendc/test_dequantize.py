@@ -40,6 +40,20 @@ def test_values_are_those_of_the_specification(
     assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
 
 
+@pytest.mark.parametrize(("widths", "k"), [((300,), 200), ((72, 130, 1), 576)])
+def test_the_scratch_holds_the_normalised_weight_rounded_once_to_fp16(
+    emulator: Emulator, widths: tuple[int, ...], k: int
+) -> None:
+    """The packed scales times the weight's power of two; scales over 20 octaves, so that much of it is subnormal."""
+    weight = random_weight(widths, k, spread=10.0)
+    codes, scales, spans = weight.tensors
+    shrink = spans[0, 2:3].view(torch.float32)
+    got, _ = emulator.dequantize((codes, scales * shrink, spans), weight.grid.n, k, torch.float16)
+    exact = reference.dequantize_weight(weight.codes, weight.scale, torch.float32, widths=weight.grid.widths) * shrink
+    assert exact.abs().max() < 1 and ((exact != 0) & (exact.abs() < 2.0**-14)).float().mean() > 0.1
+    assert torch.equal(got.view(torch.int16), exact.half().view(torch.int16))
+
+
 def test_decoding_takes_five_vector_instructions_for_256_weights(emulator: Emulator) -> None:
     """Counted in repeats of 256 bytes, the unit in which the prior art takes 20."""
     weight = random_weight((256,), 512)

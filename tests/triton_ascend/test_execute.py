@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 
+from qwen3_fp8_ascend.testing import nonfinite
+from qwen3_fp8_ascend.testing.nonfinite import same_numbers
 from qwen3_fp8_ascend.triton_kernels.block_dequantize import (
     block_dequantize_specification,
     packed_dequantize_specification,
@@ -62,10 +64,6 @@ def finite_codes(n, k):
     return codes.view(torch.int8)
 
 
-def same(left, right):
-    return torch.equal(left.isnan(), right.isnan()) and torch.equal(left.nan_to_num(), right.nan_to_num())
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_quantize_is_bit_exact(dtype, form):
@@ -75,7 +73,24 @@ def test_quantize_is_bit_exact(dtype, form):
     codes, scale = torch.zeros(groups, 128, dtype=torch.int8), torch.zeros(groups)
     executable(cases.quantize_case(dtype, CORES), form)((CORES,), x, codes, scale, groups)
     expected, expected_scale = group_quantize_specification(x)
-    assert int((codes != expected).sum()) == 0 and same(scale, expected_scale)
+    assert int((codes != expected).sum()) == 0 and same_numbers(scale, expected_scale)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_quantize_any_nan_and_infinity(dtype, form):
+    """All cases of the dtype, one after another, through one compiled kernel."""
+    kernel = executable(cases.quantize_case(dtype, CORES), form)
+    wrong = {}
+    for case in nonfinite.NON_FINITE:
+        if case.dtype != TYPES[dtype]:
+            continue
+        x = nonfinite.activation(case)
+        padded = torch.nn.functional.pad(x, (0, -x.shape[1] % 128))
+        codes, scale = torch.zeros(padded.shape, dtype=torch.int8), torch.zeros(x.shape[0], padded.shape[1] // 128)
+        kernel((CORES,), padded, codes, scale, scale.numel())
+        wrong[str(case)] = nonfinite.wrong_quantization(x, codes[:, : x.shape[1]].contiguous(), scale)
+    assert len(wrong) >= 16 and {name: what for name, what in wrong.items() if what} == {}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -83,13 +98,13 @@ def test_quantize_is_bit_exact(dtype, form):
 def test_values_are_bit_exact(kind, dtype, form):
     m, m_padded, x_blocks, k_blocks = 21, 32, 3, 4
     x = wide_range(m, x_blocks * 128, TYPES[dtype])
-    x[4] = 0.0
+    x[4], x[5, 3], x[6, 200] = 0.0, float("inf"), float("-inf")
     values = torch.full((m_padded, k_blocks * 128), 7.0, dtype=torch.float16)
     scale = torch.zeros(k_blocks, m_padded)
     kernel = executable(cases.values_case(dtype, kind, CORES), form)
     kernel((CORES,), x, values, scale, m, m_padded, x_blocks, k_blocks)
     expected, expected_scale = group_values_specification(x, m_padded, k_blocks, kind)
-    assert int((values != expected).sum()) == 0 and torch.equal(scale, expected_scale)
+    assert same_numbers(values, expected) and torch.equal(scale, expected_scale)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -101,16 +116,22 @@ def test_dequantize_has_no_mismatch(dtype, subnormals, form):
     scale = torch.rand(3, k_blocks) + 0.1
     out = torch.zeros(n, k_blocks * 128, dtype=TYPES[dtype])
     executable(cases.dequantize_case(dtype, subnormals, CORES), form)((CORES,), codes, scale, out, n, k_blocks)
-    assert same(out, block_dequantize_specification(codes, scale, TYPES[dtype]))
+    assert same_numbers(out, block_dequantize_specification(codes, scale, TYPES[dtype]))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("subnormals", [False, True])
-def test_packed_dequantize_has_no_mismatch(subnormals, form):
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_packed_dequantize_has_no_mismatch(dtype, subnormals, form):
+    """fp16 is what the scratch holds, with scales that bring the largest weight below 1; much is subnormal here."""
     lanes, scale = pack_lanes(finite_codes(256, 512)), torch.rand(4, 256) + 0.1
-    out = torch.zeros(256, 512, dtype=torch.bfloat16)
-    executable(cases.packed_dequantize_case("bf16", subnormals, CORES), form)((CORES,), lanes, scale, out, 256, 4)
-    assert torch.equal(out, packed_dequantize_specification(lanes, scale, torch.bfloat16))
+    if dtype == "fp16":
+        scale *= torch.exp2(torch.randint(-22, -9, scale.shape).float())
+        expected = packed_dequantize_specification(lanes, scale, torch.float16)
+        assert expected.abs().max() < 1 and 0.2 < ((expected != 0) & (expected.abs() < 2.0**-14)).float().mean() < 0.6
+    out = torch.zeros(256, 512, dtype=TYPES[dtype])
+    executable(cases.packed_dequantize_case(dtype, subnormals, CORES), form)((CORES,), lanes, scale, out, 256, 4)
+    assert torch.equal(out, packed_dequantize_specification(lanes, scale, TYPES[dtype]))
 
 
 def linear_operands(m, n, k_blocks):

@@ -142,13 +142,11 @@ class Chip:
 @pytest.fixture(params=PAIRS, ids="-".join)
 def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Chip]:
     """As if an NPU of that generation were here and the backend were built."""
-    from qwen3_fp8_ascend.backends import prefill, registry, soc
+    from qwen3_fp8_ascend.backends import registry, soc
 
     generation, name = request.param
     chosen = next(g for g in soc.GENERATIONS if g.name == generation)
     monkeypatch.setattr(soc, "current_generation", lambda: chosen)
-    monkeypatch.setattr(prefill, "_scratch", {})
-    monkeypatch.setattr(prefill, "_capturing", lambda device: False)  # the real question goes to the driver
     if name == "triton":
         pretend_triton(CHIPS[generation][0], monkeypatch)
     backend = dataclasses.replace(registry.load_backend(name), unusable=lambda: None)

@@ -5,6 +5,7 @@ operators the real Python runs; kernels of Ascend C and Triton are shapes here (
 execute them). torch_npu's are its real schemas and shape functions.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,13 +41,11 @@ def pack(chip: Chip, widths: tuple[int, ...], k: int, activation: str = "dynamic
 
 
 def capture(packed: PackedWeight, m: int, dtype: torch.dtype, activation: str = "dynamic") -> Capture:
-    """Capture a linear, then look at what it left behind."""
+    """Capture a linear, then look at what it left behind: nothing, and so no scratch that another stream could get."""
     x, bias = torch.empty(m, packed.k, dtype=dtype), torch.empty(packed.n, dtype=dtype)
-    before = {device: id(tensor) for device, tensor in prefill._scratch.items()}
     with Capture() as graph:
         out = ops.block_linear(x, packed, bias, activation)
     assert (out.shape, out.dtype, out.device) == ((m, packed.n), dtype, NPU)
-    assert {device: id(tensor) for device, tensor in prefill._scratch.items()} == before, "the scratch moved"
     del out
     assert graph.left_behind() == []
     return graph
@@ -79,11 +78,47 @@ def test_weights_only_can_be_captured(chip: Chip, fake: FakeTensorMode, m: int) 
 
 
 @pytest.mark.usefixtures("schemas")
-def test_layers_of_a_device_share_one_scratch_as_large_as_the_largest(chip: Chip, fake: FakeTensorMode) -> None:
-    packed = [pack(chip, widths, k) for widths, k in [((512,), 256), ((4096, 4096), 512), ((256,), 1024)]]
-    assert prefill.reserved_bytes(NPU) == (0 if chip.native else 2 * 8192 * 512)
-    for weight in packed:
-        capture(weight, 2048, torch.bfloat16)
+def test_each_call_has_a_scratch_of_its_own(chip: Chip, fake: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the allocator, of the stream or of the graph that is being captured, and as large as the weight in fp16."""
+    taken: list[weakref.ref[torch.Tensor]] = []
+    sizes: list[int] = []
+    honest = prefill.scratch
+
+    def watched(rows: int, columns: int, x: torch.Tensor) -> torch.Tensor:
+        out = honest(rows, columns, x)
+        assert (out.dtype, out.device) == (torch.float16, NPU)
+        taken.append(weakref.ref(out))
+        sizes.append(out.numel() * out.itemsize)
+        return out
+
+    monkeypatch.setattr(prefill, "scratch", watched)
+    for widths, k in [((512,), 256), ((4096, 4096), 512), ((256,), 1024)]:
+        packed = pack(chip, widths, k)
+        for m in (64, 65, 2048):
+            capture(packed, m, torch.bfloat16)
+    assert all(scratch() is None for scratch in taken)
+    calls = 0 if chip.native else 3 if chip.backend == "torch_npu" else 2
+    assert sizes == [size for size in (2 * 512 * 256, 2 * 8192 * 512, 2 * 256 * 1024) for _ in range(calls)]
+
+
+@pytest.mark.usefixtures("schemas")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_stock_product_takes_fp16(chip: Chip, fake: FakeTensorMode, dtype: torch.dtype) -> None:
+    """Whatever the model's dtype is: what goes into it beyond the hand-over, and what comes out of torch_npu's."""
+    if chip.native:
+        pytest.skip("A5's own block product takes FP8")
+    seen: list[tuple[torch.dtype, ...]] = []
+    honest = prefill.stock_product
+
+    def watched(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        out = honest(x, weight)
+        seen.append((x.dtype, weight.dtype, out.dtype))
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill, "stock_product", watched)
+        capture(pack(chip, (256,), 512), 65, dtype)
+    assert seen == [(torch.float16,) * 3]
 
 
 def test_torch_compile_sees_one_graph(chip: Chip, fake: FakeTensorMode) -> None:

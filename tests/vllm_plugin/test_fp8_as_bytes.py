@@ -12,7 +12,7 @@ import torch
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 
 from qwen3_fp8_ascend import ops
-from qwen3_fp8_ascend.backends import ascendc, prefill, registry, soc, torch_npu
+from qwen3_fp8_ascend.backends import ascendc, registry, soc, torch_npu
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.testing.judges import random_problem
 from tests.support.npu_graph import FP8_VIEWS, Watch
@@ -25,7 +25,6 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """Backends for NPUs on the CPU, as if it were a chip of that generation."""
     generation = next(g for g in soc.GENERATIONS if g.name == request.param)
     monkeypatch.setattr(soc, "current_generation", lambda: generation)
-    monkeypatch.setattr(prefill, "_scratch", {})
     for backend in (torch_npu.BACKEND, ascendc.BACKEND):
         on_cpu = dataclasses.replace(backend, device_types=frozenset({"cpu"}), unusable=lambda: None)
         monkeypatch.setitem(registry.LOADED, backend.name, on_cpu)

@@ -29,6 +29,7 @@ from vllm_ascend.quantization.methods.w8a8 import fp8_block_exact
 from vllm_ascend.quantization.methods.w8a8.fp8_block_exact import (
     AscendFp8BlockExactLinearMethod,
     decode_e4m3,
+    normalizing_powers,
     round_to_e4m3,
 )
 from vllm_ascend.utils import FP8_METHOD
@@ -85,14 +86,25 @@ class TestArithmetic(TestBase):
             x[3] = 0
             groups = torch.nn.functional.pad(x, (0, -k % 128)).view(9, -1, 128)
             scale = groups.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448
-            expected = ((groups / scale).to(torch.float8_e4m3fn).float() * scale).flatten(1)[:, :k]
-            self.assertTrue(torch.equal(round_to_e4m3(x, 128), expected))
+            values, x_scale = round_to_e4m3(x, 128)
+            self.assertTrue(torch.equal(values, (groups / scale).to(torch.float8_e4m3fn).float()))
+            self.assertTrue(torch.equal(x_scale, scale.squeeze(-1)))
+
+    def test_powers_normalize_every_scale(self):
+        scale = torch.cat([torch.exp2(torch.arange(-126, 117).float()), torch.logspace(-30, 30, 100), torch.zeros(1)])
+        shrink, grow = normalizing_powers(scale)
+        self.assertTrue((shrink * grow == 1).all())
+        self.assertTrue((scale.double() * 448 * shrink <= 0.875).all())
+        self.assertTrue((scale.double() * 448 * shrink)[:-1].min() >= 0.4375)
+
+
+def rounded(x: torch.Tensor, block_k: int) -> torch.Tensor:
+    """What quantization leaves of an activation, in fp64."""
+    values, scale = round_to_e4m3(x, block_k)
+    return (values.double() * scale.double().unsqueeze(-1)).flatten(1)[:, : x.shape[1]]
 
 
 class TestLinear(TestBase):
-    def setUp(self):
-        fp8_block_exact._scratch.clear()
-
     def test_close_to_double_precision(self):
         for n, k, block in [(256, 384, (128, 128)), (200, 300, (128, 128)), (7, 5, (4, 3))]:
             layer, scheme = build_layer(n, k, block), build_scheme(block=block, dtype=torch.float32)
@@ -100,7 +112,7 @@ class TestLinear(TestBase):
             scheme.process_weights_after_loading(layer)
             x = torch.randn(6, k, generator=torch.Generator().manual_seed(1))
             bias = torch.randn(n)
-            expected = round_to_e4m3(x, block[1]).double() @ weight.T + bias.double()
+            expected = rounded(x, block[1]) @ weight.T + bias.double()
             error = (scheme.apply(layer, x, bias) - expected).norm() / expected.norm()
             self.assertLess(error, 1e-6)
 
@@ -113,6 +125,25 @@ class TestLinear(TestBase):
         self.assertTrue((left.abs() <= 2.0**-8 * rounded.abs() + 2.0**-16 * rounded.abs().max()).all())
         self.assertGreater((left != 0).float().mean(), 0.9)
 
+    def test_close_to_the_rounded_result_in_16_bits(self):
+        layer, scheme = build_layer(256, 1024), build_scheme()
+        weight = dense(layer)
+        scheme.process_weights_after_loading(layer)
+        x = torch.randn(65, 1024, generator=torch.Generator().manual_seed(1)) * 2.0 ** torch.arange(-32, 33).view(-1, 1)
+        for dtype, bound in ((torch.bfloat16, 1.8e-3), (torch.float16, 5e-4)):
+            rows = x[20:36].to(dtype)
+            expected = rounded(rows, 128) @ weight.T
+            error = (scheme.apply(layer, rows).double() - expected).norm(dim=1) / expected.norm(dim=1)
+            self.assertLess(error.mean(), bound)
+
+    def test_no_sum_overflows(self):
+        layer, scheme = build_layer(128, fp8_block_exact.MAX_CHANNELS), build_scheme()
+        layer.weight = torch.nn.Parameter(torch.full(layer.weight.shape, 448.0).to(torch.float8_e4m3fn), False)
+        layer.weight_scale_inv.data.fill_(1.9999999)
+        scheme.process_weights_after_loading(layer)
+        out = scheme.apply(layer, torch.full((1, fp8_block_exact.MAX_CHANNELS), 65280.0).bfloat16())
+        self.assertTrue(out.isfinite().all())
+
     def test_rows_decoded_in_pieces_are_the_same(self):
         layer, scheme = build_layer(520, 256), build_scheme()
         scheme.process_weights_after_loading(layer)
@@ -121,7 +152,7 @@ class TestLinear(TestBase):
         with patch(f"{MODULE}._DECODE_PIECE", 1):
             self.assertTrue(torch.equal(scheme.apply(layer, x), whole))
 
-    def test_weights_stay_at_one_byte_and_layers_share_one_scratch(self):
+    def test_weights_stay_at_one_byte(self):
         scheme = build_scheme()
         layers = [build_layer(256, 128), build_layer(512, 256), build_layer(128, 128)]
         for layer in layers:
@@ -129,7 +160,7 @@ class TestLinear(TestBase):
             scheme.process_weights_after_loading(layer)
             self.assertEqual((layer.weight.dtype, layer.weight.data_ptr()), (torch.uint8, storage))
             self.assertFalse(hasattr(layer, "weight_scale_inv"))
-        self.assertEqual([t.numel() for t in fp8_block_exact._scratch.values()], [512 * 256 * 2])
+            self.assertEqual(layer.weight_powers.shape, (2,))
 
     def test_leading_dimensions_are_kept(self):
         layer, scheme = build_layer(256, 128), build_scheme()
@@ -179,7 +210,7 @@ class TestLinear(TestBase):
         self.assertEqual(arguments[2].shape, (3, 2))
         self.assertIs(options["pertoken_scale"], scale)
         self.assertEqual(options["group_sizes"], [1, 128, 128])
-        self.assertEqual(fp8_block_exact._scratch, {})
+        self.assertFalse(hasattr(layer, "weight_powers"))
 
 
 class TestSelection(TestBase):
