@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
 sys.path.insert(0, str(Path(__file__).parent))  # build backends do not put the project's folder there
-from build_ascend import build_ascend_library
+from build_ascend import build_ascend_library, put_into_package
 from qwen3_fp8_ascend import torch_range
 
 CPU = Path("csrc") / "cpu"
@@ -118,12 +118,13 @@ class BuildLibraries(build_ext):
     """Compiles each file with the flags of its instruction set, and links one library without a Python in it."""
 
     def run(self) -> None:
-        super().run()
-        package = Path(self.get_ext_fullpath("qwen3_fp8_ascend._cpu")).parent
         try:
-            build_ascend_library(Path(self.build_temp) / "ascend", package)
+            npu_library = build_ascend_library(Path(self.build_temp) / "ascend")
         except RuntimeError as error:
             raise SetupError(str(error)) from error
+        super().run()
+        if npu_library is not None:
+            put_into_package(npu_library, Path(self.get_ext_fullpath("qwen3_fp8_ascend._cpu")).parent)
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"

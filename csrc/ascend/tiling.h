@@ -25,6 +25,7 @@ constexpr uint32_t kMaxGemvColumns = 16384;    // k that block_gemv keeps on chi
 constexpr float kDecodeBias = 256.0f;
 
 enum Dtype : uint32_t { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2 };
+constexpr uint32_t kNoBias = 3;  // in the place of a bias's Dtype
 enum Activation : uint32_t { kDynamic = 0, kNone = 1 };  // w8a8, w8a16
 
 // Where a tile of 128 packed rows goes: `rows` columns of the output from `start` on. 32 bytes, one DataBlock.
@@ -51,7 +52,8 @@ struct LinearTiling {
     uint32_t parts;          // most cores that share a tile
     uint32_t cores;          // that hold a range: AI cores (block_linear) or vector cores (block_gemv)
     uint32_t vector_cores;   // launched, for the phases that are dealt out to all of them
-    uint32_t activation, dtype, has_bias;
+    uint32_t activation, dtype;
+    uint32_t bias_dtype;     // dtype, kFloat32 or kNoBias
     // Offsets into the workspace, in bytes.
     uint64_t activations, scales, weights, partials, results;
 };

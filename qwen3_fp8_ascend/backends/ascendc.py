@@ -84,7 +84,8 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, act
     if packed.n == 0 or packed.k == 0 or x.shape[0] == 0:
         out = x.new_zeros(x.shape[0], packed.n)
         return out if bias is None else out + bias.to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
+    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
+        bias = bias.float()
     return ascendc_linear(x, *packed.tensors, bias, packed.n, activation == "dynamic")
 
 
@@ -112,7 +113,9 @@ def ascendc_linear(
 ) -> torch.Tensor:
     """The kernel that suits the number of rows.
 
-    Shapes: x (m, k), codes, scales and spans as `pack` returns them, bias (n,) in x.dtype -> (m, n) in x.dtype.
+    Shapes: x (m, k), codes, scales and spans as `pack` returns them, bias (n,) in x.dtype or fp32 -> (m, n) in x.dtype.
+    Semantics: the bias is added to the fp32 sums before the rounding to x.dtype; beyond `HAND_OVER_ROWS` rows
+        `prefill.multiply` says where.
     """
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()

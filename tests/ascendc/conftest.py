@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from qwen3_fp8_ascend.backends import ascendc
 from qwen3_fp8_ascend.format import ShardGrid
@@ -28,7 +29,12 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
 SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 FAULT_STATUS = 3
-BUILDS_KEPT = 8
+FLAG_COUNTING = ("every-core", "arrivals")
+"""How cross-core flags are counted: each core of the group once for each set, or so many sets from whichever cores.
+
+The documentation says the first; whether a core's next set can stand in for another core's is said nowhere.
+"""
+BUILDS_KEPT = 12
 
 
 class EmulatorFault(Exception):
@@ -51,16 +57,29 @@ def _compile(command: Sequence[str]) -> None:
 
 
 def build(
-    name: str, sources: Sequence[Path], *, flags: Sequence[str], include: Sequence[Path], root: Path = SOURCES
+    name: str,
+    sources: Sequence[Path],
+    *,
+    flags: Sequence[str],
+    include: Sequence[Path],
+    root: Path = SOURCES,
+    depends: Sequence[Path] = (),
+    objects: Sequence[Path] = (),
 ) -> Path:
-    """An executable from `sources`, cached by the content of everything it can include."""
+    """What `flags` make of `sources` and `objects`, cached by their content, that of all headers and of `depends`."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++: the kernels cannot be compiled for the emulator")
     digest = hashlib.sha256(" ".join(flags).encode())
-    for file in sorted({*sources, *root.rglob("*.h"), *root.rglob("*.cpp"), *EMULATOR.glob("*.h")}):
+    for file in sorted({*sources, *objects, *depends, *root.rglob("*.h"), *EMULATOR.glob("*.h")}):
         digest.update(file.read_bytes())
     folder = CACHE / f"{name}-{digest.hexdigest()[:16]}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / f"{name}.lock"):  # files of tests run in processes of their own, beside each other
+        return _built(folder, name, [compiler, *flags, *(f"-I{path}" for path in include)], sources, objects)
+
+
+def _built(folder: Path, name: str, common: list[str], sources: Sequence[Path], objects: Sequence[Path]) -> Path:
     executable = folder / name
     if executable.exists():
         return executable
@@ -68,12 +87,14 @@ def build(
     for old in stale:
         shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    common = [compiler, *flags, *(f"-I{path}" for path in include)]
-    objects = [folder / f"{source.stem}.o" for source in sources]
+    compiled = [folder / f"{source.stem}.o" for source in sources]
     jobs = int(os.environ.get("ASCENDC_BUILD_JOBS", os.cpu_count() or 1))
+    commands = [[*common, "-c", str(s), "-o", str(o)] for s, o in zip(sources, compiled, strict=True)]
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(_compile, ([*common, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True))))
-    _compile([*common, *map(str, objects), "-o", str(executable), "-pthread"])
+        list(pool.map(_compile, commands))
+    linked = folder / f"{name}.part"
+    _compile([*common, *map(str, [*compiled, *objects]), "-o", str(linked), "-pthread"])
+    linked.replace(executable)
     return executable
 
 
@@ -83,6 +104,7 @@ class Emulator:
 
     executable: Path
     folder: Path
+    flags: str = FLAG_COUNTING[0]
 
     def run(self, kernel: str, outputs: dict[str, tuple[tuple[int, ...], torch.dtype]], **arguments: object) -> dict:
         """The outputs by name, and the emulator's counters under "counters"."""
@@ -131,10 +153,10 @@ class Emulator:
         bias: torch.Tensor | None = None, dynamic: bool = True, cores: int = 3, chip: str = "910B3",
     ) -> tuple[torch.Tensor, dict]:  # fmt: skip
         packed, scale, spans = tensors
-        given = {} if bias is None else {"bias": bias}
+        given = {} if bias is None else {"bias": bias, "bias_dtype": DTYPES[bias.dtype]}
         out = self.run(
             kernel, {"out": ((x.shape[0], n), x.dtype)},
-            m=x.shape[0], n=n, k=x.shape[1], dtype=DTYPES[x.dtype], cores=cores, chip=chip,
+            m=x.shape[0], n=n, k=x.shape[1], dtype=DTYPES[x.dtype], cores=cores, chip=chip, flags=self.flags,
             activation=0 if dynamic else 1, x=x, packed=packed, scale=scale, spans=spans, **given,
         )  # fmt: skip
         return out["out"], out["counters"]
@@ -147,8 +169,9 @@ def kernels_executable() -> Path:
 
 
 @pytest.fixture
-def emulator(kernels_executable: Path, tmp_path: Path) -> Emulator:
-    return Emulator(kernels_executable, tmp_path)
+def emulator(kernels_executable: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Emulator:
+    """Counts flags as documented, or as an indirect parameter out of `FLAG_COUNTING` says."""
+    return Emulator(kernels_executable, tmp_path, getattr(request, "param", FLAG_COUNTING[0]))
 
 
 @dataclass(frozen=True)

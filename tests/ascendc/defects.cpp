@@ -1,5 +1,5 @@
 // Small kernels with one defect each, and the same kernels without it: `defects NAME` must fault, `defects NAME sound`
-// must not. The emulator's checks are worth what they catch here.
+// must not. A third argument says how cross-core flags are counted. The emulator's checks are worth what they catch here.
 #include <functional>
 #include <iostream>
 #include <map>
@@ -260,6 +260,124 @@ void two_cores_write_the_same(const Buffers &b, bool sound) {
     if (!sound || GetSubBlockIdx() == 0) d.store(b.out, y);
 }
 
+// One flag for two stages: where sets are only counted, the first core's second one passes for the second core's first.
+void one_flag_for_two_stages(const Buffers &b, bool sound) {
+    if ASCEND_IS_AIV {
+        Doubling d;
+        LocalTensor<float> x = d.load(b.in), y = d.output.AllocTensor<float>();
+        Muls(y, x, 2.0f, static_cast<int32_t>(kCount));
+        d.input.FreeTensor(x);
+        d.output.EnQue(y);
+        y = d.output.DeQue<float>();
+        constexpr uint32_t share = kCount / 2;
+        DataCopy(b.out[static_cast<uint64_t>(GetSubBlockIdx()) * share], y, share);
+        d.output.FreeTensor(y);
+        CrossCoreSetFlag<2, PIPE_MTE3>(5);
+        CrossCoreSetFlag<2, PIPE_MTE3>(sound ? 6 : 5);
+    } else {
+        TPipe pipe;
+        TQue<TPosition::A1, 1> queue;
+        pipe.InitBuffer(queue, 1, kCount * sizeof(float));
+        LocalTensor<float> x = queue.AllocTensor<float>();
+        CrossCoreWaitFlag(5);
+        DataCopy(x, b.out, kCount);
+        CrossCoreWaitFlag(sound ? 6 : 5);
+    }
+}
+
+void flag_of_sync_all(const Buffers &, bool sound) {
+    const uint16_t flag = sound ? 10 : 12;
+    if ASCEND_IS_AIV {
+        CrossCoreSetFlag<2, PIPE_MTE3>(flag);
+    } else {
+        CrossCoreWaitFlag(flag);
+    }
+}
+
+void reserved_event(const Buffers &, bool sound) {
+    TPipe pipe;
+    const event_t id = sound ? EVENT_ID3 : EVENT_ID7;
+    SetFlag<HardEvent::MTE2_V>(id);
+    WaitFlag<HardEvent::MTE2_V>(id);
+}
+
+// The pipe of a cube core has set this event for itself.
+void event_of_the_cube_pipe(const Buffers &, bool sound) {
+    if ASCEND_IS_AIV return;
+    TPipe pipe;
+    const event_t id = sound ? EVENT_ID3 : EVENT_ID1;
+    SetFlag<HardEvent::M_MTE1>(id);
+    WaitFlag<HardEvent::M_MTE1>(id);
+}
+
+// What was set for the pipe is waited for by the kernel, and then the pipe waits for ever.
+void event_stolen_from_the_cube_pipe(const Buffers &, bool sound) {
+    if ASCEND_IS_AIV return;
+    TPipe pipe;
+    if (!sound) WaitFlag<HardEvent::M_MTE1>(EVENT_ID2);
+}
+
+// Three of the eight events are the pipe's.
+void too_many_buffers_before_the_cube(const Buffers &, bool sound) {
+    if ASCEND_IS_AIV return;
+    TPipe pipe;
+    TQue<TPosition::A2, 3> left;
+    TQue<TPosition::B2, 3> right;
+    pipe.InitBuffer(left, 3, 512);
+    pipe.InitBuffer(right, sound ? 2 : 3, 512);
+}
+
+void signed_left_shift(const Buffers &b, bool sound) {
+    Doubling d;
+    LocalTensor<float> x = d.load(b.in), y = d.output.AllocTensor<float>();
+    if (sound) {
+        ShiftLeft(y.ReinterpretCast<uint16_t>(), x.ReinterpretCast<uint16_t>(), static_cast<uint16_t>(8), 128);
+    } else {
+        ShiftLeft(y.ReinterpretCast<int16_t>(), x.ReinterpretCast<int16_t>(), static_cast<int16_t>(8), 128);
+    }
+}
+
+// An addition that leaves int16 unless a limit comes first.
+void overflow_of_a_lane(const Buffers &b, bool sound) {
+    Doubling d;
+    LocalTensor<float> x = d.load(b.in), y = d.output.AllocTensor<float>();
+    const LocalTensor<int16_t> lanes = y.ReinterpretCast<int16_t>();
+    (void)x;
+    Duplicate(lanes, static_cast<int16_t>(0x7FFF), 128);
+    PipeBarrier<PIPE_V>();
+    if (sound) Mins(lanes, lanes, static_cast<int16_t>(0x7E00), 128);
+    PipeBarrier<PIPE_V>();
+    Adds(lanes, lanes, static_cast<int16_t>(0x3F), 128);
+}
+
+void misaligned_narrow_source(const Buffers &b, bool sound) {
+    Doubling d;
+    LocalTensor<float> x = d.load(b.in), y = d.output.AllocTensor<float>();
+    Cast(y, x.ReinterpretCast<half>()[sound ? 16 : 8], RoundMode::CAST_NONE, 64);
+}
+
+void misaligned_broadcast(const Buffers &b, bool sound) {
+    Doubling d;
+    LocalTensor<float> x = d.load(b.in), y = d.output.AllocTensor<float>();
+    Brcb(y, x[sound ? 8 : 4], 1, BrcbRepeatParams(1, 8));
+}
+
+// A maximum may go to any float, but not across two.
+void misaligned_maximum(const Buffers &b, bool sound) {
+    Doubling d;
+    LocalTensor<float> x = d.load(b.in), y = d.output.AllocTensor<float>();
+    const LocalTensor<float> to = y.ReinterpretCast<int16_t>()[sound ? 2 : 1].ReinterpretCast<float>();
+    WholeReduceMax<float>(to, x, 64, 1, 1, 1, 8, ReduceOrder::ORDER_ONLY_VALUE);
+}
+
+void misaligned_scalar(const Buffers &b, bool sound) {
+    Doubling d;
+    LocalTensor<float> x = d.load(b.in);
+    SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    x.ReinterpretCast<int16_t>()[sound ? 2 : 1].ReinterpretCast<float>().GetValue(0);
+}
+
 struct Defect {
     void (*kernel)(const Buffers &, bool);
     KernelType type;
@@ -287,6 +405,18 @@ const std::map<std::string, Defect> &defects() {
         {"flag_on_the_wrong_pipe", {flag_on_the_wrong_pipe, KERNEL_TYPE_MIX_AIC_1_2}},
         {"deadlock", {deadlock, KERNEL_TYPE_MIX_AIC_1_2}},
         {"two_cores_write_the_same", {two_cores_write_the_same, KERNEL_TYPE_MIX_AIC_1_2}},
+        {"one_flag_for_two_stages", {one_flag_for_two_stages, KERNEL_TYPE_MIX_AIC_1_2}},
+        {"flag_of_sync_all", {flag_of_sync_all, KERNEL_TYPE_MIX_AIC_1_2}},
+        {"reserved_event", {reserved_event, KERNEL_TYPE_AIV_ONLY}},
+        {"event_of_the_cube_pipe", {event_of_the_cube_pipe, KERNEL_TYPE_MIX_AIC_1_2}},
+        {"event_stolen_from_the_cube_pipe", {event_stolen_from_the_cube_pipe, KERNEL_TYPE_MIX_AIC_1_2}},
+        {"too_many_buffers_before_the_cube", {too_many_buffers_before_the_cube, KERNEL_TYPE_MIX_AIC_1_2}},
+        {"signed_left_shift", {signed_left_shift, KERNEL_TYPE_AIV_ONLY}},
+        {"overflow_of_a_lane", {overflow_of_a_lane, KERNEL_TYPE_AIV_ONLY}},
+        {"misaligned_narrow_source", {misaligned_narrow_source, KERNEL_TYPE_AIV_ONLY}},
+        {"misaligned_broadcast", {misaligned_broadcast, KERNEL_TYPE_AIV_ONLY}},
+        {"misaligned_maximum", {misaligned_maximum, KERNEL_TYPE_AIV_ONLY}},
+        {"misaligned_scalar", {misaligned_scalar, KERNEL_TYPE_AIV_ONLY}},
     };
     return table;
 }
@@ -306,6 +436,7 @@ int main(int count, char **values) {
     machine.map("in", in.data(), in.size() * sizeof(float), Storage::input);
     machine.map("out", out.data(), out.size() * sizeof(float), Storage::output);
     try {
+        if (count > 3) machine.flags = ascendc_emulator::counting_named(values[3]);
         machine.run(found->second.type, 1, [&] {
             Buffers buffers;
             buffers.in.SetGlobalBuffer(in.data(), kCount);

@@ -127,8 +127,9 @@ void linear(const Arguments &args, bool gemv) {
     if (args.has("bias")) bias = args.load("bias");
     const uint32_t tiles = static_cast<uint32_t>(spans.size() / sizeof(TileSpan));
     const Activation activation = static_cast<Activation>(args.number("activation"));
-    const LinearPlan plan = gemv ? plan_gemv(n, k, tiles, activation, static_cast<Dtype>(dtype), !bias.empty(), args.number("cores") * 2)
-                                 : plan_linear(m, n, k, tiles, activation, static_cast<Dtype>(dtype), !bias.empty(), args.number("cores"));
+    const uint32_t bias_dtype = bias.empty() ? kNoBias : args.number("bias_dtype"), cores = args.number("cores");
+    const LinearPlan plan = gemv ? plan_gemv(n, k, tiles, activation, static_cast<Dtype>(dtype), bias_dtype, cores * 2)
+                                 : plan_linear(m, n, k, tiles, activation, static_cast<Dtype>(dtype), bias_dtype, cores);
     std::vector<uint8_t> out(size_t{m} * n * element_size(dtype)), workspace(plan.workspace_bytes);
     machine->map("x", x.data(), x.size(), Storage::input);
     machine->map("packed", packed.data(), packed.size(), Storage::input, true);
@@ -150,6 +151,7 @@ int main(int count, char **values) {
         const std::string kernel = values[1];
         const Arguments args(count - 2, values + 2);
         Machine chip(ascendc_emulator::Chip::named(args.has("chip") ? args.text("chip") : "910B3"));
+        if (args.has("flags")) chip.flags = ascendc_emulator::counting_named(args.text("flags"));
         machine = &chip;
         if (kernel == "group_quantize") {
             group_quantize(args);

@@ -43,6 +43,17 @@ DEFECTS = {
     "flag_on_the_wrong_pipe": "cross-core-race",
     "deadlock": "deadlock",
     "two_cores_write_the_same": "cross-core-race",
+    "flag_of_sync_all": "flag-misuse",
+    "reserved_event": "flag-misuse",
+    "event_of_the_cube_pipe": "flag-misuse",
+    "event_stolen_from_the_cube_pipe": "deadlock",
+    "too_many_buffers_before_the_cube": "flag-misuse",
+    "signed_left_shift": "signed-shift",
+    "overflow_of_a_lane": "integer-overflow",
+    "misaligned_narrow_source": "misaligned",
+    "misaligned_broadcast": "misaligned",
+    "misaligned_maximum": "misaligned",
+    "misaligned_scalar": "misaligned",
 }
 
 
@@ -62,6 +73,17 @@ def test_a_defect_is_caught_by_name_and_its_absence_is_not(defects: Path, name: 
     assert sound.returncode == 0, sound.stderr
 
 
+def test_one_flag_for_two_stages_is_right_only_where_every_core_is_waited_for(defects: Path) -> None:
+    def outcome(*arguments: str) -> str:
+        done = subprocess.run([defects, "one_flag_for_two_stages", *arguments], capture_output=True, text=True)
+        return done.stderr.splitlines()[0] if done.returncode else "sound"
+
+    assert outcome("defect", "arrivals") == "fault cross-core-race"
+    assert outcome("defect", "every-core") == "sound"
+    assert outcome("sound", "arrivals") == "sound"
+    assert outcome("sound", "every-core") == "sound"
+
+
 # What is taken out of the project's own kernels, and what the emulator must call it.
 MUTATIONS = {
     "decode without its last barrier": (
@@ -78,8 +100,8 @@ MUTATIONS = {
     ),
     "vector cores that announce weights too early": (
         "kernels/block_linear.cpp",
-        "CrossCoreSetFlag<kWithinCore, PIPE_MTE3>(kReady)",
-        "CrossCoreSetFlag<kWithinCore, PIPE_V>(kReady)",
+        "CrossCoreSetFlag<kWithinCore, PIPE_MTE3>(static_cast<uint16_t>(kReady + slot))",
+        "CrossCoreSetFlag<kWithinCore, PIPE_V>(static_cast<uint16_t>(kReady + slot))",
         {"cross-core-race"},
     ),
     "a slot that is reused while its products are read": (
@@ -94,37 +116,79 @@ MUTATIONS = {
         "",
         {"deadlock"},
     ),
+    "lanes that are shifted left with their sign": (
+        "kernels/decode.h",
+        "low.ReinterpretCast<uint16_t>(), lanes.ReinterpretCast<uint16_t>(), static_cast<uint16_t>(8)",
+        "low, lanes, static_cast<int16_t>(8)",
+        {"signed-shift"},
+    ),
+    "a NaN that is rounded without a limit": (
+        "kernels/activation.h",
+        "        Mins(bits, bits, kQuietNan, count);",
+        "        ",
+        {"integer-overflow"},
+    ),
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_real_kernel_with_a_step_taken_out_is_caught(name: str, tmp_path: Path) -> None:
-    file, old, new, expected = MUTATIONS[name]
-    sources = tmp_path / "ascend"
-    shutil.copytree(SOURCES, sources)
-    text = (sources / file).read_text()
-    assert text.count(old) == 1, "the kernel has changed: bring this mutation up to date"
-    (sources / file).write_text(text.replace(old, new))
-    # Only the linear is built, without optimization or sanitizers: this is about the emulator's own checks.
-    (sources / "others.cpp").write_text(
+@pytest.fixture(scope="module")
+def around_the_linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program that runs kernels, with the linear missing and the other kernels empty; every mutant is linked to it.
+
+    Without optimization or sanitizers, as the mutants: this is about the emulator's own checks.
+    """
+    others = tmp_path_factory.mktemp("others") / "others.cpp"
+    others.write_text(
         '#include "kernel_operator.h"\n#include "tiling.h"\nusing namespace qwen3_fp8_ascend;\nextern "C" {\n'
         "void qwen3_fp8_group_quantize(GM_ADDR, GM_ADDR, GM_ADDR, QuantizeTiling) {}\n"
         "void qwen3_fp8_block_dequantize(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, DequantizeTiling) {}\n"
         "void qwen3_fp8_block_gemv(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, LinearTiling) {}\n}\n"
     )
     run_kernel = Path(__file__).parent / "run_kernel.cpp"
-    executable = build(
+    flags = (*WARNINGS, "-O0", *machine_flags(), "-r", "-nostdlib")  # one object file of both
+    return build("around_the_linear.o", [run_kernel, others], flags=flags, include=(EMULATOR, SOURCES))
+
+
+def mutant(folder: Path, rest: Path, file: str, old: str, new: str, places: int = 1) -> Path:
+    """The linear kernel with a text replaced, compiled for the emulator."""
+    sources = folder / "ascend"
+    shutil.copytree(SOURCES, sources)
+    text = (sources / file).read_text()
+    assert text.count(old) == places, "the kernel has changed: bring this mutation up to date"
+    (sources / file).write_text(text.replace(old, new))
+    return build(
         "run_mutant",
-        [sources / "kernels" / "block_linear.cpp", sources / "others.cpp", run_kernel],
+        [sources / "kernels" / "block_linear.cpp"],
         flags=(*WARNINGS, "-O0", *machine_flags()),
         include=(EMULATOR, sources),
         root=sources,
+        objects=[rest],
     )
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_real_kernel_with_a_step_taken_out_is_caught(name: str, around_the_linear: Path, tmp_path: Path) -> None:
+    file, old, new, expected = MUTATIONS[name]
+    executable = mutant(tmp_path, around_the_linear, file, old, new)
     # Nine blocks of k are stages of 4, 4 and 1: the last leaves the second vector core without a block to decode.
     weight, x = random_weight((640,), 1152), random_activation(9, 1152, torch.bfloat16)
+    x.view(torch.int16)[8, 1151] = 0x7FFF  # a NaN with every bit set
     with pytest.raises(EmulatorFault) as fault:
         Emulator(executable, tmp_path).linear("block_linear", x, weight.tensors, 640, cores=1)
     assert fault.value.name in expected, str(fault.value)
+
+
+def test_one_ready_flag_for_all_stages_is_caught_where_flags_count_arrivals(
+    around_the_linear: Path, tmp_path: Path
+) -> None:
+    """As the linear was before every stage slot had its own: right as documented, wrong if sets are only counted."""
+    flag = "static_cast<uint16_t>(kReady + slot)"
+    executable = mutant(tmp_path, around_the_linear, "kernels/block_linear.cpp", flag, "kReady", places=2)
+    weight, x = random_weight((640,), 1152), random_activation(9, 1152, torch.bfloat16)
+    Emulator(executable, tmp_path, "every-core").linear("block_linear", x, weight.tensors, 640, cores=1)
+    with pytest.raises(EmulatorFault) as fault:
+        Emulator(executable, tmp_path, "arrivals").linear("block_linear", x, weight.tensors, 640, cores=1)
+    assert fault.value.name in {"cross-core-race", "uninitialised-read"}, str(fault.value)
 
 
 def test_every_kernel_is_compiled_by_these_tests() -> None:

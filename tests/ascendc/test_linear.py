@@ -7,8 +7,18 @@ import torch
 
 from qwen3_fp8_ascend import reference
 
-from .conftest import Emulator, EmulatorFault, Weight, random_activation, random_weight, relative_error
+from .conftest import (
+    DTYPES,
+    FLAG_COUNTING,
+    Emulator,
+    EmulatorFault,
+    Weight,
+    random_activation,
+    random_weight,
+    relative_error,
+)
 
+pytestmark = pytest.mark.parametrize("emulator", FLAG_COUNTING, indirect=True)
 REQUIRED = 5e-4  # of the issue, w8a8 before the output is rounded
 EXACT = 1e-6  # what block-scaled fp32 reaches; the contract's figure for fp32 outputs
 
@@ -75,15 +85,24 @@ def test_sixteen_bit_outputs_are_the_rounded_oracle(emulator: Emulator, kernel: 
 
 
 @pytest.mark.parametrize("kernel", ["block_linear", "block_gemv"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_bias_is_added_in_the_precision_of_the_output(emulator: Emulator, kernel: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bias_dtype", ["of x", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias_is_added_in_fp32_before_the_only_rounding(
+    emulator: Emulator, kernel: str, dtype: torch.dtype, bias_dtype: str
+) -> None:
     weight = random_weight((130, 62), 256, spread=1.0)
     m = 1 if kernel == "block_gemv" else 5
     x = (torch.randn(m, 256, generator=torch.Generator().manual_seed(4)) / 16).to(dtype)
-    bias = torch.randn(192, generator=torch.Generator().manual_seed(5)).to(dtype)
-    plain, _ = emulator.linear(kernel, x, weight.tensors, 192)
+    bias = torch.randn(192, generator=torch.Generator().manual_seed(5)).to(
+        dtype if bias_dtype == "of x" else torch.float32
+    )
+    # fp32 activations of the same values give the same sums, not yet rounded to dtype.
+    sums, _ = emulator.linear(kernel, x.float(), weight.tensors, 192)
     got, _ = emulator.linear(kernel, x, weight.tensors, 192, bias=bias)
-    assert torch.equal(got, plain + bias)
+    expected = (sums + bias.float()).to(dtype)
+    assert torch.equal(got, expected)
+    if dtype != torch.float32:
+        assert not torch.equal(sums.to(dtype) + bias.to(dtype), expected), "rounding twice must differ somewhere"
 
 
 @pytest.mark.parametrize("kernel", ["block_linear", "block_gemv"])
@@ -124,6 +143,33 @@ def test_nan_and_infinity_stay_in_their_row(emulator: Emulator) -> None:
     got, _ = emulator.linear("block_linear", x, weight.tensors, 128)
     assert got[1].isnan().all()
     assert torch.equal(got[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("kernel", ["block_linear", "block_gemv"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["dynamic", "none"])
+def test_nan_and_infinity_are_those_of_the_specification(
+    emulator: Emulator, activation: str, dtype: torch.dtype, kernel: str
+) -> None:
+    """Unquantized, an infinity takes the weight's sign and is NaN where the weight is zero; quantized, all is NaN."""
+    weight = random_weight((130,), 300)
+    weight.codes.view(torch.uint8)[::5, ::3] = 0
+    x = (random_activation(6, 300, torch.float32) / 256).to(dtype)  # so that fp16 outputs are finite
+    x[0, 3] = float("inf")
+    x[1, 299] = -float("inf")
+    x[2, 3], x[2, 4] = float("inf"), -float("inf")
+    x[3, 3], x[3, 140] = float("inf"), float("inf")
+    x[4, 3], x[4, 4] = float("inf"), float("nan")
+    rows = x.split(1) if kernel == "block_gemv" else [x]
+    parts = [emulator.linear(kernel, row, weight.tensors, 130, dynamic=activation == "dynamic")[0] for row in rows]
+    got, oracle = torch.cat(parts), oracle_of(x, weight, activation).to(dtype)
+    assert torch.equal(got.isnan(), oracle.isnan())
+    assert torch.equal(got.isposinf(), oracle.isposinf())
+    assert torch.equal(got.isneginf(), oracle.isneginf())
+    assert got[5].isfinite().all()
+    if activation == "none":
+        for value in (oracle.isnan(), oracle.isposinf(), oracle.isneginf()):
+            assert 0 < int(value[:4].sum()) < value[:4].numel(), "the weights must give all three"
 
 
 @pytest.mark.parametrize("chip", ["910B1", "910B4", "910_9391"])

@@ -57,6 +57,46 @@ def test_extremes(emulator: Emulator) -> None:
     assert_equals_specification(emulator, x)
 
 
+NAN_BITS = {
+    torch.float16: (torch.int16, (0x7E00, 0x7E01, 0x7FFF, 0x7C01, 0xFE00, 0xFFFF, 0xFC01)),
+    torch.bfloat16: (torch.int16, (0x7FC0, 0x7FC1, 0x7FFF, 0x7F81, 0xFFC0, 0xFFFF, 0xFF81)),
+    torch.float32: (torch.int32, (0x7FC00000, 0x7FC10000, 0x7FFFFFFF, 0x7F800001, 0xFFC00000, 0xFFFFFFFF, 0xFF800001)),
+}
+"""Quiet and signalling NaNs of both signs, with the fewest and the most payload bits."""
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_nan_of_any_pattern_makes_its_group_nan_and_no_other(emulator: Emulator, dtype: torch.dtype) -> None:
+    integer, patterns = NAN_BITS[dtype]
+    sign = 1 << (8 * dtype.itemsize - 1)
+    x = random_activation(2 * len(patterns), 300, dtype)
+    finite_codes, finite_scale, _ = emulator.quantize(x)
+    for row, pattern in enumerate(patterns):
+        bits = pattern - 2 * sign if pattern & sign else pattern
+        x.view(integer)[row, 131 + 17 * row] = bits  # in the second group of three
+        x.view(integer)[row + len(patterns), 299] = bits  # in the ragged one, beside an infinity
+        x[row + len(patterns), 256] = float("inf")
+    assert_equals_specification(emulator, x)
+    codes, scale, _ = emulator.quantize(x)
+    hit = torch.zeros(x.shape[0], 3, dtype=torch.bool)
+    hit[: len(patterns), 1] = hit[len(patterns) :, 2] = True
+    assert torch.equal(scale.isnan(), hit)
+    element = hit.repeat_interleave(128, dim=1)[:, :300]
+    assert (codes[element] == reference.NAN_CODE).all()
+    assert torch.equal(codes[~element], finite_codes[~element])
+    assert torch.equal(scale[~hit], finite_scale[~hit])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinities_are_as_in_the_specification(emulator: Emulator, dtype: torch.dtype) -> None:
+    x = random_activation(4, 300, dtype)
+    x[0, 0] = float("inf")
+    x[1, 130] = -float("inf")
+    x[2, 256], x[2, 299] = float("inf"), -float("inf")
+    x[3] = float("inf")
+    assert_equals_specification(emulator, x)
+
+
 def test_the_result_does_not_depend_on_the_number_of_cores(emulator: Emulator) -> None:
     x = random_activation(6, 3000, torch.bfloat16)
     one, many = emulator.quantize(x, cores=1), emulator.quantize(x, cores=20)

@@ -59,10 +59,12 @@ private:
     uint64_t used_ = 0;
 };
 
-inline LinearTiling common(uint32_t m, uint32_t n, uint32_t k, uint32_t tiles, Activation activation, Dtype dtype, bool bias,
-                           uint32_t cores) {
+inline LinearTiling common(uint32_t m, uint32_t n, uint32_t k, uint32_t tiles, Activation activation, Dtype dtype,
+                           uint32_t bias_dtype, uint32_t cores) {
     check_plan(m >= 1 && m <= kMaxRows, "this kernel takes 1 to " + std::to_string(kMaxRows) + " rows of x", m);
     check_plan(n >= 1 && k >= 1 && tiles >= 1, "a weight has at least one row, one column and one tile", n);
+    check_plan(bias_dtype == dtype || bias_dtype == kFloat32 || bias_dtype == kNoBias, "a bias is in x's dtype or in float32", bias_dtype);
+    check_plan(cores >= 1, "a linear takes at least one core", cores);
     LinearTiling t{};
     t.m = m;
     t.n = n;
@@ -71,7 +73,7 @@ inline LinearTiling common(uint32_t m, uint32_t n, uint32_t k, uint32_t tiles, A
     t.k_blocks = static_cast<uint32_t>(ceil_div(k, kBlock));
     t.activation = activation;
     t.dtype = dtype;
-    t.has_bias = bias;
+    t.bias_dtype = bias_dtype;
     const uint64_t units = static_cast<uint64_t>(tiles) * t.k_blocks;
     t.cores = static_cast<uint32_t>(units < cores ? units : cores);
     for (uint32_t tile = 0; tile < tiles; ++tile) {
@@ -89,11 +91,11 @@ inline uint64_t result_bytes(const LinearTiling &t) {
 }  // namespace plan_detail
 
 // block_linear: one cube core and two vector cores an AI core.
-inline LinearPlan plan_linear(uint32_t m, uint32_t n, uint32_t k, uint32_t tiles, Activation activation, Dtype dtype, bool bias,
-                              uint32_t cube_cores) {
+inline LinearPlan plan_linear(uint32_t m, uint32_t n, uint32_t k, uint32_t tiles, Activation activation, Dtype dtype,
+                              uint32_t bias_dtype, uint32_t cube_cores) {
     LinearPlan plan;
     LinearTiling &t = plan.tiling;
-    t = plan_detail::common(m, n, k, tiles, activation, dtype, bias, cube_cores);
+    t = plan_detail::common(m, n, k, tiles, activation, dtype, bias_dtype, cube_cores);
     check_plan(round_up(k, kBlock) <= kMaxColumns, "k is at most " + std::to_string(kMaxColumns), k);
     t.rows_padded = static_cast<uint32_t>(round_up(m, kFractal));
     plan.blocks = t.cores;
@@ -109,10 +111,11 @@ inline LinearPlan plan_linear(uint32_t m, uint32_t n, uint32_t k, uint32_t tiles
 }
 
 // block_gemv: vector cores alone.
-inline LinearPlan plan_gemv(uint32_t n, uint32_t k, uint32_t tiles, Activation activation, Dtype dtype, bool bias, uint32_t vector_cores) {
+inline LinearPlan plan_gemv(uint32_t n, uint32_t k, uint32_t tiles, Activation activation, Dtype dtype, uint32_t bias_dtype,
+                            uint32_t vector_cores) {
     LinearPlan plan;
     LinearTiling &t = plan.tiling;
-    t = plan_detail::common(1, n, k, tiles, activation, dtype, bias, vector_cores);
+    t = plan_detail::common(1, n, k, tiles, activation, dtype, bias_dtype, vector_cores);
     check_plan(round_up(k, kBlock) <= kMaxGemvColumns, "block_gemv takes k up to " + std::to_string(kMaxGemvColumns), k);
     t.rows_padded = 1;
     plan.blocks = t.cores;

@@ -3,8 +3,10 @@
 // Nothing here waits for the device, and no size depends on device data, so the operators can be captured in a graph.
 #include <ATen/ATen.h>
 #include <acl/acl.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "launch.h"
@@ -28,14 +30,33 @@ uint32_t device_attribute(aclrtDevAttr attribute) {
     return static_cast<uint32_t>(value);
 }
 
-const CoreCounts &core_counts() {
+const CoreCounts &chip_cores() {
     static const CoreCounts counts = [] {
-        const std::string chip = aclrtGetSocName();
+        const char *name = aclrtGetSocName();
+        TORCH_CHECK(name != nullptr, "ascendc: the driver does not tell which chip this NPU is (aclrtGetSocName); see `npu-smi info`");
+        const std::string chip = name;
         const bool known = chip.rfind("Ascend910B", 0) == 0 || chip.rfind("Ascend910_93", 0) == 0;
         TORCH_CHECK(known, "ascendc: these kernels are built for Atlas A2 (Ascend910B*) and A3 (Ascend910_93*), this NPU is ", chip);
         return CoreCounts{device_attribute(ACL_DEV_ATTR_CUBE_CORE_NUM), device_attribute(ACL_DEV_ATTR_VECTOR_CORE_NUM)};
     }();
     return counts;
+}
+
+uint32_t stream_limit(aclrtStream stream, aclrtDevResLimitType type) {
+    uint32_t value = 0;
+    const aclError error = aclrtGetStreamResLimit(stream, type, &value);
+    TORCH_CHECK(error == ACL_SUCCESS, "ascendc: the driver does not tell how many cores the stream may use (aclrtGetStreamResLimit): error ",
+                error);
+    TORCH_CHECK(value > 0, "ascendc: the stream may use no core of this kind: raise its limit (aclrtSetStreamResLimit)");
+    return value;
+}
+
+// What a launch may take: the chip's cores, or fewer where the stream, the process or the device is limited. The blocks of a
+// linear wait for each other, so all of them must run at once.
+CoreCounts cores_of(aclrtStream stream) {
+    const CoreCounts &chip = chip_cores();
+    return {std::min(chip.cube, stream_limit(stream, ACL_RT_DEV_RES_CUBE_CORE)),
+            std::min(chip.vector, stream_limit(stream, ACL_RT_DEV_RES_VECTOR_CORE))};
 }
 
 Dtype dtype_of(at::ScalarType type) {
@@ -78,15 +99,26 @@ struct PackedView {
 
 void *address(const at::Tensor &tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
 
-// Enqueues `launch` behind what torch_npu has queued for the current stream.
+// The device of a tensor, made the current one for as long as this lives, and the stream and cores that a kernel gets there.
+struct Target {
+    c10::OptionalDeviceGuard guard;
+    aclrtStream stream;
+    CoreCounts cores;
+
+    explicit Target(const at::Tensor &tensor)
+        : guard(tensor.device()), stream(c10_npu::getCurrentNPUStream().stream(false)), cores(cores_of(stream)) {}
+};
+
+// Enqueues `launch` behind what torch_npu has queued for the stream. The launch itself returns nothing: whether it failed is
+// in the thread's last error, and torch_npu raises when the handler returns one.
 template <class Launch>
-void enqueue(const char *name, Launch launch) {
-    aclrtStream stream = c10_npu::getCurrentNPUStream().stream(false);
+void enqueue(const char *name, const Target &target, Launch launch) {
     at_npu::native::OpCommand command;
     command.Name(name);
-    command.SetCustomHandler([stream, launch]() -> int {
+    command.SetCustomHandler([stream = target.stream, launch]() -> int {
+        (void)aclrtGetLastError(ACL_RT_THREAD_LEVEL);  // forgets what an earlier call of this thread left
         launch(stream);
-        return 0;
+        return static_cast<int>(aclrtGetLastError(ACL_RT_THREAD_LEVEL));
     });
     command.Run();
 }
@@ -98,8 +130,9 @@ std::tuple<at::Tensor, at::Tensor> group_quantize(const at::Tensor &x) {
     at::Tensor codes = at::empty({rows, columns}, x.options().dtype(at::kByte));
     at::Tensor scale = at::empty({rows, tiling.groups}, x.options().dtype(at::kFloat));
     if (codes.numel() == 0) return {codes, scale};
-    const uint32_t blocks = quantize_blocks(tiling, core_counts().vector);
-    enqueue("qwen3_fp8_group_quantize", [=](void *stream) {
+    const Target target(x);
+    const uint32_t blocks = quantize_blocks(tiling, target.cores.vector);
+    enqueue("qwen3_fp8_group_quantize", target, [=](void *stream) {
         launch_group_quantize(blocks, stream, address(x), address(codes), address(scale), tiling);
     });
     return {codes, scale};
@@ -112,8 +145,9 @@ void block_dequantize_out(const at::Tensor &packed, const at::Tensor &scale, con
     const DequantizeTiling tiling =
         plan_dequantize(narrow(out.size(0), "n"), narrow(out.size(1), "k"), weight.tiles, dtype_of(out.scalar_type()));
     if (out.numel() == 0) return;
-    const uint32_t blocks = dequantize_blocks(tiling, core_counts().vector);
-    enqueue("qwen3_fp8_block_dequantize", [=](void *stream) {
+    const Target target(out);
+    const uint32_t blocks = dequantize_blocks(tiling, target.cores.vector);
+    enqueue("qwen3_fp8_block_dequantize", target, [=](void *stream) {
         launch_block_dequantize(blocks, stream, address(packed), address(scale), address(spans), address(out), tiling);
     });
 }
@@ -135,15 +169,17 @@ at::Tensor linear(const char *name, Launch launch, const at::Tensor &x, const at
     const PackedView weight(packed, scale, spans, x.size(1));
     const at::Tensor b = bias.value_or(at::Tensor());
     if (b.defined()) {
-        TORCH_CHECK(b.dim() == 1 && b.size(0) == n && b.scalar_type() == x.scalar_type() && b.is_contiguous(), name, ": bias is (", n,
-                    ") in ", x.scalar_type(), ", got ", b.sizes(), " ", b.scalar_type());
+        const bool fits = b.scalar_type() == x.scalar_type() || b.scalar_type() == at::kFloat;
+        TORCH_CHECK(b.dim() == 1 && b.size(0) == n && fits && b.is_contiguous(), name, ": bias is (", n, ") in ", x.scalar_type(),
+                    " or float32, got ", b.sizes(), " ", b.scalar_type());
         check_same_device(b, x, "bias");
     }
     at::Tensor out = at::empty({x.size(0), n}, x.options());
     if (out.numel() == 0) return out;
-    const LinearPlan plan = make_plan(weight.tiles, b.defined());
+    const Target target(x);
+    const LinearPlan plan = make_plan(weight.tiles, b.defined() ? static_cast<uint32_t>(dtype_of(b.scalar_type())) : kNoBias, target.cores);
     const at::Tensor workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)}, x.options().dtype(at::kByte));
-    enqueue(name, [=](void *stream) {
+    enqueue(name, target, [=](void *stream) {
         launch(plan.blocks, stream, address(x), address(packed), address(scale), address(spans), address(b), address(out),
                address(workspace), plan.tiling);
     });
@@ -152,19 +188,24 @@ at::Tensor linear(const char *name, Launch launch, const at::Tensor &x, const at
 
 at::Tensor block_linear(const at::Tensor &x, const at::Tensor &packed, const at::Tensor &scale, const at::Tensor &spans,
                         const std::optional<at::Tensor> &bias, int64_t n, bool dynamic) {
-    return linear("qwen3_fp8_block_linear", launch_block_linear, x, packed, scale, spans, bias, n, [&](uint32_t tiles, bool has_bias) {
+    const auto make_plan = [&](uint32_t tiles, uint32_t bias_dtype, const CoreCounts &cores) {
+        const uint32_t groups = std::min(cores.cube, cores.vector / kVectorCores);  // a block takes one cube and two vector cores
+        TORCH_CHECK(groups > 0, "ascendc_block_linear: a block takes 1 cube core and ", kVectorCores, " vector cores, the stream may use ",
+                    cores.cube, " and ", cores.vector);
         return plan_linear(narrow(x.size(0), "m"), narrow(n, "n"), narrow(x.size(1), "k"), tiles, dynamic ? kDynamic : kNone,
-                           dtype_of(x.scalar_type()), has_bias, core_counts().cube);
-    });
+                           dtype_of(x.scalar_type()), bias_dtype, groups);
+    };
+    return linear("qwen3_fp8_block_linear", launch_block_linear, x, packed, scale, spans, bias, n, make_plan);
 }
 
 at::Tensor block_gemv(const at::Tensor &x, const at::Tensor &packed, const at::Tensor &scale, const at::Tensor &spans,
                       const std::optional<at::Tensor> &bias, int64_t n, bool dynamic) {
     TORCH_CHECK(x.dim() == 2 && x.size(0) == 1, "ascendc_block_gemv: x has one row, got ", x.sizes());
-    return linear("qwen3_fp8_block_gemv", launch_block_gemv, x, packed, scale, spans, bias, n, [&](uint32_t tiles, bool has_bias) {
-        return plan_gemv(narrow(n, "n"), narrow(x.size(1), "k"), tiles, dynamic ? kDynamic : kNone, dtype_of(x.scalar_type()), has_bias,
-                         core_counts().vector);
-    });
+    const auto make_plan = [&](uint32_t tiles, uint32_t bias_dtype, const CoreCounts &cores) {
+        return plan_gemv(narrow(n, "n"), narrow(x.size(1), "k"), tiles, dynamic ? kDynamic : kNone, dtype_of(x.scalar_type()), bias_dtype,
+                         cores.vector);
+    };
+    return linear("qwen3_fp8_block_gemv", launch_block_gemv, x, packed, scale, spans, bias, n, make_plan);
 }
 
 }  // namespace

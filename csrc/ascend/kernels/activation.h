@@ -2,7 +2,8 @@
 //
 // dynamic: scale = max(amax, 1e-10) / 448 and x / scale by true division; rounding to e4m3, nearest even, through
 //     fp16: a conversion that rounds to odd keeps enough to round a second time without error.
-// none: scale = 2^(floor(log2 amax) - 14), so that x / scale is exact and uses fp16's upper range.
+// none: scale = 2^(floor(log2 amax) - 14), so that x / scale is exact and uses fp16's upper range. The scale of a group
+//     with an infinity is that of the largest floats, so that the infinity itself stays one and the others stay finite.
 // NaN and infinity go through as the specification says: no clamp is needed, since |x / scale| <= 448 up to rounding.
 #pragma once
 
@@ -13,8 +14,10 @@ namespace qwen3_fp8_ascend {
 constexpr float kE4m3Max = 448.0f;
 constexpr float kAmaxFloor = 1e-10f;
 constexpr float kTinyFloor = 1e-30f;         // keeps the exponent of an all-zero group in range
+constexpr float kLargestFloat = 3.4028234663852886e38f;
 constexpr float kExponentRoom = 1.0f / 16384.0f;
 constexpr float kEncodeBias = 1.0f / 256.0f;  // e4m3 exponents in place as fp16 exponents
+constexpr int16_t kQuietNan = 0x7E00;         // of fp16; a NaN that a division gives has at least these bits
 
 class ActivationGroups {
 public:
@@ -60,6 +63,8 @@ public:
             Div(scale, scale, largest_, static_cast<int32_t>(kChunkGroups));
         } else {
             Maxs(scale, scale, kTinyFloor, static_cast<int32_t>(kChunkGroups));
+            vector_barrier();
+            Mins(scale, scale, kLargestFloat, static_cast<int32_t>(kChunkGroups));
             vector_barrier();
             keep_exponent(scale);
             vector_barrier();
@@ -147,6 +152,8 @@ private:
         vector_barrier();
         and_with_mask(sign, raw, sign_mask_, kChunk);
         and_with_mask(bits, raw, magnitude_mask_, kChunk);
+        vector_barrier();
+        Mins(bits, bits, kQuietNan, count);  // a NaN with more bits set would overflow in the additions below
         vector_barrier();
         ShiftRight(odd, bits, static_cast<int16_t>(7), count);
         vector_barrier();

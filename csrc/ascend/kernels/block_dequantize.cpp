@@ -5,6 +5,7 @@
 #include "kernel_operator.h"
 
 #include "decode.h"
+#include "kernel_kind.h"
 
 namespace qwen3_fp8_ascend {
 
@@ -126,10 +127,10 @@ __aicore__ inline void run_block_dequantize(GM_ADDR packed, GM_ADDR scale, GM_AD
 
 }  // namespace qwen3_fp8_ascend
 
-extern "C" __global__ __aicore__ void qwen3_fp8_block_dequantize(GM_ADDR packed, GM_ADDR scale, GM_ADDR spans, GM_ADDR out,
-                                                                 qwen3_fp8_ascend::DequantizeTiling tiling) {
+extern "C" QWEN3_FP8_VECTOR_KERNEL void qwen3_fp8_block_dequantize(GM_ADDR packed, GM_ADDR scale, GM_ADDR spans, GM_ADDR out,
+                                                                   qwen3_fp8_ascend::DequantizeTiling tiling) {
     using namespace qwen3_fp8_ascend;
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+    QWEN3_FP8_KERNEL_KIND(KERNEL_TYPE_AIV_ONLY);
     if (tiling.dtype == kFloat16) {
         run_block_dequantize<half>(packed, scale, spans, out, tiling);
     } else if (tiling.dtype == kBfloat16) {

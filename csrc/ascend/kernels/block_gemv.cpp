@@ -9,6 +9,7 @@
 
 #include "decode.h"
 #include "finish.h"
+#include "kernel_kind.h"
 #include "prepare.h"
 #include "work.h"
 
@@ -158,10 +159,11 @@ private:
 
 }  // namespace qwen3_fp8_ascend
 
-extern "C" __global__ __aicore__ void qwen3_fp8_block_gemv(GM_ADDR x, GM_ADDR packed, GM_ADDR scale, GM_ADDR spans, GM_ADDR bias,
-                                                           GM_ADDR out, GM_ADDR workspace, qwen3_fp8_ascend::LinearTiling tiling) {
+extern "C" QWEN3_FP8_SYNCHRONIZED_VECTOR_KERNEL void qwen3_fp8_block_gemv(
+        GM_ADDR x, GM_ADDR packed, GM_ADDR scale, GM_ADDR spans, GM_ADDR bias, GM_ADDR out, GM_ADDR workspace,
+        qwen3_fp8_ascend::LinearTiling tiling) {
     using namespace qwen3_fp8_ascend;
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIV_1_0);  // vector cores only, with flags between them
+    QWEN3_FP8_KERNEL_KIND(KERNEL_TYPE_MIX_AIV_1_0);  // vector cores only, with flags between them
     if ASCEND_IS_AIV {
         AscendC::TPipe pipe;
         prepare_activations(pipe, x, workspace, tiling);

@@ -12,13 +12,16 @@
 // those of fp32. Folding the scales into fp16 operands instead would save the partial products' way through L2 (8 bytes for
 // each row and 128 weights of a column, which is docs/ascendc.md's table) and cost a relative error of 2e-4.
 //
-// Order, with S slots: kReady(s) tells the AIC that slot s % S of the weights is written, and that the AIVs have read the
+// Order, with S slots: kReady + s % S tells the AIC that slot s % S of the weights is written, and that the AIVs have read the
 // partial products of stage s - S from theirs. kPartial(s) tells the AIVs that the products of stage s are written, hence
-// that the AIC has read the weights of stage s.
+// that the AIC has read the weights of stage s. Every slot has a flag of its own: an AIV is up to kStageLag stages ahead of
+// the other, and its later stages must not be counted as the other's earlier one. Stage s + S comes after kPartial(s + 1),
+// which the AIC sets after it has waited for both AIVs' stage s, so no flag is set twice before it was waited for.
 #include "kernel_operator.h"
 
 #include "decode.h"
 #include "finish.h"
+#include "kernel_kind.h"
 #include "prepare.h"
 #include "work.h"
 
@@ -26,9 +29,11 @@ namespace qwen3_fp8_ascend {
 
 constexpr uint16_t kAllPrepared = 0;  // among vector cores
 constexpr uint16_t kPrepared = 1;     // vector cores -> cube core
-constexpr uint16_t kReady = 2;        // vector cores -> cube core
-constexpr uint16_t kPartial = 3;      // cube core -> vector cores
-constexpr uint16_t kAllDone = 4;      // among vector cores
+constexpr uint16_t kPartial = 2;      // cube core -> vector cores
+constexpr uint16_t kAllDone = 3;      // among vector cores
+constexpr uint16_t kReady = 4;        // vector cores -> cube core, one for each stage slot
+constexpr uint16_t kFlagLimit = 11;   // from here on they belong to SyncAll
+static_assert(kReady + kStageSlots <= kFlagLimit, "every stage slot has a cross-core flag");
 constexpr uint8_t kAmongAll = 0, kWithinCore = 2;  // modes of cross-core flags
 
 // Rows of x that a vector core scales: the first takes half of them, rounded up to whole DataBlocks of scales.
@@ -87,7 +92,7 @@ public:
                 const uint32_t slot = decoded % kStageSlots;
                 stages[slot] = walk.next();
                 decode(stages[slot], slot, ahead);
-                AscendC::CrossCoreSetFlag<kWithinCore, PIPE_MTE3>(kReady);
+                AscendC::CrossCoreSetFlag<kWithinCore, PIPE_MTE3>(static_cast<uint16_t>(kReady + slot));
                 ++decoded;
             }
             if (collect) {
@@ -248,7 +253,7 @@ public:
         uint32_t slot = 0;
         for (StageWalk walk(tiling_, core_, kStageUnits); !walk.done(); slot = (slot + 1) % kStageSlots) {
             const Stage stage = walk.next();
-            AscendC::CrossCoreWaitFlag(kReady);
+            AscendC::CrossCoreWaitFlag(static_cast<uint16_t>(kReady + slot));
             load(stage, slot);
             multiply(stage, slot);
             AscendC::CrossCoreSetFlag<kWithinCore, PIPE_FIX>(kPartial);
@@ -354,10 +359,10 @@ private:
 
 }  // namespace qwen3_fp8_ascend
 
-extern "C" __global__ __aicore__ void qwen3_fp8_block_linear(GM_ADDR x, GM_ADDR packed, GM_ADDR scale, GM_ADDR spans, GM_ADDR bias,
-                                                             GM_ADDR out, GM_ADDR workspace, qwen3_fp8_ascend::LinearTiling tiling) {
+extern "C" QWEN3_FP8_MIXED_KERNEL void qwen3_fp8_block_linear(GM_ADDR x, GM_ADDR packed, GM_ADDR scale, GM_ADDR spans, GM_ADDR bias,
+                                                              GM_ADDR out, GM_ADDR workspace, qwen3_fp8_ascend::LinearTiling tiling) {
     using namespace qwen3_fp8_ascend;
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
+    QWEN3_FP8_KERNEL_KIND(KERNEL_TYPE_MIX_AIC_1_2);
     AscendC::TPipe pipe;
     if ASCEND_IS_AIV {
         prepare_activations(pipe, x, workspace, tiling);

@@ -18,7 +18,9 @@ __aicore__ inline void decode_unit(const AscendC::LocalTensor<half> &values, con
                                    const AscendC::LocalTensor<int16_t> &mask) {
     const AscendC::LocalTensor<int16_t> low = values.ReinterpretCast<int16_t>();
     const AscendC::LocalTensor<int16_t> high = low[kLanes];
-    AscendC::ShiftLeft(low, lanes, static_cast<int16_t>(8), static_cast<int32_t>(kLanes));
+    // Left on unsigned lanes, where the low byte's sign becomes the lane's; right on signed ones, which keep it.
+    AscendC::ShiftLeft(low.ReinterpretCast<uint16_t>(), lanes.ReinterpretCast<uint16_t>(), static_cast<uint16_t>(8),
+                       static_cast<int32_t>(kLanes));
     AscendC::ShiftRight(high, lanes, static_cast<int16_t>(1), static_cast<int32_t>(kLanes));
     vector_barrier();
     AscendC::ShiftRight(low, low, static_cast<int16_t>(1), static_cast<int32_t>(kLanes));

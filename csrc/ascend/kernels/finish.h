@@ -1,5 +1,5 @@
-// The last phase of a linear: the parts of each tile are added in a fixed order, rounded once, and the bias is added
-// in the output's precision, as vLLM's block kernels do.
+// The last phase of a linear: the parts of each tile are added in a fixed order, then the bias, all in fp32, and the sum
+// is rounded once.
 #pragma once
 
 #include "vector_ops.h"
@@ -16,12 +16,13 @@ public:
         tiling_ = tiling;
         spans_.SetGlobalBuffer(reinterpret_cast<__gm__ uint32_t *>(spans), tiling.tiles * (sizeof(TileSpan) / sizeof(uint32_t)));
         bias_.SetGlobalBuffer(reinterpret_cast<__gm__ T *>(bias), tiling.n);
+        wide_bias_.SetGlobalBuffer(reinterpret_cast<__gm__ float *>(bias), tiling.n);
         out_.SetGlobalBuffer(reinterpret_cast<__gm__ T *>(out), static_cast<uint64_t>(tiling.m) * tiling.n);
         results_.SetGlobalBuffer(reinterpret_cast<__gm__ float *>(workspace + tiling.results),
                                  static_cast<uint64_t>(tiling.tiles) * tiling.parts * tiling.m * kBlock);
         pipe.InitBuffer(parts_, 2, kRows * kBlock * sizeof(float));
         pipe.InitBuffer(output_, 2, kRows * kBlock * sizeof(T));
-        pipe.InitBuffer(bias_in_, 1, kBlock * sizeof(T));
+        pipe.InitBuffer(bias_in_, 1, kBlock * sizeof(float));
         pipe.InitBuffer(sum_, kRows * kBlock * sizeof(float));
         pipe.InitBuffer(bias_row_, kBlock * sizeof(float));
     }
@@ -59,11 +60,13 @@ private:
             vector_barrier();
             parts_.FreeTensor(one);
         }
+        if (tiling_.bias_dtype == tiling_.dtype) {
+            add_bias(sum, bias_[start], columns, rows);
+        } else if (tiling_.bias_dtype == kFloat32) {
+            add_bias(sum, wide_bias_[start], columns, rows);
+        }
         LocalTensor<T> out = output_.template AllocTensor<T>();
         narrow(out, sum, count);
-        if (tiling_.has_bias) {
-            add_bias(out, sum, start, columns, rows);
-        }
         output_.EnQue(out);
         out = output_.template DeQue<T>();
         constexpr uint32_t pitch = kBlock * sizeof(T) / 32;
@@ -74,33 +77,30 @@ private:
         output_.FreeTensor(out);
     }
 
-    // out += bias, both rounded to T already; `wide` is scratch.
-    __aicore__ inline void add_bias(const AscendC::LocalTensor<T> &out, const AscendC::LocalTensor<float> &wide, uint32_t start,
-                                    uint32_t columns, uint32_t rows) {
+    // Adds the bias of a tile's columns to every row of `sum`.
+    template <class Bias>
+    __aicore__ inline void add_bias(const AscendC::LocalTensor<float> &sum, const AscendC::GlobalTensor<Bias> &from, uint32_t columns,
+                                    uint32_t rows) {
         using namespace AscendC;
-        LocalTensor<T> bias = bias_in_.template AllocTensor<T>();
-        Duplicate(bias.template ReinterpretCast<int16_t>(), static_cast<int16_t>(0), static_cast<int32_t>(kBlock * sizeof(T) / 2));
+        LocalTensor<Bias> bias = bias_in_.template AllocTensor<Bias>();
+        Duplicate(bias.template ReinterpretCast<int16_t>(), static_cast<int16_t>(0), static_cast<int32_t>(kBlock * sizeof(Bias) / 2));
         order<HardEvent::V_MTE2>(*pipe_);
-        constexpr uint32_t block = 32 / sizeof(T);
-        DataCopyPadExtParams<T> padding;
+        constexpr uint32_t block = 32 / sizeof(Bias);
+        DataCopyPadExtParams<Bias> padding;
         padding.isPad = true;
         padding.rightPadding = static_cast<uint8_t>((block - columns % block) % block);
-        DataCopyPad(bias, bias_[start], DataCopyExtParams(1, columns * static_cast<uint32_t>(sizeof(T)), 0, 0, 0), padding);
+        DataCopyPad(bias, from, DataCopyExtParams(1, columns * static_cast<uint32_t>(sizeof(Bias)), 0, 0, 0), padding);
         bias_in_.EnQue(bias);
-        bias = bias_in_.template DeQue<T>();
+        bias = bias_in_.template DeQue<Bias>();
         const LocalTensor<float> row = bias_row_.Get<float>();
-        const int32_t count = static_cast<int32_t>(rows * kBlock);
-        vector_barrier();
         widen(row, bias, static_cast<int32_t>(kBlock));
-        widen(wide, out, count);
         vector_barrier();
         for (uint32_t part = 0; part < kBlock / kFloatLanes; ++part) {
-            Add(wide[part * kFloatLanes], wide[part * kFloatLanes], row[part * kFloatLanes], static_cast<uint64_t>(kFloatLanes),
+            Add(sum[part * kFloatLanes], sum[part * kFloatLanes], row[part * kFloatLanes], static_cast<uint64_t>(kFloatLanes),
                 static_cast<uint8_t>(rows), BinaryRepeatParams(1, 1, 1, 16, 16, 0));
         }
         vector_barrier();
         bias_in_.FreeTensor(bias);
-        narrow(out, wide, count);
     }
 
     __aicore__ inline void narrow(const AscendC::LocalTensor<float> &to, const AscendC::LocalTensor<float> &from, int32_t count) {
@@ -124,7 +124,7 @@ private:
     AscendC::TBuf<AscendC::TPosition::VECCALC> sum_, bias_row_;
     AscendC::GlobalTensor<uint32_t> spans_;
     AscendC::GlobalTensor<T> bias_, out_;
-    AscendC::GlobalTensor<float> results_;
+    AscendC::GlobalTensor<float> wide_bias_, results_;
     AscendC::TPipe *pipe_ = nullptr;
     LinearTiling tiling_;
 };

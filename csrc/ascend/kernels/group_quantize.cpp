@@ -5,6 +5,7 @@
 #include "kernel_operator.h"
 
 #include "activation.h"
+#include "kernel_kind.h"
 
 namespace qwen3_fp8_ascend {
 
@@ -78,10 +79,10 @@ __aicore__ inline void run_group_quantize(GM_ADDR x, GM_ADDR codes, GM_ADDR scal
 
 }  // namespace qwen3_fp8_ascend
 
-extern "C" __global__ __aicore__ void qwen3_fp8_group_quantize(GM_ADDR x, GM_ADDR codes, GM_ADDR scale,
-                                                               qwen3_fp8_ascend::QuantizeTiling tiling) {
+extern "C" QWEN3_FP8_VECTOR_KERNEL void qwen3_fp8_group_quantize(GM_ADDR x, GM_ADDR codes, GM_ADDR scale,
+                                                                 qwen3_fp8_ascend::QuantizeTiling tiling) {
     using namespace qwen3_fp8_ascend;
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+    QWEN3_FP8_KERNEL_KIND(KERNEL_TYPE_AIV_ONLY);
     if (tiling.dtype == kFloat16) {
         run_group_quantize<half>(x, codes, scale, tiling);
     } else if (tiling.dtype == kBfloat16) {

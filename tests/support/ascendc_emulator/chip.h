@@ -15,8 +15,11 @@ constexpr uint32_t kMaxRepeats = 255;    // repeat counts are 8 bits wide
 constexpr uint32_t kFractalBytes = 512;  // 16 x 16 elements of 16 bits
 constexpr int kSubBlocks = 2;            // vector cores beside one cube core
 constexpr int kFlagIds = 16;             // cross-core flags of a core
+constexpr int kSyncAllFirst = 11, kSyncAllLast = 14;  // those that SyncAll uses
 constexpr int kFlagLimit = 15;           // sets that may be outstanding
 constexpr int kEventIds = 8;             // events of one pair of pipes
+constexpr int kFreeEventIds = 6;         // 6 and 7 are the system's and TPipe's, unless AllocEventID gave them
+constexpr int kCubePipeEvents = 3;       // M_MTE1 0 to 2, which TPipe sets on a cube core and waits for at its end
 
 struct Chip {
     std::string name;

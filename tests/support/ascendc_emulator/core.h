@@ -135,6 +135,7 @@ public:
     std::array<double, kPipes> drained{};
     std::array<uint32_t, kPipes> issued{};
     std::map<std::pair<int, int>, std::deque<Knowledge>> events;  // (pair of pipes, id)
+    std::map<std::pair<int, int>, bool> allocated_events;         // those that AllocEventID gave, by the same key
     std::array<std::deque<Knowledge>, kFlagIds> flags;            // cross-core flags, ready to be waited for
     std::array<std::deque<Knowledge>, kFlagIds> flags_set;        // reported by this core, not yet by its peers
     std::string instruction = "nothing";

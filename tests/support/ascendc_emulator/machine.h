@@ -5,20 +5,32 @@
 #include <deque>
 #include <exception>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "core.h"
 
 namespace ascendc_emulator {
 
+// When a flag that several cores set counts as set: once each of them has set it, as the documentation says, or after as
+// many sets as there are cores, whichever they come from. A kernel must be right either way.
+enum class FlagCounting { every_core, arrivals };
+
+inline FlagCounting counting_named(const std::string &name) {
+    require(name == "every-core" || name == "arrivals", "bad-parameter", "flags are counted by every-core or arrivals, not by " + name);
+    return name == "arrivals" ? FlagCounting::arrivals : FlagCounting::every_core;
+}
+
 class Machine {
 public:
     explicit Machine(Chip chip) : chip(std::move(chip)) {}
 
     Chip chip;
+    FlagCounting flags = FlagCounting::every_core;
     std::vector<std::unique_ptr<Core>> cores;
     std::deque<GlobalBuffer> buffers;
     AscendC::KernelType type = AscendC::KERNEL_TYPE_MIX_AIC_1_2;
@@ -40,6 +52,7 @@ public:
         finished.assign(count, false);
         failure = nullptr;
         running = 0;
+        arrived.clear();
         std::vector<std::thread> threads;
         for (size_t i = 0; i < count; ++i) {
             threads.emplace_back([this, i, &kernel] { body(static_cast<int>(i), kernel); });
@@ -52,6 +65,8 @@ public:
     // --- cross-core flags -----------------------------------------------------------------------------------
     void set_flag(Core &from, int mode, int pipe, int flag) {
         require(flag < kFlagIds, "flag-misuse", from.label() + " sets flag " + text(static_cast<uint64_t>(flag)));
+        require(flag < kSyncAllFirst || flag > kSyncAllLast, "flag-misuse",
+                from.label() + " sets flag " + text(static_cast<uint64_t>(flag)) + ", which belongs to SyncAll (11 to 14)");
         require(mode <= 2, "unsupported", "cross-core mode " + text(static_cast<uint64_t>(mode)));
         require(pipe != PIPE_S && pipe != PIPE_ALL, "flag-misuse", "CrossCoreSetFlag takes neither PIPE_S nor PIPE_ALL");
         require(type != AscendC::KERNEL_TYPE_AIV_ONLY, "flag-misuse",
@@ -65,7 +80,6 @@ public:
             }
             return;
         }
-        from.flags_set[flag].push_back(std::move(reached));
         std::vector<Core *> reporting, receiving;
         for (auto &core : cores) {
             const bool same_kind = core->kind == from.kind, same_group = core->group == from.group;
@@ -74,6 +88,17 @@ public:
                 receiving.push_back(core.get());
             }
         }
+        if (flags == FlagCounting::arrivals) {
+            std::vector<Knowledge> &sets = arrived[{mode, flag, mode == 0 ? -1 : from.group, from.is_cube()}];
+            sets.push_back(std::move(reached));
+            if (sets.size() < reporting.size()) return;
+            Knowledge all = sets.front();
+            for (const Knowledge &one : sets) all.join(one);
+            sets.clear();
+            for (Core *core : receiving) deliver(*core, flag, all);
+            return;
+        }
+        from.flags_set[flag].push_back(std::move(reached));
         for (Core *core : reporting) {
             if (core->flags_set[flag].empty()) return;
         }
@@ -261,6 +286,7 @@ private:
     std::vector<bool> finished;
     std::exception_ptr failure;
     int running = 0;
+    std::map<std::tuple<int, int, int, bool>, std::vector<Knowledge>> arrived;  // (mode, flag, group or -1, cube)
 };
 
 inline thread_local Core *running_core = nullptr;

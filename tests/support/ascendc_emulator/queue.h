@@ -2,6 +2,7 @@
 #pragma once
 
 #include <deque>
+#include <exception>
 #include <map>
 #include <string>
 #include <vector>
@@ -163,18 +164,25 @@ private:
 
 class TPipe {
 public:
-    TPipe() { reset_memories(); }
+    // On a cube core the pipe sets three events for its own use and waits for them at its end.
+    TPipe() {
+        reset_memories();
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        for (int id = 0; core.is_cube() && id < ascendc_emulator::kCubePipeEvents; ++id) SetFlag<HardEvent::M_MTE1>(id);
+    }
+    ~TPipe() noexcept(false) {
+        if (std::uncaught_exceptions() > exceptions_) return;
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        for (int id = 0; core.is_cube() && id < ascendc_emulator::kCubePipeEvents; ++id) WaitFlag<HardEvent::M_MTE1>(id);
+    }
     TPipe(const TPipe &) = delete;
     TPipe &operator=(const TPipe &) = delete;
 
     template <TPosition position, int32_t depth, auto mask>
     bool InitBuffer(TQue<position, depth, mask> &queue, uint8_t count, uint32_t bytes) {
         ascendc_emulator::Core &core = ascendc_emulator::current_core();
-        int &events = events_[{producer_pipe<position>(), consumer_pipe<position>()}];
-        events += count;
-        ascendc_emulator::require(events <= ascendc_emulator::kEventIds, "flag-misuse",
-                                  core.label() + ": queues from " + ascendc_emulator::pipe_name(producer_pipe<position>()) +
-                                      " need more than 8 events");
+        claim_events(core, producer_pipe<position>(), consumer_pipe<position>(), count);
+        claim_events(core, consumer_pipe<position>(), producer_pipe<position>(), count);
         for (uint8_t i = 0; i < count; ++i) queue.add(core, take(core, position, bytes), bytes);
         return true;
     }
@@ -195,19 +203,23 @@ public:
 
     template <HardEvent event>
     TEventID AllocEventID() {
-        auto &used = taken_[static_cast<int>(event)];
-        for (int id = ascendc_emulator::kEventIds - 1; id >= 0; --id) {
-            if (!(used & (1u << id))) {
-                used |= 1u << id;
-                return static_cast<TEventID>(id);
-            }
-        }
-        throw ascendc_emulator::Fault("flag-misuse", "no event left of the 8 of this pair of pipes");
+        using namespace ascendc_emulator;
+        Core &core = current_core();
+        const int from = static_cast<int>(event) / 10, to = static_cast<int>(event) % 10, key = static_cast<int>(event);
+        claim_events(core, from, to, 1);
+        int id = kept_events(core, from, to);
+        while (core.allocated_events[{key, id}]) ++id;
+        core.allocated_events[{key, id}] = true;
+        return static_cast<TEventID>(id);
     }
 
     template <HardEvent event>
     void ReleaseEventID(TEventID id) {
-        taken_[static_cast<int>(event)] &= ~(1u << id);
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        bool &allocated = core.allocated_events[{static_cast<int>(event), id}];
+        ascendc_emulator::require(allocated, "flag-misuse", core.label() + " releases an event that it was not given");
+        allocated = false;
+        --events_[{static_cast<int>(event) / 10, static_cast<int>(event) % 10}];
     }
 
 private:
@@ -233,8 +245,24 @@ private:
         return offset;
     }
 
+    // Events of a pair of pipes that the pipe keeps for itself.
+    static int kept_events(const ascendc_emulator::Core &core, int from, int to) {
+        return core.is_cube() && from == PIPE_M && to == PIPE_MTE1 ? ascendc_emulator::kCubePipeEvents : 0;
+    }
+
+    // A queue takes an event each way for every buffer: filled, and free again.
+    void claim_events(const ascendc_emulator::Core &core, int from, int to, int count) {
+        using namespace ascendc_emulator;
+        int &events = events_[{from, to}];
+        events += count;
+        const int kept = kept_events(core, from, to);
+        require(events + kept <= kEventIds, "flag-misuse",
+                core.label() + ": " + std::to_string(events) + " events from " + pipe_name(from) + " to " + pipe_name(to) + " beside " +
+                    std::to_string(kept) + " that the pipe keeps for itself, and there are 8");
+    }
+
     std::map<std::pair<int, int>, int> events_;
-    std::map<int, uint32_t> taken_;
+    const int exceptions_ = std::uncaught_exceptions();
 };
 
 }  // namespace AscendC

@@ -82,6 +82,7 @@ public:
         using namespace ascendc_emulator;
         Core &core = current_core();
         core.issue(PIPE_S, "LocalTensor.GetValue", PathCost::scalar_load, 0);
+        require_aligned(core, sizeof(T));
         T value;
         std::memcpy(&value, at(core, element * static_cast<uint32_t>(sizeof(T)), sizeof(T), Direction::read), sizeof(T));
         return value;
@@ -91,6 +92,7 @@ public:
         using namespace ascendc_emulator;
         Core &core = current_core();
         core.issue(PIPE_S, "LocalTensor.SetValue", PathCost::scalar_load, 0);
+        require_aligned(core, sizeof(T));
         std::memcpy(at(core, element * static_cast<uint32_t>(sizeof(T)), sizeof(T), Direction::write), &value, sizeof(T));
     }
 

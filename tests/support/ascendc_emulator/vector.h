@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <limits>
 #include <tuple>
 #include <type_traits>
 
@@ -191,11 +192,20 @@ T smaller(T a, T b) {
     return b < a ? b : a;
 }
 
+[[noreturn]] inline void refuse_overflow() {
+    throw ascendc_emulator::Fault("integer-overflow", ascendc_emulator::current_core().where() +
+                                                          " leaves the range of its lanes: whether they wrap or saturate is not documented");
+}
+
 // Integer arithmetic in the width of the lane, without C++'s promotions.
 template <class T, class F>
 T in_lane(F f, T a, T b) {
     if constexpr (std::is_integral_v<T>) {
-        return static_cast<T>(f(static_cast<int64_t>(a), static_cast<int64_t>(b)));
+        const int64_t exact = f(static_cast<int64_t>(a), static_cast<int64_t>(b));
+        if (exact < static_cast<int64_t>(std::numeric_limits<T>::min()) || exact > static_cast<int64_t>(std::numeric_limits<T>::max())) {
+            refuse_overflow();
+        }
+        return static_cast<T>(exact);
     } else {
         return static_cast<T>(f(a, b));
     }
@@ -247,9 +257,17 @@ struct BitOr {
         return static_cast<T>(a | b);
     }
 };
+[[noreturn]] inline void refuse_signed_shift() {
+    throw ascendc_emulator::Fault("signed-shift", ascendc_emulator::current_core().where() +
+                                                      " shifts signed lanes left: documented to keep the sign bit, measured not to;"
+                                                      " shift them as uint16_t");
+}
 struct LeftShift {
     template <class T>
-    T operator()(T a, T by) const { return static_cast<T>(static_cast<uint64_t>(a) << by); }
+    T operator()(T a, T by) const {
+        if constexpr (std::is_signed_v<T>) refuse_signed_shift();
+        return static_cast<T>(static_cast<uint64_t>(a) << by);
+    }
 };
 struct RightShift {  // arithmetic on signed lanes, logical on unsigned ones
     template <class T>
@@ -424,8 +442,9 @@ void WholeReduceMax(const LocalTensor<T> &dst, const LocalTensor<T> &src, const 
     require(order == ReduceOrder::ORDER_ONLY_VALUE, "unsupported", "WholeReduceMax with indices");
     if (repeatTime == 0) return;
     vector_detail::check_shape(current_core(), static_cast<uint64_t>(mask), kRepeatBytes / sizeof(T), static_cast<uint32_t>(repeatTime));
-    src.require_aligned(current_core());
     Core &core = vector_detail::begin("WholeReduceMax", VectorCost::reduce_repeat, static_cast<uint32_t>(repeatTime), src);
+    dst.require_in(core, core.ub);
+    dst.require_aligned(core, sizeof(T));  // the one result that need not start a DataBlock
     const vector_detail::Operand<T> operand{src, static_cast<uint32_t>(srcBlkStride), static_cast<uint32_t>(srcRepStride)};
     std::array<T, vector_detail::kMaxLanes> values;
     for (int32_t repeat = 0; repeat < repeatTime; ++repeat) {

@@ -1,0 +1,149 @@
+"""The NPU operators' host code, run on a CPU over stand-ins for acl and torch_npu: streams, limits, and errors.
+
+Each test runs in a process of its own, since the operators' CPU implementation here is not the one of test_backend.py.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, SOURCES, build
+from .test_backend import build_schemas, link_flags, torch_flags
+
+Libraries = tuple[Path, Path]
+"""The schemas, and the host code over the stand-ins."""
+
+HEADERS = ROOT / "tests" / "support" / "ascend_host"
+
+PRELUDE = """
+import sys
+import torch
+for library in sys.argv[1:]:
+    torch.ops.load_library(library)
+operators, host = torch.ops.qwen3_fp8_ascend, torch.ops.ascend_host_test
+TILES, K = 64, 512
+packed = torch.zeros(TILES, K // 128, 16384, dtype=torch.uint8)
+scale, spans = torch.ones(TILES, K // 128, 8), torch.zeros(TILES, 8, dtype=torch.int32)
+weight = (packed, scale, spans)
+
+def calls():
+    return [line for line in host.log() if "stream" not in line]
+
+def every_operator():
+    operators.ascendc_group_quantize(torch.ones(100, K))
+    operators.ascendc_block_dequantize(*weight, TILES * 128, K, torch.float16)
+    operators.ascendc_block_linear(torch.ones(4, K), *weight, None, TILES * 128, True)
+    operators.ascendc_block_gemv(torch.ones(1, K), *weight, None, TILES * 128, True)
+
+def error_of(function, *arguments):
+    try:
+        function(*arguments)
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("no error")
+"""
+
+
+@pytest.fixture(scope="session")
+def host_libraries() -> Libraries:
+    flags = (*torch_flags(), "-Wall", "-Wextra", "-Werror", "-O0", "-fPIC", "-shared", *link_flags())
+    source = Path(__file__).parent / "host_on_cpu.cpp"
+    depends = [SOURCES / "host" / "torch_ops.cpp", *sorted(HEADERS.rglob("*.h"))]
+    return build_schemas(), build("host.so", [source], flags=flags, include=(HEADERS, SOURCES), depends=depends)
+
+
+def run(libraries: Libraries, script: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    command = [sys.executable, "-c", PRELUDE + script, *map(str, libraries)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def test_blocks_stay_within_the_cores_that_a_stream_may_use(host_libraries: Libraries) -> None:
+    run(
+        host_libraries,
+        """
+every_operator()
+assert calls() == ["group_quantize 40", "block_dequantize 40", "block_linear 20", "block_gemv 40"]
+host.set("stream_cube", 6)
+host.set("stream_vector", 9)
+every_operator()
+assert calls() == ["group_quantize 9", "block_dequantize 9", "block_linear 4", "block_gemv 9"]
+host.set("stream_cube", 3)
+every_operator()
+assert calls() == ["group_quantize 9", "block_dequantize 9", "block_linear 3", "block_gemv 9"]
+host.set("stream_vector", 1)
+linear = operators.ascendc_block_linear, torch.ones(4, K), *weight, None, TILES * 128, True
+assert "1 cube core and 2 vector cores, the stream may use 3 and 1" in error_of(*linear)
+host.set("stream_vector", 0)
+assert "raise its limit (aclrtSetStreamResLimit)" in error_of(*linear)
+host.set("limit_error", 507000)
+assert "how many cores the stream may use (aclrtGetStreamResLimit): error 507000" in error_of(*linear)
+assert calls() == []
+""",
+    )
+
+
+def test_a_launch_that_fails_raises_and_one_that_does_not_is_not_blamed(host_libraries: Libraries) -> None:
+    run(
+        host_libraries,
+        """
+host.set("last_error", 107003)  # of an earlier call on this thread
+every_operator()
+assert len(calls()) == 4
+host.set("launch_error", 507015)
+for function, arguments in (
+    (operators.ascendc_group_quantize, (torch.ones(1, K),)),
+    (operators.ascendc_block_dequantize, (*weight, TILES * 128, K, torch.float16)),
+    (operators.ascendc_block_linear, (torch.ones(4, K), *weight, None, TILES * 128, True)),
+    (operators.ascendc_block_gemv, (torch.ones(1, K), *weight, None, TILES * 128, True)),
+):
+    message = error_of(function, *arguments)
+    assert "ret=507015" in message and "qwen3_fp8_" in message, message
+host.set("launch_error", 0)
+every_operator()
+""",
+    )
+
+
+def test_the_stream_is_that_of_the_tensors_device(host_libraries: Libraries) -> None:
+    run(
+        host_libraries,
+        """
+host.log()
+every_operator()
+streams = [line for line in host.log() if "stream" in line]
+assert streams == ["stream of the tensor's device"] * 4, streams
+""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("chip", "complaint"),
+    [("", "does not tell which chip this NPU is (aclrtGetSocName)"), ("Ascend310P3", "this NPU is Ascend310P3")],
+    ids=["no name", "another chip"],
+)
+def test_a_chip_that_the_kernels_do_not_know_is_refused(host_libraries: Libraries, chip: str, complaint: str) -> None:
+    run(
+        host_libraries,
+        f"host.set_chip({chip!r})\nassert {complaint!r} in error_of(every_operator)\nassert calls() == []\n",
+    )
+
+
+def test_a_bias_is_in_the_dtype_of_x_or_in_fp32(host_libraries: Libraries) -> None:
+    run(
+        host_libraries,
+        """
+x = torch.ones(2, K, dtype=torch.bfloat16)
+for dtype in (torch.bfloat16, torch.float32):
+    operators.ascendc_block_linear(x, *weight, torch.ones(TILES * 128, dtype=dtype), TILES * 128, True)
+assert len(calls()) == 2
+half = torch.ones(TILES * 128, dtype=torch.float16)
+assert "in BFloat16 or float32" in error_of(operators.ascendc_block_linear, x, *weight, half, TILES * 128, True)
+""",
+    )
