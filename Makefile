@@ -69,4 +69,4 @@ wheel: venv  ## a wheel in dist/
 clean:
 	rm -rf build dist *.egg-info qwen3_fp8_ascend/*.so
 
-include triton.mk ascendc.mk vllm_ascend.mk torch_versions.mk
+include triton.mk ascendc.mk vllm_ascend.mk torch_versions.mk aarch64.mk
