@@ -59,9 +59,22 @@ def missing_npu() -> str | None:
     if name is None:
         return "torch_npu sees no NPU"
     if generation_of(name) is None:
-        known = ", ".join(f"{g.machines}: {'/'.join(g.names)}*" for g in GENERATIONS)
-        return f"this NPU is {name}; supported are {known}"
+        return f"this NPU is {name}, on which block FP8 has no path; there is one on {known_chips()}"
     return None
+
+
+def known_chips() -> str:
+    """The chips that block FP8 is written for, by the names torch_npu gives them."""
+    return ", ".join(f"{g.machines} = {' or '.join(f'{name}*' for name in g.names)}" for g in reversed(GENERATIONS))
+
+
+def chip_without_path() -> str | None:
+    """The name of an NPU that can be used but that block FP8 is not written for, or None."""
+    try:
+        name = device_name()
+    except (ImportError, OSError, RuntimeError):
+        return None
+    return name if name is not None and generation_of(name) is None else None
 
 
 def current_generation() -> Generation | None:
