@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -320,10 +321,11 @@ def render(report: Report, console: Console) -> None:
         for number, (which, how) in enumerate(rows.items()):
             table.add_row(*((device, chosen["backend"] or "none") if number == 0 else ("", "")), which, escape(how))
     console.print(table)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)  # a command on two lines cannot be copied
     for what, fix in report.problems:
-        console.print(f"[bold red]problem[/] {escape(what)}\n  what to do: {escape(fix)}", highlight=False)
+        say(f"[bold red]problem[/] {escape(what)}\n  what to do: {escape(fix)}", highlight=False, soft_wrap=True)
     for what, fix in report.notes:
-        console.print(f"[bold yellow]note[/] {escape(what)}\n  what to do: {escape(fix)}", highlight=False)
+        say(f"[bold yellow]note[/] {escape(what)}\n  what to do: {escape(fix)}", highlight=False, soft_wrap=True)
     if report.next:
         what = "for a machine with an NPU" if report.without_npu else "to serve block FP8"
-        console.print(f"[bold green]ready[/] {what}; next: {escape(report.next)}", highlight=False)
+        say(f"[bold green]ready[/] {what}; next: {escape(report.next)}")

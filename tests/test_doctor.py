@@ -1,23 +1,20 @@
 """What `doctor` reads from an Ascend machine's files, and what it says would serve."""
 
-import dataclasses
-import io
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from qwen3_fp8_ascend import doctor
-from qwen3_fp8_ascend.backends import ascendc, registry, soc, triton
+from qwen3_fp8_ascend.backends import ascendc, registry, soc
 from qwen3_fp8_ascend.vllm_plugin import versions
+from tests.support.ascend_machine import Machine, rendered
 
 
 @pytest.mark.parametrize("folder", ["", "{arch}-linux"])
@@ -63,74 +60,22 @@ def test_an_npu_that_nothing_serves_is_a_problem(monkeypatch: pytest.MonkeyPatch
     assert any("NPU" in what for what, _ in report.problems)
 
 
-VERSIONS = {
-    "torch": "2.10.0+cpu",
-    "vllm": "0.30.0+empty",
-    "vllm-ascend": "0.30.0rc2",
-    "torch-npu": "2.10.0.post4",
-    "triton-ascend": "3.2.2",
-}
-
-Machine = Callable[..., doctor.Report]
+Examine = Callable[..., doctor.Report]
 
 
 @pytest.fixture
-def ascend_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """A machine with an NPU as the packages and files tell of it: `ascend_machine(chip, backends, **versions)`.
+def ascend_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Examine:
+    """What `doctor` finds on a machine: the arguments are those of `Machine`, and `without_npu`."""
 
-    The Ascend C kernels are built if their backend is usable. `devices`, `cann` and `image` are the number of
-    /dev/davinci*, the version of CANN (None: its set_env.sh was not sourced), and the chip of this vLLM-Ascend.
-    """
+    def examine(*arguments: Any, without_npu: bool = False, **more: Any) -> doctor.Report:
+        return Machine(*arguments, **more).examine(tmp_path, monkeypatch, without_npu)
 
-    def examine(
-        chip: str | None,
-        usable: tuple[str, ...],
-        devices: int = 1,
-        cann: str | None = "9.1.0",
-        image: str | None = None,
-        without_npu: bool = False,
-        **changes: str | None,
-    ) -> doctor.Report:
-        monkeypatch.setattr(ascendc, "LIBRARY", tmp_path / ascendc.LIBRARY.name)
-        if "ascendc" in usable:
-            ascendc.LIBRARY.touch()
-        for number in range(devices):
-            (tmp_path / f"davinci{number}").touch()
-        monkeypatch.setattr(doctor, "DEVICES", tmp_path)
-        monkeypatch.setattr(triton, "_current_device_type", lambda: "npu")
-        monkeypatch.setattr(doctor, "_vllm_ascend_chip", lambda: image)
-        npu = SimpleNamespace(is_available=lambda: chip is not None, get_device_name=lambda: chip)
-        monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(npu=npu, __spec__=SimpleNamespace()))
-        soc.device_name.cache_clear()
-        found = VERSIONS | {name.replace("_", "-"): version for name, version in changes.items()}
-        for module in (doctor, versions):
-            monkeypatch.setattr(module, "installed_version", found.get)
-        toolkit = tmp_path / f"{platform.machine()}-linux"
-        toolkit.mkdir(exist_ok=True)
-        (toolkit / "ascend_toolkit_install.info").write_text(f"version={cann}\n")
-        if cann is None:
-            monkeypatch.delenv("ASCEND_HOME_PATH", raising=False)
-        else:
-            monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
-        (tmp_path / "version.info").write_text("Version=25.5.0\n")
-        monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version.info")
-        for name in ("ascendc", "triton", "torch_npu"):
-            reason = soc.missing_npu() or (None if name in usable else "not on this machine")
-            backend = dataclasses.replace(registry.load_backend(name), unusable=lambda reason=reason: reason)
-            monkeypatch.setitem(registry.LOADED, name, backend)
-        registry.select_backend.cache_clear()
-        return doctor.examine(without_npu)
-
-    yield examine
-    soc.device_name.cache_clear()
-    registry.select_backend.cache_clear()
+    return examine
 
 
 def both_forms(report: doctor.Report) -> tuple[str, dict[str, Any]]:
     """What people and what programs are told."""
-    console = Console(file=io.StringIO(), width=250)
-    doctor.render(report, console)
-    return console.file.getvalue(), json.loads(json.dumps(report.to_dict()))  # type: ignore[attr-defined]
+    return rendered(report), json.loads(json.dumps(report.to_dict()))
 
 
 FUSED = "fused kernel: decoded on vector cores, multiplied by the cube"
@@ -148,7 +93,7 @@ NATIVE = "npu_dynamic_block_quant, npu_quant_matmul with 1x128 and 128x128 scale
     ],
 )
 def test_an_ascend_machine(
-    ascend_machine: Machine, chip: str, machines: str, usable: tuple[str, ...],
+    ascend_machine: Examine, chip: str, machines: str, usable: tuple[str, ...],
     w8a8: str, w8a16: str,
 ) -> None:  # fmt: skip
     """CANN, driver, SoC, torch-npu, vLLM-Ascend, and which backend takes which number of rows."""
@@ -181,7 +126,7 @@ def test_an_ascend_machine(
     ids=["not in the container", "set_env.sh", "taken", "310P", "910A"],
 )
 def test_an_ascend_machine_without_a_usable_npu(
-    ascend_machine: Machine, chip: str | None, found: dict[str, Any], reason: str, fix: str
+    ascend_machine: Examine, chip: str | None, found: dict[str, Any], reason: str, fix: str
 ) -> None:
     """The first obstacle is named, with what removes that one and not another."""
     text, facts = both_forms(ascend_machine(chip, (), **found))
@@ -195,7 +140,7 @@ def test_an_ascend_machine_without_a_usable_npu(
 
 
 def test_a_ready_ascend_machine_is_told_what_to_type_next(
-    ascend_machine: Machine, monkeypatch: pytest.MonkeyPatch
+    ascend_machine: Examine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_vllm_problems", lambda packages: [])  # the plugin may not be installed here
     text, facts = both_forms(ascend_machine("Ascend910B3", ("ascendc",), image="A2"))
@@ -206,7 +151,7 @@ def test_a_ready_ascend_machine_is_told_what_to_type_next(
 
 
 @pytest.mark.parametrize("chip", ["Ascend910B3", "Ascend910_9392"])
-def test_a_machine_that_serves_without_the_ascend_c_kernels_is_told(ascend_machine: Machine, chip: str) -> None:
+def test_a_machine_that_serves_without_the_ascend_c_kernels_is_told(ascend_machine: Examine, chip: str) -> None:
     """It works, with the second choice: a note, no problem."""
     text, facts = both_forms(ascend_machine(chip, ("triton",)))
     ((what, fix),) = facts["notes"]
@@ -216,12 +161,12 @@ def test_a_machine_that_serves_without_the_ascend_c_kernels_is_told(ascend_machi
     assert not any("kernels" in problem for problem, _ in facts["problems"])
 
 
-def test_ascend_950_needs_no_ascend_c_kernels(ascend_machine: Machine) -> None:
+def test_ascend_950_needs_no_ascend_c_kernels(ascend_machine: Examine) -> None:
     assert ascend_machine("Ascend950PR_9589", ("torch_npu", "triton")).notes == []
 
 
 @pytest.mark.parametrize(("image", "problem"), [("A3", True), ("A2", False), (None, False), ("_310P", False)])
-def test_an_image_for_another_chip(ascend_machine: Machine, image: str | None, problem: bool) -> None:
+def test_an_image_for_another_chip(ascend_machine: Examine, image: str | None, problem: bool) -> None:
     report = ascend_machine("Ascend910B3", ("ascendc",), image=image)
     said = [(what, fix) for what, fix in report.problems if "was built for" in what]
     assert bool(said) == problem
@@ -243,12 +188,12 @@ def test_what_vllm_ascend_was_built_for_is_read_not_imported(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("cann", "old"), [("8.2.RC1", True), ("8.5.0", False), ("9.2.0_20260930220649", False), ("master", False)]
 )
-def test_a_cann_that_is_too_old(ascend_machine: Machine, cann: str, old: bool) -> None:
+def test_a_cann_that_is_too_old(ascend_machine: Examine, cann: str, old: bool) -> None:
     report = ascend_machine("Ascend910B3", ("ascendc",), cann=cann)
     assert any(f"CANN {cann} is older than 8.5" in what for what, _ in report.problems) == old
 
 
-def test_while_an_image_is_built(ascend_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_while_an_image_is_built(ascend_machine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
     """No NPU and no driver is what is expected then; missing kernels, or a wrong pair, are told all the same."""
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     monkeypatch.setattr(doctor, "_vllm_problems", lambda packages: [])
@@ -258,19 +203,19 @@ def test_while_an_image_is_built(ascend_machine: Machine, monkeypatch: pytest.Mo
     ascendc.LIBRARY.unlink()
     report = ascend_machine(None, (), devices=0, image="A2", without_npu=True)
     assert [what for what, _ in report.notes] == ["A2 is served by triton at most: the Ascend C kernels are not built"]
-    report = ascend_machine(None, ("ascendc",), devices=0, without_npu=True, torch_npu="2.9.0")
+    report = ascend_machine(None, ("ascendc",), devices=0, without_npu=True, versions={"torch-npu": "2.9.0"})
     assert any("torch-npu 2.9.0 is beside torch" in what for what, _ in report.problems) and report.next is None
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"torch_npu": "2.9.0"}, "torch-npu 2.9.0 is beside torch 2.10.0+cpu"),
-        ({"vllm_ascend": "0.29.0rc1"}, "vLLM 0.30.0 with vLLM-Ascend 0.29.0rc1 was not tested"),
+        ({"torch-npu": "2.9.0"}, "torch-npu 2.9.0 is beside torch 2.10.0+cpu"),
+        ({"vllm-ascend": "0.29.0rc1"}, "vLLM 0.30.0 with vLLM-Ascend 0.29.0rc1 was not tested"),
     ],
 )
-def test_versions_that_do_not_go_together(ascend_machine: Machine, changes: dict[str, str], said: str) -> None:
-    report = ascend_machine("Ascend910B3", ("ascendc",), **changes)
+def test_versions_that_do_not_go_together(ascend_machine: Examine, changes: dict[str, str], said: str) -> None:
+    report = ascend_machine("Ascend910B3", ("ascendc",), versions=changes)
     assert any(said in what for what, _ in report.problems), report.problems
 
 
