@@ -118,7 +118,7 @@ def test_installing_changes_none_of_the_packages_that_are_there(wheel: Path, tmp
 
     def pip(*arguments: str) -> str:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), *arguments]
-        settings = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
+        settings = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "PYTHONPATH"))}
         settings["PIP_CONFIG_FILE"] = os.devnull
         done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -145,7 +145,8 @@ def install(python: Path, what: Path, **variables: str) -> subprocess.CompletedP
     """What the README says to type, for that environment."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install"]
     command = [*pip, "--no-build-isolation", "--no-deps", "--force-reinstall", str(what)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it is no part of `python`
+    return subprocess.run(command, capture_output=True, text=True, env=kept | variables, check=False)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

