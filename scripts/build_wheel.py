@@ -55,7 +55,8 @@ def build(folder: Path, architecture: str) -> Path:
     variables = {}
     if architecture != platform.machine():
         command.append(f"--config-settings=--build-option=--plat-name=linux_{architecture}")
-        variables["LDFLAGS"] = f"{os.environ.get('LDFLAGS', '')} -L{stand_in_for_torch(folder.with_name('torch'))}"
+        stand_in = stand_in_for_torch(folder.with_name("torch"))
+        variables["LDFLAGS"] = f"{os.environ.get('LDFLAGS', '')} -L{stand_in} -Wl,--no-as-needed"
     run([*command, str(ROOT)], **variables)
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -90,11 +91,15 @@ def check(wheel: Path, architecture: str) -> str:
         SystemExit: it lacks the kernels, holds somebody else's library, or its tag is not what it should be.
     """
     with zipfile.ZipFile(wheel) as archive:
-        libraries = {Path(name).name for name in archive.namelist() if ".so" in Path(name).name}
+        paths = {Path(name).name: name for name in archive.namelist() if ".so" in Path(name).name}
+        kernels = archive.read(paths["_cpu.so"]) if "_cpu.so" in paths else b""
+    libraries = set(paths)
     if strangers := libraries - set(LIBRARIES):
         fail(f"{wheel.name} would hold libraries that are not this project's: {', '.join(sorted(strangers))}")
     if "_cpu.so" not in libraries:
         fail(f"{wheel.name} holds no CPU kernels")
+    if b"\0libtorch_cpu.so\0" not in kernels:
+        fail(f"the library in {wheel.name} does not name libtorch_cpu.so as one that it needs: it would not load")
     if "-py3-none-manylinux_2_" not in wheel.name or not wheel.name.endswith(f"_{architecture}.whl"):
         fail(f"{wheel.name} is not tagged as a manylinux wheel for {architecture} and every Python 3")
     held = [what for name, what in LIBRARIES.items() if name in libraries]

@@ -78,26 +78,26 @@ def test_it_installs_and_computes_where_there_is_no_compiler(made: tuple[Path, s
     assert done.returncode == 0, done.stderr
 
 
+NEEDS = b"\0libtorch_cpu.so\0"
+
+
 @pytest.mark.parametrize(
-    ("name", "files", "said"),
+    ("name", "files", "content", "said"),
     [
-        (
-            "manylinux_2_34_x86_64",
-            {"q/_cpu.so", "q.libs/libtorch_cpu-1a2b.so"},
-            "not this project's: libtorch_cpu-1a2b.so",
-        ),
-        ("manylinux_2_34_x86_64", {"q/ops.py"}, "holds no CPU kernels"),
-        ("linux_x86_64", {"q/_cpu.so"}, "not tagged as a manylinux wheel for x86_64"),
-        ("manylinux_2_34_aarch64", {"q/_cpu.so"}, "not tagged as a manylinux wheel for x86_64"),
+        ("manylinux_2_34_x86_64", {"q/_cpu.so", "q.libs/libc10-1a.so"}, NEEDS, "not this project's: libc10-1a.so"),
+        ("manylinux_2_34_x86_64", {"q/ops.py"}, NEEDS, "holds no CPU kernels"),
+        ("manylinux_2_34_x86_64", {"q/_cpu.so"}, b"\0libc.so.6\0", "does not name libtorch_cpu.so"),
+        ("linux_x86_64", {"q/_cpu.so"}, NEEDS, "not tagged as a manylinux wheel for x86_64"),
+        ("manylinux_2_34_aarch64", {"q/_cpu.so"}, NEEDS, "not tagged as a manylinux wheel for x86_64"),
     ],
 )
 def test_a_wheel_that_is_not_as_it_should_be_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, files: set[str], said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, files: set[str], content: bytes, said: str
 ) -> None:
     wheel = tmp_path / f"q-1-py3-none-{name}.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         for file in files:
-            archive.writestr(file, b"")
+            archive.writestr(file, content)
     with pytest.raises(SystemExit):
         build_wheel.check(wheel, "x86_64")
     assert said in capsys.readouterr().err
