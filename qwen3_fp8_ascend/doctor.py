@@ -55,9 +55,8 @@ def examine(without_npu: bool = False) -> Report:
     without_npu: an absent NPU or driver is no problem, as while an image is built for machines that have them.
     """
     if without_npu:
-        os.environ.setdefault(
-            "TORCH_DEVICE_BACKEND_AUTOLOAD", "0"
-        )  # torch would load torch_npu, which needs the driver
+        # torch would load torch_npu by itself, and torch_npu needs the driver.
+        os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     packages = {name: installed_version(name) for name in PACKAGES}
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
@@ -170,6 +169,7 @@ def _npu_problems(
     packages: dict[str, str | None], serving: dict[str, dict[str, Any]], devices: int, without_npu: bool
 ) -> list[tuple[str, str]]:
     from qwen3_fp8_ascend.backends import soc
+    from qwen3_fp8_ascend.vllm_plugin import versions
 
     problems = []
     torch_npu, torch = packages["torch-npu"], packages["torch"]
@@ -196,6 +196,14 @@ def _npu_problems(
     missing = soc.missing_npu()
     if packages["vllm-ascend"] and missing is not None and not without_npu:
         problems.append((f"vLLM-Ascend is installed, but no NPU can be used: {missing}", _way_to_an_npu(devices)))
+    if missing is None and not packages["vllm-ascend"]:
+        pairs = " or ".join(f"{ours} with vLLM {theirs}" for ours, theirs in versions.TESTED_VLLM_ASCEND.items())
+        problems.append(
+            (
+                "there is an NPU, but vLLM-Ascend is not installed, and vLLM uses an NPU through it alone",
+                f"start from its image (docs/npu.md), or install it: {pairs}",
+            )
+        )
     if "npu, w8a8" in serving and serving["npu, w8a8"]["backend"] is None:
         fix = f"build the Ascend C kernels ({BUILD_KERNELS}), or install triton-ascend"
         problems.append(("there is an NPU, but no backend serves block FP8 on it", fix))
@@ -323,9 +331,9 @@ def render(report: Report, console: Console) -> None:
     console.print(table)
     say = functools.partial(console.print, highlight=False, soft_wrap=True)  # a command on two lines cannot be copied
     for what, fix in report.problems:
-        say(f"[bold red]problem[/] {escape(what)}\n  what to do: {escape(fix)}", highlight=False, soft_wrap=True)
+        say(f"[bold red]problem[/] {escape(what)}\n  what to do: {escape(fix)}")
     for what, fix in report.notes:
-        say(f"[bold yellow]note[/] {escape(what)}\n  what to do: {escape(fix)}", highlight=False, soft_wrap=True)
+        say(f"[bold yellow]note[/] {escape(what)}\n  what to do: {escape(fix)}")
     if report.next:
         what = "for a machine with an NPU" if report.without_npu else "to serve block FP8"
         say(f"[bold green]ready[/] {what}; next: {escape(report.next)}")

@@ -20,8 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = {"_cpu.so": "the CPU kernels", "libqwen3_fp8_ascendc.so": "the NPU kernels"}
 TORCH = ("libtorch*", "libc10*", "libgomp*")
-CANN = ("libascend*", "libacl*", "libruntime*", "libhccl*", "libge_*", "libgraph*", "liberror_manager*", "libprofapi*")
-CANN += ("libmmpa*", "libc_sec*", "libplatform*", "libtiling_api*", "libregister*", "libunified_dlog*")
+CANN: tuple[str, ...] = ("libascend*", "libacl*", "libruntime*", "libhccl*", "libge_*", "libgraph*", "libregister*")
+CANN += ("liberror_manager*", "libprofapi*", "libmmpa*", "libc_sec*", "libplatform*", "libtiling_api*")
+CANN += ("libunified_dlog*",)
 """Left out: the process that loads our libraries has loaded these, or finds them by CANN's paths."""
 
 

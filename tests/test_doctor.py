@@ -174,6 +174,14 @@ def test_an_image_for_another_chip(ascend_machine: Examine, image: str | None, p
         assert said[0][0] == "vLLM-Ascend was built for A3, this NPU is Ascend910B3 (A2)" and "-a5" in said[0][1]
 
 
+def test_an_npu_without_vllm_ascend(ascend_machine: Examine) -> None:
+    """vLLM alone is installed as if all were well, and would not find the NPU."""
+    report = ascend_machine("Ascend910B3", ("ascendc",), versions={"vllm-ascend": None})
+    ((_, fix),) = [p for p in report.problems if "vLLM-Ascend is not installed" in p[0]]
+    assert all(f"{ours} with vLLM {theirs}" in fix for ours, theirs in versions.TESTED_VLLM_ASCEND.items())
+    assert report.next is None
+
+
 def test_what_vllm_ascend_was_built_for_is_read_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "vllm_ascend"
     package.mkdir()

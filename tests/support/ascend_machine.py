@@ -42,7 +42,7 @@ class Machine:
     devices: int = 1
     cann: str | None = "9.1.0"
     image: str | None = None
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str | None] = dataclasses.field(default_factory=dict)
 
     def examine(self, folder: Path, monkeypatch: pytest.MonkeyPatch, without_npu: bool = False) -> doctor.Report:
         """`folder` stands for /dev, CANN's and the driver's folders and the package's. Undone with `monkeypatch`."""
