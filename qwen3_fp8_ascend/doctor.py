@@ -92,7 +92,7 @@ def _torch_failure() -> str | None:
     """Why torch cannot be imported, or None. It loads torch_npu by itself, which fails without CANN."""
     try:
         importlib.import_module("torch")
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever a package that torch loads by itself raises
         reasons = [error, *([error.__cause__] if error.__cause__ else [])]
         return ": ".join(" ".join(str(reason).split()) for reason in reasons)
     return None
@@ -180,7 +180,12 @@ def _npu_problems(
                 "install the torch-npu that has torch's own version number",
             )
         )
-    cann = _cann_version(os.environ.get("ASCEND_HOME_PATH"))
+    home = os.environ.get("ASCEND_HOME_PATH")
+    if torch_npu and home and not Path(home).is_dir():
+        problems.append(
+            (f"ASCEND_HOME_PATH is {home}, which is no folder", "source the set_env.sh of a CANN that is here")
+        )
+    cann = _cann_version(home)
     numbers = re.match(r"(\d+)\.(\d+)", cann or "")
     if torch_npu and numbers and tuple(map(int, numbers.groups())) < OLDEST_CANN:
         oldest = ".".join(map(str, OLDEST_CANN))
@@ -283,6 +288,8 @@ def _cann(home: str | None) -> str:
     """Version and folder of the CANN toolkit that `set_env.sh` has chosen."""
     if not home:
         return "not found (ASCEND_HOME_PATH is not set: source CANN's set_env.sh)"
+    if not Path(home).is_dir():
+        return f"not found (ASCEND_HOME_PATH is {home}, which is no folder)"
     return f"{_cann_version(home) or f'unknown version (no {CANN_INFORMATION})'} in {home}"
 
 

@@ -30,6 +30,12 @@ def test_cann_that_says_nothing(tmp_path: Path) -> None:
     assert "set_env.sh" in doctor._cann(None)
 
 
+def test_cann_that_is_not_there(tmp_path: Path) -> None:
+    assert (
+        doctor._cann(str(tmp_path / "gone")) == f"not found (ASCEND_HOME_PATH is {tmp_path}/gone, which is no folder)"
+    )
+
+
 def test_driver_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "version.info"
     monkeypatch.setattr(doctor, "DRIVER", file)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from qwen3_fp8_ascend import provenance
 from qwen3_fp8_ascend.backends import ascendc, registry, soc, torch_npu, triton
 from qwen3_fp8_ascend.errors import BlockFp8Error
 
@@ -104,10 +106,39 @@ def test_which_backend_a_chip_has(monkeypatch: pytest.MonkeyPatch, chip: str) ->
             cache.cache_clear()
 
 
-def test_a_torch_npu_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [ImportError, OSError, RuntimeError, Exception])
+def test_a_torch_npu_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+    """torch_npu 2.13.0 raises a plain Exception where ASCEND_HOME_PATH names no folder."""
+
     def broken() -> None:
-        raise ImportError("libhccl.so:\n cannot open shared object file")
+        raise kind("libhccl.so:\n cannot open shared object file")
 
     monkeypatch.setattr(soc.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(soc, "device_name", broken)
     assert soc.missing_npu() == "torch_npu does not load: libhccl.so: cannot open shared object file"
+    assert soc.chip_without_path() is None
+    assert soc.current_generation() is None
+    assert provenance.npu_name() is None
+
+
+def test_the_first_failure_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As with the real torch_npu: a second import says `Rendezvous handler for parallel:// already registered`."""
+    package = tmp_path / "torch_npu"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import sys\n"
+        "if 'left_behind' in sys.modules: raise RuntimeError('already registered')\n"
+        "sys.modules['left_behind'] = sys\n"
+        "raise Exception('ASCEND_HOME_PATH does not exist')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("torch_npu", "left_behind"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(soc, "_failures", [])
+    soc.device_name.cache_clear()
+    try:
+        reasons = {soc.missing_npu() for _ in range(3)}
+    finally:
+        soc.device_name.cache_clear()
+        sys.modules.pop("left_behind", None)
+    assert reasons == {"torch_npu does not load: ASCEND_HOME_PATH does not exist"}
