@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 MODEL ?=
 
-.PHONY: help venv demo test test-fast test-long lint bench report wheel clean
+.PHONY: help venv demo test test-fast test-long lint bench report wheel wheel-aarch64 clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -63,8 +63,11 @@ bench: venv  ## CPU micro-benchmark: correctness, then interleaved medians again
 report: venv  ## the verification report in docs/, from docs/results/
 	$(PY) -m qwen3_fp8_ascend report docs/results --output docs
 
-wheel: venv  ## a wheel in dist/
-	$(PY) -m pip --disable-pip-version-check wheel -qq --no-build-isolation --no-deps --wheel-dir dist .
+wheel: venv  ## a wheel for this machine's architecture in dist/, with the manylinux tag that it holds
+	$(PY) scripts/build_wheel.py
+
+wheel-aarch64: venv  ## the same for AArch64 hosts (needs g++-aarch64-linux-gnu)
+	CC=aarch64-linux-gnu-gcc CXX=aarch64-linux-gnu-g++ $(PY) scripts/build_wheel.py
 
 clean:
 	rm -rf build dist *.egg-info qwen3_fp8_ascend/*.so

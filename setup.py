@@ -20,10 +20,17 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # pip does not look at pyproject.toml's bound in this mode
+    raise SetupError(
+        f"setuptools {setuptools.__version__} is too old to build qwen3-fp8-ascend.\n"
+        "  expected: setuptools 77 or newer\n  what to do: pip install 'setuptools>=77,<81' wheel"
+    )
+from setuptools.command.bdist_wheel import bdist_wheel
 
 sys.path.insert(0, str(Path(__file__).parent))  # build backends do not put the project's folder there
 from build_ascend import build_ascend_library, put_into_package
@@ -185,14 +192,19 @@ class BuildLibraries(build_ext):
                 extra_postargs=["-isystem", str(torch / "include"), *flags_of(source)],
                 depends=ext.depends,
             )
+        library = self.get_ext_fullpath(ext.name)
+        linked = os.path.join(self.build_temp, os.path.basename(library))
         compiler.link_shared_object(
             objects,
-            self.get_ext_fullpath(ext.name),
+            linked,
             libraries=["torch_cpu"],
             library_dirs=[str(torch / "lib")],
             debug=self.debug,
             target_lang="c++",
         )
+        self.mkpath(os.path.dirname(library))
+        shutil.copy2(linked, library + ".new")
+        os.replace(library + ".new", library)  # a linker that fails leaves an earlier library as it was
 
 
 class PlatformWheel(bdist_wheel):
@@ -203,6 +215,11 @@ class PlatformWheel(bdist_wheel):
         if is_cross_compiling() and not self.plat_name_supplied:
             tag = tag.replace(platform.machine().lower(), target_architecture())
         return "py3", "none", tag
+
+    def run(self) -> None:
+        # setuptools packs whatever lies there, also what an earlier version of the sources had and this one has not.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
 
 
 if __name__ == "__main__":  # tests/support/sanitizers imports the flags

