@@ -25,7 +25,7 @@ demo: venv  ## serve a block-FP8 model with vLLM and ask it three questions (MOD
 
 # Parts that need environments of their own run two at a time; then the main tests on several workers, file by file.
 # All parts run, whatever fails.
-TEST_PARTS := test-triton-ascend test-vllm-ascend test-triton lint
+TEST_PARTS := test-triton-ascend test-vllm-ascend test-aarch64 test-triton lint
 WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 PYTEST_WORKERS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
