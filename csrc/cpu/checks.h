@@ -32,7 +32,7 @@ inline void require_cpu(const torch::stable::Tensor& tensor, const char* name, s
 inline void require_memory(const torch::stable::Tensor& tensor, const char* name, std::int64_t extent) {
   if (extent == 0) return;
   std::int64_t bytes = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
   const std::int64_t size = static_cast<std::int64_t>(tensor.element_size());
   const std::int64_t needed = (tensor.storage_offset() + extent) * size;
   require(needed <= bytes, name, " needs ", needed, " bytes of memory, but its storage holds ", bytes);
