@@ -1,16 +1,22 @@
 """Builds the native libraries; everything else about the package is in pyproject.toml.
 
 A native library holds torch operators and nothing of Python: it uses torch's stable ABI only, so that one file
-serves every Python and every torch since 2.10. CXX, CXXFLAGS and LDFLAGS work as usual (sanitizers, debugging).
+serves every Python and every torch since 2.10. CXX, CXXFLAGS and LDFLAGS work as usual (sanitizers, debugging). A CXX
+that compiles for another architecture makes a wheel for that one, from the headers of the torch that is found
+(aarch64.mk does so).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -38,11 +44,15 @@ AVX512_FLAGS += ["-mfma", "-mf16c", "-mprefer-vector-width=512"]
 AVX512_FLAGS += ["-Wno-maybe-uninitialized"]  # g++ 12 warns of its own intrinsics (GCC bug 105593)
 
 ISA_FLAGS = {
-    "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512.cpp": AVX512_FLAGS,
-    "amx.cpp": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
+    "x86_64": {
+        "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512.cpp": AVX512_FLAGS,
+        "amx.cpp": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
+    },
+    "aarch64": {"neon.cpp": [], "neon_bf16.cpp": ["-march=armv8.2-a+bf16"]},
 }
-"""Files that need an instruction set of their own; what they define is called only where the processor has it."""
+"""Files of one architecture, and the instruction set that each needs; what they define is called only where the
+processor has it."""
 
 
 def native_libraries() -> list[Extension]:
@@ -51,13 +61,39 @@ def native_libraries() -> list[Extension]:
 
 
 def cpu_library() -> Extension:
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    sources = sorted(str(path) for path in CPU.glob("*.cpp") if x86 or path.name not in ISA_FLAGS)
+    sources = sorted(str(path) for path in CPU.glob("*.cpp") if is_compiled(path.name))
     return Extension("qwen3_fp8_ascend._cpu", sources, depends=sorted(str(path) for path in CPU.glob("*.h")))
 
 
+def is_compiled(name: str) -> bool:
+    """Whether a file of csrc/cpu is for every architecture or for the target's."""
+    return all(name not in files for machine, files in ISA_FLAGS.items() if machine != target_architecture())
+
+
 def flags_of(source: str) -> list[str]:
-    return [*COMMON_FLAGS, *ISA_FLAGS.get(Path(source).name, [])]
+    return [*COMMON_FLAGS, *ISA_FLAGS.get(target_architecture(), {}).get(Path(source).name, [])]
+
+
+def architecture_of(machine: str) -> str:
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine.lower(), machine.lower())
+
+
+def cxx() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+
+
+@functools.cache
+def target_architecture() -> str:
+    """What the C++ compiler compiles for; this machine's architecture if there is none or it does not say."""
+    try:
+        done = subprocess.run([*cxx(), "-dumpmachine"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return architecture_of(platform.machine())
+    return architecture_of(done.stdout.partition("-")[0])
+
+
+def is_cross_compiling() -> bool:
+    return target_architecture() != architecture_of(platform.machine())
 
 
 def torch_folder() -> Path:
@@ -107,6 +143,11 @@ class BuildLibraries(build_ext):
         torch = torch_folder()
         compiler = self.compiler
         require_compiler(compiler.compiler_so_cxx)
+        if is_cross_compiling():  # the flags that this Python was built with are those of its own architecture
+            compiler.set_executables(
+                compiler_so_cxx=[*cxx(), "-fPIC", *shlex.split(os.environ.get("CXXFLAGS", ""))],
+                linker_so_cxx=[*cxx(), "-shared", *shlex.split(os.environ.get("LDFLAGS", ""))],
+            )
         objects = []
         for source in ext.sources:
             objects += compiler.compile(
@@ -131,7 +172,10 @@ class PlatformWheel(bdist_wheel):
     """The wheel depends on the processor and the operating system, but on no Python version."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        tag = super().get_tag()[2]
+        if is_cross_compiling() and not self.plat_name_supplied:
+            tag = tag.replace(platform.machine().lower(), target_architecture())
+        return "py3", "none", tag
 
 
 if __name__ == "__main__":  # tests/support/sanitizers imports the flags

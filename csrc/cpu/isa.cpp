@@ -10,6 +10,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {
@@ -69,6 +72,22 @@ Isa detect() {
   return amx ? Isa::amx : Isa::avx512;
 }
 
+#elif defined(__aarch64__)
+
+// What -march=armv8.2-a+bf16 lets a compiler use. NEON itself belongs to AArch64.
+bool has_bf16() {
+#if defined(__linux__)
+  // Bit numbers are those of Linux's arch/arm64/include/uapi/asm/hwcap.h, which older headers lack.
+  constexpr unsigned long kArmv82 = 1ul << 7 /* CRC32 */ | 1ul << 8 /* ATOMICS */ | 1ul << 12 /* ASIMDRDM */;
+  constexpr unsigned long kBf16 = 1ul << 14;
+  return (getauxval(AT_HWCAP) & kArmv82) == kArmv82 && (getauxval(AT_HWCAP2) & kBf16) != 0;
+#else
+  return false;
+#endif
+}
+
+Isa detect() { return has_bf16() ? Isa::neon_bf16 : Isa::neon; }
+
 #else
 
 Isa detect() { return Isa::portable; }
@@ -97,6 +116,12 @@ const Kernels& kernels_of(Isa isa) {
     case Isa::amx: return kAmxKernels;
     case Isa::avx512: return kAvx512Kernels;
     case Isa::avx2: return kAvx2Kernels;
+    case Isa::portable: break;
+  }
+#elif defined(__aarch64__)
+  switch (isa) {
+    case Isa::neon_bf16: return kNeonBf16Kernels;
+    case Isa::neon: return kNeonKernels;
     case Isa::portable: break;
   }
 #else

@@ -5,8 +5,17 @@
 
 namespace qwen3_fp8_ascend::cpu {
 
-// Each level includes those before it.
+// The levels of this architecture; each includes those before it.
+#if defined(__x86_64__)
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
+constexpr Isa kHighestIsa = Isa::amx;
+#elif defined(__aarch64__)
+enum class Isa : int { portable = 0, neon = 1, neon_bf16 = 2 };
+constexpr Isa kHighestIsa = Isa::neon_bf16;
+#else
+enum class Isa : int { portable = 0 };
+constexpr Isa kHighestIsa = Isa::portable;
+#endif
 
 // The highest level that processor and operating system support.
 Isa best_isa();

@@ -30,7 +30,7 @@ struct Panel {
   std::int32_t first_row;
   std::int32_t rows;
   std::int32_t scale_row;
-  std::int32_t has_nan;  // whether any code is NaN, which AVX2 decodes on a slower path
+  std::int32_t has_nan;  // whether any code is NaN, which some kernels decode on a slower path
 };
 
 // How k is cut: into scale blocks, and those into chunks.
@@ -131,6 +131,9 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAmxKernels;
+#elif defined(__aarch64__)
+extern const Kernels kNeonKernels;
+extern const Kernels kNeonBf16Kernels;
 #endif
 
 }  // namespace qwen3_fp8_ascend::cpu

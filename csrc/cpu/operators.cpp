@@ -184,7 +184,7 @@ void cpu_set_isa(std::int64_t level) {
 }
 
 const Kernels& kernels_of_level(std::int64_t level) {
-  require(level >= 0 && level <= static_cast<std::int64_t>(Isa::amx), "there is no instruction set ", level);
+  require(level >= 0 && level <= static_cast<std::int64_t>(kHighestIsa), "there is no instruction set ", level);
   return kernels_of(static_cast<Isa>(level));
 }
 

@@ -7,6 +7,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace qwen3_fp8_ascend::cpu {
@@ -47,6 +49,11 @@ inline void load_run(const void* x, Dtype dtype, std::int64_t offset, std::int64
   for (; i + 8 <= count; i += 8) {
     _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(first + i * 2))));
   }
+#elif defined(__aarch64__)
+  for (; i + 4 <= count; i += 4) {
+    const uint8x8_t half = vld1_u8(reinterpret_cast<const std::uint8_t*>(first + i * 2));
+    vst1q_f32(out + i, vcvt_f32_f16(vreinterpret_f16_u8(half)));
+  }
 #endif
   for (; i < count; ++i) out[i] = fp32_of_fp16(load_16(first, i));
 }
@@ -68,6 +75,8 @@ inline void store_run(const float* values, std::int64_t count, Dtype dtype, void
     const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(bits + i), half);
   }
+#elif defined(__aarch64__)
+  for (; i + 4 <= count; i += 4) vst1_u16(bits + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(values + i))));
 #endif
   for (; i < count; ++i) bits[i] = fp16_of_fp32(values[i]);
 }

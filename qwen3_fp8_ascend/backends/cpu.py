@@ -10,6 +10,7 @@ import functools
 import logging
 import mmap
 import os
+import platform
 from pathlib import Path
 
 import torch
@@ -23,11 +24,25 @@ ENVIRONMENT_VARIABLE = "QWEN3_FP8_ASCEND_CPU_ISA"
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS_OF_ARCHITECTURE = {
+    "x86_64": ("portable", "avx2", "avx512", "amx"),
+    "aarch64": ("portable", "neon", "neon_bf16"),
+}
 """Levels of kernels from lowest to highest; a machine that has one has those before it.
 
 avx512 needs F, BW, VL, DQ, VBMI, VBMI2 and BF16 (Zen 4, Sapphire Rapids and later); amx adds AMX-BF16.
+neon is what every AArch64 processor has; neon_bf16 adds the bf16 instructions of Armv8.6 (Graviton 3, Kunpeng 920B).
 """
+
+
+def _architecture() -> str:
+    """The processor's architecture under the name that Linux has for it."""
+    machine = platform.machine().lower()
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+ISAS = ISAS_OF_ARCHITECTURE.get(_architecture(), ("portable",))
+"""The levels of this machine's architecture (`Isa` in csrc/cpu/isa.h)."""
 
 PANEL_ROWS = 32
 """Weight rows that are laid out together; a panel never crosses a scale block or a shard."""
@@ -71,7 +86,8 @@ def _choose_isa() -> str | None:
     if not forced:
         return None
     if forced not in isas():
-        problem = "not available" if forced in ISAS else "unknown"
+        known = any(forced in levels for levels in ISAS_OF_ARCHITECTURE.values())
+        problem = "not available" if known else "unknown"
         return f"{ENVIRONMENT_VARIABLE}={forced!r} is {problem}; this machine has {', '.join(isas())}"
     set_isa(forced)
     return None
@@ -221,7 +237,7 @@ def _unsupported(block: BlockSize) -> str | None:
 
 BACKEND = Backend(
     name="cpu",
-    summary="C++ kernels for AMX, AVX-512, AVX2 or any processor; weights decoded in registers",
+    summary="C++ kernels for AMX, AVX-512, AVX2, NEON or any processor; weights decoded in registers",
     computes=frozenset({"w8a8", "w8a16"}),
     device_types=frozenset({"cpu"}),
     unusable=_load,

@@ -169,7 +169,7 @@ def objects(variant: Variant) -> list[Path]:
     CACHE.mkdir(parents=True, exist_ok=True)
     jobs: list[tuple[str, list[str], Path]] = []
     found = []
-    for name in (name for name in texts if name.endswith(".cpp")):
+    for name in (name for name in texts if name.endswith(".cpp") and setup.is_compiled(name)):
         included = [HERE / header for file, header in variant.includes if file in ("", name)]
         # The variant's flags come last: they set the level of optimization.
         flags = [*setup.flags_of(name), "-fPIC", *variant.flags]
