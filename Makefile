@@ -68,4 +68,4 @@ wheel: venv  ## a wheel in dist/
 clean:
 	rm -rf build dist *.egg-info qwen3_fp8_ascend/*.so
 
-include triton.mk ascendc.mk vllm_ascend.mk
+include triton.mk ascendc.mk vllm_ascend.mk aarch64.mk

@@ -43,13 +43,15 @@ AVX512_FLAGS = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "v
 AVX512_FLAGS += ["-mfma", "-mf16c", "-mprefer-vector-width=512"]
 AVX512_FLAGS += ["-Wno-maybe-uninitialized"]  # g++ 12 warns of its own intrinsics (GCC bug 105593)
 
+NEON_FLAGS = ["-fno-schedule-insns"]  # g++ 12 decodes ahead until registers run out, and spills the sums
+
 ISA_FLAGS = {
     "x86_64": {
         "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
         "avx512.cpp": AVX512_FLAGS,
         "amx.cpp": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
     },
-    "aarch64": {"neon.cpp": [], "neon_bf16.cpp": ["-march=armv8.2-a+bf16"]},
+    "aarch64": {"neon.cpp": NEON_FLAGS, "neon_bf16.cpp": [*NEON_FLAGS, "-march=armv8.2-a+bf16"]},
 }
 """Files of one architecture, and the instruction set that each needs; what they define is called only where the
 processor has it."""

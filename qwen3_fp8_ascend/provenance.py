@@ -95,9 +95,12 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
     pairs = (line.split(":", 1) for line in info.splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in pairs}
-    flags = set(fields.get("flags", "").split())
+    flags = set((fields.get("flags") or fields.get("Features", "")).split())  # x86-64, AArch64
     sets = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    sets |= {"bf16": "NEON BF16", "asimd": "NEON"}
     best = next((name for flag, name in sets.items() if flag in flags), None)
     name = fields.get("model name", platform.machine())
     family = f" family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
+    if "CPU implementer" in fields:  # Arm's processors say numbers only
+        family = f" implementer {fields['CPU implementer']} part {fields.get('CPU part', 'unknown')}"
     return name + family + (f", {best}" if best else "")

@@ -130,3 +130,34 @@ def test_installing_changes_none_of_the_packages_that_are_there(wheel: Path, tmp
     assert before <= after
     assert [line.partition(" ")[0] for line in after - before] == ["qwen3-fp8-ascend"]
     assert "No broken requirements" in pip("check")
+
+
+@pytest.mark.parametrize(
+    ("machine", "compiled", "others"),
+    [
+        ("aarch64-linux-gnu", {"neon.cpp", "neon_bf16.cpp"}, {"avx2.cpp", "avx512.cpp", "amx.cpp"}),
+        ("x86_64-conda-linux-gnu", {"avx2.cpp", "avx512.cpp", "amx.cpp"}, {"neon.cpp", "neon_bf16.cpp"}),
+        ("riscv64-linux-gnu", set(), {"avx2.cpp", "avx512.cpp", "amx.cpp", "neon.cpp", "neon_bf16.cpp"}),
+    ],
+)
+def test_the_compiler_says_which_kernels_are_built_and_for_what(
+    tmp_path: Path, machine: str, compiled: set[str], others: set[str]
+) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = -dumpmachine ] && echo {machine}\n')
+    compiler.chmod(0o755)
+    code = (
+        "import setup, setuptools\n"
+        "library = setup.cpu_library()\n"
+        "wheel = setup.PlatformWheel(setuptools.Distribution({'name': 'x', 'ext_modules': [library]}))\n"
+        "wheel.ensure_finalized()\n"
+        "print(*wheel.get_tag(), *library.sources)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"CXX": str(compiler)}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    *tag, platform = done.stdout.split()[:3]
+    names = {Path(source).name for source in done.stdout.split()[3:]}
+    assert tag == ["py3", "none"] and platform.endswith("_" + machine.partition("-")[0])
+    assert compiled <= names and not others & names and {"portable.cpp", "linear.cpp"} <= names

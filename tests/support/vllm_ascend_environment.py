@@ -95,13 +95,12 @@ def make_cann_stubs(folder: Path) -> None:
     defined = {name for file in [*ours, *sorted(torch.rglob("*.so"))] for name in _symbols(file, "--defined-only")}
     open_symbols = {name for file in ours for name in _symbols(file, "--undefined-only", kind="U")}
     symbols = sorted(name for name in open_symbols - defined if not name.startswith(("Py", "_Py")))
-    assembly = folder / "stubs.s"
-    assembly.write_text(
-        ".text\n" + "".join(f".globl {s}\n.type {s},@function\n{s}: xorl %eax,%eax\n ret\n" for s in symbols)
-    )
+    # In C, so that it is right for any processor; a C++ symbol's mangled name is a C identifier.
+    stubs = folder / "stubs.c"
+    stubs.write_text("".join(f"long {s}(void) {{ return 0; }}\n" for s in symbols))
     for number, name in enumerate(missing):
-        source = [str(assembly)] if number == 0 else ["-x", "c", os.devnull]
-        options = ["-shared", "-fPIC", "-nostdlib", f"-Wl,-soname,{name}"]
+        source = [str(stubs)] if number == 0 else ["-x", "c", os.devnull]
+        options = ["-shared", "-fPIC", "-nostdlib", "-w", "-fno-builtin", f"-Wl,-soname,{name}"]
         subprocess.run([os.environ.get("CC", "cc"), *options, "-o", str(folder / name), *source], check=True)
     print(f"stubs of {', '.join(missing)} with {len(symbols)} symbols")
 

@@ -1,0 +1,56 @@
+# AArch64 without such a machine: the package is cross-compiled, and the tests of its kernels run under qemu-user with an
+# AArch64 Python and torch, on a processor that has bf16 instructions (`max`) and on one that has none (`neoverse-n1`).
+#
+#   make test-aarch64        what CI runs: every kernel and every property, on fewer problems (at most three minutes)
+#   make test-aarch64-long   all tests of the CPU backend, of the operations, of determinism and of misuse
+#
+# What is slow is the emulation: importing torch takes half a minute. Times under qemu say nothing about a processor.
+
+AARCH64_TORCH := 2.10.0
+AARCH64_VENV := .venv-aarch64
+AARCH64_STAMP := $(AARCH64_VENV)/.ready-torch$(AARCH64_TORCH)
+AARCH64_BUILT := $(AARCH64_VENV)/.built
+AARCH64_CXX := aarch64-linux-gnu-g++
+AARCH64_PROCESSORS := max neoverse-n1
+# A checkout with the package as the wheel holds it: the sources' own folder holds this machine's library.
+AARCH64_RUN := $(AARCH64_VENV)/run
+AARCH64_PYTEST = -m pytest -q -p no:cacheprovider --durations=5
+
+# In CI each processor runs its best level; `max` has the others too, in the long form.
+AARCH64_LEVEL_max := neon_bf16
+AARCH64_LEVEL_neoverse-n1 := neon and not neon_bf16
+# Every kind of test of the kernels, and of those with many sizes a few.
+AARCH64_SHORT := decodes_every or nan_codes or dequantizes_every or quantizes or halfway or infinities or magnitudes
+AARCH64_SHORT += or ragged_edges or other_block_sizes or bias_is or rows_may or empty_sizes
+AARCH64_SHORT += or (batch_and_threads and dynamic) or (merged_ragged and (-1- or -3- or -9-))
+
+$(AARCH64_STAMP): scripts/create_venv_aarch64.sh | $(VENV)/.dependencies
+	PYTHON=$(PY) scripts/create_venv_aarch64.sh $(AARCH64_VENV) $(AARCH64_TORCH)
+	touch $@
+
+$(AARCH64_BUILT): $(AARCH64_STAMP) setup.py build_ascend.py pyproject.toml $(wildcard csrc/cpu/*) \
+		$(shell find qwen3_fp8_ascend -name '*.py')
+	rm -rf $(AARCH64_VENV)/build $(AARCH64_VENV)/dist $(AARCH64_RUN)
+	env -u ASCEND_HOME_PATH CXX=$(AARCH64_CXX) PYTHONPATH=$(AARCH64_VENV)/site $(PY) setup.py -q \
+		build --build-base $(AARCH64_VENV)/build bdist_wheel --dist-dir $(AARCH64_VENV)/dist
+	mkdir -p $(AARCH64_RUN)
+	$(PY) -m zipfile -e $(AARCH64_VENV)/dist/*-py3-none-linux_aarch64.whl $(AARCH64_RUN)
+	for name in tests docs benchmarks csrc pyproject.toml setup.py build_ascend.py; do \
+		ln -s ../../$$name $(AARCH64_RUN)/$$name || exit 1; \
+	done
+	touch $@
+
+.PHONY: test-aarch64 test-aarch64-long $(AARCH64_PROCESSORS:%=test-aarch64-%) $(AARCH64_PROCESSORS:%=test-aarch64-long-%)
+
+test-aarch64: $(AARCH64_PROCESSORS:%=test-aarch64-%)  ## the CPU kernels for AArch64, cross-compiled, under qemu
+
+test-aarch64-long: $(AARCH64_PROCESSORS:%=test-aarch64-long-%)  ## the same on all problems (an hour)
+
+$(AARCH64_PROCESSORS:%=test-aarch64-%): test-aarch64-%: $(AARCH64_BUILT)
+	cd $(AARCH64_RUN) && CI=true AARCH64_PROCESSOR=$* ../bin/python-$* $(AARCH64_PYTEST) \
+		tests/aarch64 tests/test_cpu_backend.py \
+		-k 'test_processor or ($(AARCH64_SHORT)) and $(AARCH64_LEVEL_$*)'
+
+$(AARCH64_PROCESSORS:%=test-aarch64-long-%): test-aarch64-long-%: $(AARCH64_BUILT)
+	cd $(AARCH64_RUN) && CI=true AARCH64_PROCESSOR=$* ../bin/python-$* $(AARCH64_PYTEST) tests/aarch64 \
+		tests/test_cpu_backend.py tests/test_ops.py tests/test_cpu_determinism.py tests/test_cpu_misuse.py

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Creates the environment of `make test-aarch64`, see aarch64.mk: an AArch64 Python with torch, to run under qemu.
+# Usage: scripts/create_venv_aarch64.sh VENV TORCH_VERSION        Environment: PYTHON (default python3), to make it with
+#
+# Nothing of it is installed into this machine, but for the cross-compiler and qemu where root may use apt-get:
+#   VENV/root          Debian's (or Ubuntu's) arm64 packages of Python and of what it needs, unpacked
+#   VENV/site          AArch64 wheels: torch, and what the tests need
+#   VENV/bin/python-*  that Python under qemu, as a processor of this name; the project comes from the current folder
+set -euo pipefail
+mkdir -p "$1"
+venv=$(cd "$1" && pwd) torch=$2
+python=${PYTHON:-python3}
+compiler=aarch64-linux-gnu-g++ qemu=qemu-aarch64-static
+processors=(max neoverse-n1)
+
+fail() { printf 'error: %s\n  what to do: %s\n' "$1" "$2" >&2; exit 2; }
+for program in apt-get dpkg-deb; do
+  command -v "$program" >/dev/null ||
+    fail "the AArch64 Python comes from Debian's or Ubuntu's packages, and there is no $program here" \
+      "run this in a container: docker run -v \"\$PWD\":/src -w /src debian:12"
+done
+for program in "$compiler" "$qemu"; do
+  command -v "$program" >/dev/null && continue
+  [ "$(id -u)" = 0 ] || fail "no $program" "apt-get install g++-aarch64-linux-gnu qemu-user-static"
+  apt-get update -qq
+  apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu qemu-user-static
+  break
+done
+
+# apt with lists, cache and an empty status of its own: it resolves for arm64 and never looks at what is installed here.
+apt=$venv/apt
+mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
+: >"$apt/status"
+arm64_apt() {
+  apt-get -qq -o APT::Architecture=arm64 -o APT::Architectures::=arm64 -o APT::Sandbox::User=root \
+    -o Dir::State::Lists="$apt/lists" -o Dir::State::status="$apt/status" -o Dir::Cache="$apt/cache" \
+    -o Debug::NoLocking=1 -o Acquire::Languages=none -o Acquire::Retries=3 "$@"
+}
+echo "downloading an arm64 Python (16 MB)"
+# A source without arm64 packages fails, and others have them: what matters is whether Python can be had.
+arm64_apt update || true
+arm64_apt install -y --no-install-recommends --download-only python3 libstdc++6 >/dev/null ||
+  fail "apt-get finds no arm64 packages in its sources" \
+    "add a source that has them (Ubuntu: http://ports.ubuntu.com/ubuntu-ports), or run this in a container of debian:12"
+rm -rf "${venv:?}"/{root,site,bin}
+mkdir -p "$venv/root" "$venv/bin"
+for package in "$apt"/cache/archives/*.deb; do dpkg-deb -x "$package" "$venv/root"; done
+version=$(find "$venv/root/usr/bin" -name 'python3.*' -printf '%f\n' | sed -n 's/^python\(3\.[0-9]*\)$/\1/p' | head -1)
+[ -n "$version" ] || fail "the arm64 packages hold no Python" "rm -r $venv, and run this again"
+
+echo "downloading AArch64 wheels: torch $torch (146 MB) and the test tools"
+# A pip beside which nothing is installed: it would compare these wheels with what is there.
+"$python" -m venv --clear "$venv/host"
+pip_install() {
+  "$venv/host/bin/python" -m pip --disable-pip-version-check --no-input install -qq --no-warn-script-location --no-compile \
+    --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
+    --python-version "$version" --implementation cp --only-binary=:all: --target "$venv/site" "$@"
+}
+# Without dependencies, since pip judges their markers by the machine that it runs on: it would fetch CUDA.
+pip_install --no-deps "torch==$torch"
+pip_install --upgrade numpy filelock 'typing-extensions>=4.10' 'sympy>=1.13.3' networkx jinja2 fsspec \
+  'pytest>=8.3' 'pytest-timeout>=2.3' 'hypothesis>=6.120' 'safetensors>=0.5' 'typer>=0.15' 'rich>=13.7' 'packaging>=23'
+
+for processor in "${processors[@]}"; do
+  launcher=$venv/bin/python-$processor
+  # argv[0] is the launcher itself: that is what sys.executable then names, and what tests start other Pythons with.
+  cat >"$launcher" <<LAUNCHER
+#!/bin/sh
+export QEMU_LD_PREFIX="$venv/root" PYTHONHOME="$venv/root/usr" PYTHONPATH="\$PWD:$venv/site"
+unset PYTHONDONTWRITEBYTECODE
+exec $qemu -cpu $processor -0 "$launcher" "$venv/root/usr/bin/python$version" "\$@"
+LAUNCHER
+  chmod +x "$launcher"
+done
+echo "compiling the Python files that tests import (once)"
+"$venv/bin/python-max" -c "import torch, numpy, pytest, hypothesis; print('AArch64 torch', torch.__version__)"
