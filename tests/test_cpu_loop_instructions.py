@@ -1,4 +1,4 @@
-"""The inner loops of the AArch64 kernels beside AVX2's: nothing is spilled, and docs/cpu.md's counts are those of g++ 12.
+"""The inner loops of the AArch64 kernels beside AVX2's: nothing is spilled; docs/cpu.md's counts are those of g++ 12.
 
 Cross-compiled and disassembled; nothing is run. A count is no time: speed on AArch64 was not measured.
 """

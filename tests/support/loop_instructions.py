@@ -1,7 +1,7 @@
 """Instructions of the kernels' inner loops, counted in the disassembly of compiled objects.
 
 `python -m tests.support.loop_instructions` compiles the kernels for x86-64 and AArch64 and prints the table of
-docs/cpu.md. An instruction is no unit of time; the table says what there is to do for a weight, not how fast it is done.
+docs/cpu.md. An instruction is no unit of time: the table says what there is to do for a weight, not how fast it is.
 """
 
 from __future__ import annotations
