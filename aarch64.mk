@@ -22,7 +22,7 @@ AARCH64_LEVEL_neoverse-n1 := neon and not neon_bf16
 # Every kind of test of the kernels, and of those with many sizes a few.
 AARCH64_SHORT := decodes_every or nan_codes or dequantizes_every or quantizes or halfway or infinities or magnitudes
 AARCH64_SHORT += or ragged_edges or other_block_sizes or bias_is or rows_may or empty_sizes
-AARCH64_SHORT += or (batch_and_threads and dynamic) or (merged_ragged and (-1- or -3- or -9-))
+AARCH64_SHORT += or (batch_and_threads and dynamic) or (merged_ragged and (dtype0-9- or dtype2-1-none or dtype2-9-dynamic))
 
 $(AARCH64_STAMP): scripts/create_venv_aarch64.sh | $(VENV)/.dependencies
 	PYTHON=$(PY) scripts/create_venv_aarch64.sh $(AARCH64_VENV) $(AARCH64_TORCH)
