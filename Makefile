@@ -7,7 +7,7 @@ MODEL ?=
 .PHONY: help venv demo test test-fast test-long lint bench report wheel wheel-aarch64 clean
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 $(VENV)/.dependencies: pyproject.toml constraints.txt scripts/create_venv.sh tools/vllm_metadata/setup.py
 	PYTHON=$(PYTHON) scripts/create_venv.sh $(VENV)
