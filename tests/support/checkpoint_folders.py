@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwen3_fp8_ascend.checkpoints.header import DTYPE_BITS
+from qwen3_fp8_ascend.checkpoints.weight_file import DTYPE_BITS
 
 BLOCK_FP8 = {
     "quant_method": "fp8",
@@ -35,17 +35,17 @@ def one_thread() -> Iterator[None]:
 
 def write_folder(
     folder: Path,
-    shards: Mapping[str, Mapping[str, torch.Tensor]],
+    files: Mapping[str, Mapping[str, torch.Tensor]],
     config: Mapping[str, Any] | None = None,
     *,
     index: bool | None = None,
 ) -> Path:
     """Write safetensors files with config.json, and an index if there are several (or `index`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file, tensors in shards.items():
+    for file, tensors in files.items():
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
-    if index if index is not None else len(shards) > 1:
-        weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    if index if index is not None else len(files) > 1:
+        weight_map = {name: file for file, tensors in files.items() for name in tensors}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3"} | dict(config or {})))
     return folder
@@ -106,15 +106,15 @@ def random_model(
     return tensors
 
 
-def in_shards(tensors: Mapping[str, torch.Tensor], count: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Spread tensors over `count` shards with Hugging Face's names."""
-    shards: dict[str, dict[str, torch.Tensor]] = {
+def in_files(tensors: Mapping[str, torch.Tensor], count: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Spread tensors over `count` files with Hugging Face's names."""
+    files: dict[str, dict[str, torch.Tensor]] = {
         f"model-{i + 1:05}-of-{count:05}.safetensors": {} for i in range(count)
     }
-    files = list(shards)
+    names = list(files)
     for i, (name, tensor) in enumerate(sorted(tensors.items())):
-        shards[files[i * count // len(tensors)]][name] = tensor
-    return shards
+        files[names[i * count // len(tensors)]][name] = tensor
+    return files
 
 
 def digests(folder: Path) -> dict[str, str]:
