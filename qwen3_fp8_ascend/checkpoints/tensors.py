@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qwen3_fp8_ascend.checkpoints.anomaly import fault
-from qwen3_fp8_ascend.checkpoints.weight_file import BACKEND, TensorEntry
+from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry, open_file
 from qwen3_fp8_ascend.errors import printable
 
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -48,7 +48,7 @@ class WeightReader:
         """
         try:
             if tensor.file not in self._files:
-                handle = safe_open(self._folder / tensor.file, framework="pt", backend=BACKEND)
+                handle = open_file(self._folder / tensor.file, "pt")
                 self._files[tensor.file] = self._open.enter_context(handle)
             found: torch.Tensor = self._files[tensor.file].get_tensor(tensor.name)
         except MemoryError:

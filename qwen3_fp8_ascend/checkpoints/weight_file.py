@@ -33,9 +33,6 @@ DTYPE_BITS: Mapping[str, int] = {
 }
 """Every dtype of the format, with its size."""
 
-BACKEND = "pread"
-"""How the library reads tensors: not by a memory map, since a file that shrinks under a map kills the process."""
-
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
@@ -57,16 +54,16 @@ DATA_END = re.compile(rb'"data_offsets"\s*:\s*\[\s*\d+\s*,\s*(\d{1,19})\s*\]')
 DOWNLOAD_AGAIN = "the download is incomplete; download the file again"
 
 REFUSALS = (
-    ("unknown variant", "a tensor's dtype is none of the format's"),
-    ("invalid offset", "two tensors overlap in the file, or bytes before a tensor belong to no tensor"),
-    ("invalid shape, data type, or offset", "a tensor's data range does not fit its dtype and shape"),
-    ("subbytes", "a tensor's data range does not fit its dtype and shape"),
-    ("overflow", "a tensor's shape is larger than any memory"),
-    ("not fully covered", "the header describes other data than the file holds"),
-    ("invalid JSON", "the safetensors header is not valid JSON of the format"),
-    ("invalid UTF-8", "the safetensors header is not valid JSON: it is no text"),
+    (r"unknown variant", "a tensor's dtype is none of the format's"),
+    (r"invalid offset|InvalidOffset", "two tensors overlap in the file, or bytes before a tensor belong to no tensor"),
+    (r"invalid shape|TensorInvalidInfo|subbytes", "a tensor's data range does not fit its dtype and shape"),
+    (r"overflow|ValidationOverflow", "a tensor's shape is larger than any memory"),
+    (r"invalid JSON|InvalidHeaderDeserialization", "the safetensors header is not valid JSON of the format"),
+    (r"invalid UTF-8|InvalidHeader", "the safetensors header is not valid JSON: it is no text"),
 )
-"""The library's words, and what they say of a file; the first that fits counts."""
+"""The library's words, those of 0.8 and those before, and what they say of a file; the first that fits counts."""
+
+UNCOVERED = re.compile("not fully covered|MetadataIncompleteBuffer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +102,7 @@ def read_header(path: Path) -> FileHeader:
     text = _read_text(path, size)
     check_memory(text, path.name, "the safetensors header", size)
     try:
-        with safe_open(path, framework="np", backend=BACKEND) as file:
+        with open_file(path, "np") as file:
             tensors = tuple(_entry(name, file, path.name) for name in sorted(file.keys()))
             metadata = file.metadata()
     except SafetensorError as error:
@@ -118,6 +115,17 @@ def read_header(path: Path) -> FileHeader:
         raise fault("the file cannot be read", file=path.name, got=error.strerror or error) from None
     _check_keys(text, len(tensors), metadata, path.name)
     return FileHeader(path.name, size, len(text), tensors)
+
+
+def open_file(path: Path, framework: str) -> safe_open:
+    """Open a file with the library, which then reads tensors by pread(2), if it can (0.8).
+
+    A file that shrinks under a memory map, the library's other way, kills the process.
+    """
+    try:
+        return safe_open(path, framework=framework, backend="pread")
+    except TypeError:
+        return safe_open(path, framework=framework)
 
 
 def _read_text(path: Path, size: int) -> bytes:
@@ -188,7 +196,7 @@ def _explain(error: SafetensorError, file: str, size: int, text: bytes) -> Check
     """The library's refusal as our error; it does not say how long the file should be, so that is read here."""
     words = str(error).removeprefix("Error while deserializing header: ")
     expected = LENGTH_BYTES + len(text) + max((int(match[1]) for match in DATA_END.finditer(text)), default=0)
-    if "not fully covered" in words and size != expected:
+    if UNCOVERED.search(words) and size != expected:
         short = size < expected
         return fault(
             "the file is truncated" if short else "the file has trailing bytes that belong to no tensor",
@@ -197,7 +205,7 @@ def _explain(error: SafetensorError, file: str, size: int, text: bytes) -> Check
             got=f"{size} bytes",
             fix=DOWNLOAD_AGAIN if short else DAMAGED,
         )
-    what = next((what for part, what in REFUSALS if part in words), "the safetensors library refuses the file")
+    what = next((what for part, what in REFUSALS if re.search(part, words)), "the safetensors library refuses the file")
     return fault(what, file=file, got=printable(words, 300), fix=DAMAGED)
 
 

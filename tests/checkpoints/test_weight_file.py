@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from qwen3_fp8_ascend.checkpoints import weight_file
 from qwen3_fp8_ascend.checkpoints.weight_file import DTYPE_BITS, read_header
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from tests.fuzz.format_judge import tensors_of
@@ -262,3 +263,19 @@ def test_lying_headers_never_surprise(tmp_path: Path, data: st.DataObject) -> No
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw_file(text, data.draw(st.integers(0, 64))))
     agrees_with_the_format(path)
+
+
+def test_an_older_library_reads_in_its_own_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 0.8 it knows no `backend` and has shorter words for what is wrong."""
+
+    def before_0_8(path: Path, *, framework: str) -> Any:
+        if path.name == "bad.safetensors":
+            raise weight_file.SafetensorError('Error while deserializing header: InvalidOffset("a")')
+        return safe_open(path, framework=framework)
+
+    safe_open = weight_file.safe_open
+    monkeypatch.setattr(weight_file, "safe_open", before_0_8)
+    assert len(parse(tmp_path, VALID).tensors) == 5
+    (tmp_path / "bad.safetensors").write_bytes(VALID)
+    with pytest.raises(BlockFp8Error, match="overlap"):
+        read_header(tmp_path / "bad.safetensors")

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from qwen3_fp8_ascend.checkpoints.weight_file import DTYPE_BITS
+from qwen3_fp8_ascend.format import scale_shape
 
 BLOCK_FP8 = {
     "quant_method": "fp8",
@@ -115,6 +116,33 @@ def in_files(tensors: Mapping[str, torch.Tensor], count: int) -> dict[str, dict[
     for i, (name, tensor) in enumerate(sorted(tensors.items())):
         files[names[i * count // len(tensors)]][name] = tensor
     return files
+
+
+def block_fp8_tensors() -> dict[str, torch.Tensor]:
+    """Two decoder layers in block FP8, with what is normal beside them."""
+    tensors: dict[str, torch.Tensor] = {
+        "model.embed_tokens.weight": torch.zeros(9, 200).bfloat16(),
+        "lm_head.weight": torch.zeros(9, 200),
+    }
+    for name, (n, k) in linear_weights(2, 200, 300, 72).items():
+        tensors[name] = torch.zeros(n, k).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.ones(scale_shape(n, k))
+    for i in range(2):
+        tensors[f"model.layers.{i}.input_layernorm.weight"] = torch.ones(200).bfloat16()
+        tensors[f"model.layers.{i}.self_attn.q_proj.bias"] = torch.ones(200).bfloat16()
+        tensors[f"model.layers.{i}.mlp.gate.weight"] = torch.ones(8, 200).bfloat16()
+        tensors[f"model.layers.{i}.conv1d.weight"] = torch.ones(8, 1, 4).bfloat16()
+    return tensors
+
+
+def write_block_fp8(folder: Path, tensors: dict[str, torch.Tensor], **quantization: Any) -> Path:
+    """Write it as one file with a config.json that declares block FP8."""
+    config = {
+        "quantization_config": BLOCK_FP8 | quantization,
+        "num_hidden_layers": 2,
+        "architectures": ["Qwen3ForCausalLM"],
+    }
+    return write_folder(folder, {"model.safetensors": tensors}, config)
 
 
 def digests(folder: Path) -> dict[str, str]:
