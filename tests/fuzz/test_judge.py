@@ -147,7 +147,8 @@ DEFECTS: dict[Callable[[Path], None], str] = {
 
 @pytest.mark.parametrize("reader", DEFECTS, ids=lambda f: f.__name__)
 def test_every_kind_of_defect_is_found(reader: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_module, "HANG_SECONDS", 1)
+    if reader is endless:  # not for the slow one: on a busy machine its time by the clock is many times its own
+        monkeypatch.setattr(judge_module, "HANG_SECONDS", 1)
     monkeypatch.setattr(judge_module, "SECONDS", 0.1)
     if reader is hungry_outside_python and not judge_module.resident_peak():
         pytest.skip("this kernel does not tell the peak of resident memory")
