@@ -77,13 +77,14 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what a checkpoint is, from its headers alone, and name every anomaly (exit 2 if one is an error)."""
-    from qwen3_fp8_ascend.checkpoints import inspect as inspection
+    from qwen3_fp8_ascend.checkpoints.inspect import inspect_checkpoint
+    from qwen3_fp8_ascend.checkpoints.render import render
 
-    report = inspection.inspect_checkpoint(checkpoint)
+    report = inspect_checkpoint(checkpoint)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2))
     else:
-        inspection.render(report, out)
+        render(report, out)
     if report.errors:
         raise typer.Exit(2)
 
@@ -95,7 +96,7 @@ def quantize(
     ignore: Annotated[list[str] | None, typer.Option(help="Glob of modules to leave as they are; repeatable.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing destination.")] = False,
 ) -> None:
-    """Turn a bf16 checkpoint into block FP8 (e4m3, 128x128), shard by shard; resumes where it was stopped."""
+    """Turn a bf16 checkpoint into block FP8 (e4m3, 128x128), file by file; resumes where it was stopped."""
     from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
 
     quantize_checkpoint(source, destination, ignore=tuple(ignore or ()), overwrite=overwrite, progress=not is_quiet())
@@ -108,7 +109,7 @@ def dequantize(
     destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing destination.")] = False,
 ) -> None:
-    """Turn a block-FP8 checkpoint into bf16, shard by shard; resumes where it was stopped."""
+    """Turn a block-FP8 checkpoint into bf16, file by file; resumes where it was stopped."""
     from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 
     dequantize_checkpoint(source, destination, overwrite=overwrite, progress=not is_quiet())

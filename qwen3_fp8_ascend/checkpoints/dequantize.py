@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwen3_fp8_ascend.checkpoints.anomaly import fault
+from qwen3_fp8_ascend.checkpoints.conversion import ConversionSummary, Read, convert_checkpoint
 from qwen3_fp8_ascend.checkpoints.folder import QUANTIZATION_KEYS, read_checkpoint
-from qwen3_fp8_ascend.checkpoints.header import TensorEntry
-from qwen3_fp8_ascend.checkpoints.inspect import DOWNLOAD_AGAIN, E4M3, check_checkpoint
-from qwen3_fp8_ascend.checkpoints.rewrite import RewriteSummary, rewrite_checkpoint
-from qwen3_fp8_ascend.checkpoints.shard import SAFETENSORS_DTYPES, ShardReader, ShardWriter, TensorSpec, Tile, tiles
+from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
+from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, scale_name
+from qwen3_fp8_ascend.checkpoints.tensors import FLOAT_DTYPES
+from qwen3_fp8_ascend.checkpoints.tiles import Tile, tiles
+from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import SCALE_SUFFIX, WEIGHT_SUFFIX, BlockSize, ceil_div
+from qwen3_fp8_ascend.format import SCALE_SUFFIX, BlockSize, ceil_div
 from qwen3_fp8_ascend.ops import check_scale_values, count_nan_codes
 
-TARGET_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
 
 def dequantize_checkpoint(
@@ -30,23 +32,23 @@ def dequantize_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     progress: bool = True,
     overwrite: bool = False,
-) -> RewriteSummary:
+) -> ConversionSummary:
     """Write a copy of a block-FP8 checkpoint with float weights and without quantization_config.
 
     Raises:
         BlockFp8Error: the source is not block FP8 or has an anomaly; a weight has NaN codes, bad scales, or values
-            beyond `dtype`; or as for `rewrite_checkpoint`.
+            beyond `dtype`; or as for `convert_checkpoint`.
     Semantics: `qwen3_fp8_ascend.reference.dequantize_weight` for each weight; all other tensors stay as they are.
     """
-    if dtype not in TARGET_DTYPES:
+    if dtype not in DTYPE_NAMES:
         raise BlockFp8Error(
-            "weights dequantize to a floating-point dtype", expected=", ".join(map(str, TARGET_DTYPES)), got=dtype
+            "weights dequantize to a floating-point dtype", expected=", ".join(map(str, DTYPE_NAMES)), got=dtype
         )
     report = check_checkpoint(source)
     checkpoint = read_checkpoint(Path(source))
     assert report.config is not None  # check_checkpoint refuses anything else
     conversion = _Dequantization(report.config.block, dtype, checkpoint.tensors)
-    return rewrite_checkpoint(checkpoint, destination, conversion, progress=progress, overwrite=overwrite)
+    return convert_checkpoint(checkpoint, destination, conversion, progress=progress, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -58,29 +60,28 @@ class _Dequantization:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"block": list(self.block), "dtype": SAFETENSORS_DTYPES[self.dtype]}
+        return {"block": list(self.block), "dtype": DTYPE_NAMES[self.dtype]}
 
-    def outputs(self, tensor: TensorEntry) -> Sequence[TensorSpec]:
+    def outputs(self, tensor: TensorEntry) -> Sequence[TensorEntry]:
         if tensor.name.endswith(SCALE_SUFFIX):
-            return []
-        dtype = SAFETENSORS_DTYPES[self.dtype] if tensor.dtype == E4M3 else tensor.dtype
-        return [TensorSpec(tensor.name, dtype, tensor.shape)]
+            return []  # read beside its weight, which may be in another file
+        return [replace(tensor, dtype=DTYPE_NAMES[self.dtype]) if tensor.dtype == E4M3 else tensor]
 
-    def convert(self, tensor: TensorEntry, reader: ShardReader, writer: ShardWriter) -> None:
-        if tensor.name.endswith(SCALE_SUFFIX):
-            return  # read beside its weight, which may be in another file
-        n, k = tensor.shape
-        entry = self.tensors[tensor.name.removesuffix(WEIGHT_SUFFIX) + SCALE_SUFFIX]
-        scale = reader.read_tile(entry, Tile(0, entry.shape[0], 0, entry.shape[1]))
+    def convert(self, tensor: TensorEntry, read: Read) -> Sequence[torch.Tensor]:
+        entry = self.tensors[scale_name(tensor.name)]
+        scale = read(entry)
         check_scale_values(scale, where=f"{entry.file}, {entry.name}")
+        codes = read(tensor)
+        n, k = codes.shape
+        weight = torch.empty(n, k, dtype=self.dtype)
         nan_codes = overflows = 0
         for tile in tiles(n, k, self.block, whole_blocks=False):
-            codes = reader.read_tile(tensor, tile)
-            nan_codes += count_nan_codes(codes)
-            weight = (codes.float() * _tile_scales(scale, self.block, tile)).to(self.dtype)
-            if weight.numel() and not torch.isfinite(weight.abs().amax()):
-                overflows += weight.numel() - int(torch.isfinite(weight).sum())
-            writer.write_tile(tensor.name, k, tile, weight)
+            part = codes[tile.where]
+            nan_codes += count_nan_codes(part)
+            made = (part.float() * _tile_scales(scale, self.block, tile)).to(self.dtype)
+            if not torch.isfinite(made.abs().amax()):
+                overflows += made.numel() - int(torch.isfinite(made).sum())
+            weight[tile.where] = made
         if nan_codes:
             raise fault(
                 "a weight holds NaN codes (0x7F or 0xFF)",
@@ -92,12 +93,13 @@ class _Dequantization:
             )
         if overflows:
             raise fault(
-                f"a weight has values beyond the range of {SAFETENSORS_DTYPES[self.dtype]}",
+                f"a weight has values beyond the range of {DTYPE_NAMES[self.dtype]}",
                 file=tensor.file,
                 tensor=tensor.name,
                 got=f"{overflows} of {n * k}",
                 fix="dequantize to bfloat16 or float32",
             )
+        return [weight]
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         out = _without_quantization(config)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly, CheckpointError, collect, fault
-from qwen3_fp8_ascend.checkpoints.header import FileHeader, TensorEntry, is_plain_text, is_tensor_name, read_header
 from qwen3_fp8_ascend.checkpoints.strict_json import DAMAGED, read_object
+from qwen3_fp8_ascend.checkpoints.weight_file import FileHeader, TensorEntry, is_plain_text, is_tensor_name, read_header
 from qwen3_fp8_ascend.errors import printable
 
 CONFIG = "config.json"
@@ -254,20 +254,20 @@ def _missing_files(names: set[str], weight_map: Mapping[str, str]) -> Iterator[A
 
 
 def _missing_numbers(files: Sequence[str]) -> list[Anomaly]:
-    """Shards say ``-00001-of-00004``; without an index this is the only sign that one is missing."""
+    """Files say ``-00001-of-00004``; without an index this is the only sign that one is missing."""
     totals = {int(match[2]) for file in files if (match := NUMBERED.search(file))}
     present = {int(match[1]) for file in files if (match := NUMBERED.search(file))}
     total = max(totals, default=0)
     missing = (number for number in range(1, total + 1) if number not in present)
-    first = list(islice(missing, 9))  # a single name may claim 99,999 shards
+    first = list(islice(missing, 9))  # a single name may claim 99,999 files
     if not first:
         return []
     shown = ", ".join(map(str, first[:8])) + (", …" if len(first) > 8 else "")
     return [
         Anomaly(
             "weight files are missing",
-            expected=f"{total} shards",
-            got=f"no shard {shown}",
+            expected=f"{total} files",
+            got=f"no file {shown}",
             fix="the download is incomplete; download the missing files",
         )
     ]

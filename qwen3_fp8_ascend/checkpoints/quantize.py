@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwen3_fp8_ascend.checkpoints.anomaly import fault
+from qwen3_fp8_ascend.checkpoints.conversion import ConversionSummary, Read, convert_checkpoint
 from qwen3_fp8_ascend.checkpoints.folder import (
     CONFIG,
     QUANTIZATION_KEYS,
@@ -18,11 +19,11 @@ from qwen3_fp8_ascend.checkpoints.folder import (
     find_quantization,
     read_checkpoint,
 )
-from qwen3_fp8_ascend.checkpoints.header import TensorEntry
-from qwen3_fp8_ascend.checkpoints.inspect import E4M3, OTHER_FP8
 from qwen3_fp8_ascend.checkpoints.layers import FUSED, is_decoder_linear, is_linear_weight, matches_any, module_of
-from qwen3_fp8_ascend.checkpoints.rewrite import RewriteSummary, rewrite_checkpoint
-from qwen3_fp8_ascend.checkpoints.shard import ShardReader, ShardWriter, TensorSpec, Tile, tiles
+from qwen3_fp8_ascend.checkpoints.rules import E4M3, OTHER_FP8, scale_name
+from qwen3_fp8_ascend.checkpoints.tensors import FLOAT_DTYPES
+from qwen3_fp8_ascend.checkpoints.tiles import Tile, tiles
+from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import (
     DEFAULT_BLOCK,
@@ -34,8 +35,6 @@ from qwen3_fp8_ascend.format import (
     scale_shape,
 )
 
-SOURCE_DTYPES = ("BF16", "F16", "F32")
-
 
 def quantize_checkpoint(
     source: str | os.PathLike[str],
@@ -45,7 +44,7 @@ def quantize_checkpoint(
     ignore: Sequence[str] = (),
     progress: bool = True,
     overwrite: bool = False,
-) -> RewriteSummary:
+) -> ConversionSummary:
     """Write a block-FP8 copy of a checkpoint folder, streaming, atomically, resuming what was interrupted.
 
     The linear weights of decoder layers are quantized, experts' included; embeddings, lm_head, norms, router gates,
@@ -53,7 +52,7 @@ def quantize_checkpoint(
     Raises:
         BlockFp8Error: the source is damaged, already quantized, or has no linear weights to quantize; a weight has
             NaN or infinite values; an `ignore` glob matches nothing or splits layers that are merged when served;
-            or as for `rewrite_checkpoint`.
+            or as for `convert_checkpoint`.
     Semantics: `quantize_weight` for each weight; equal input gives equal bytes.
     """
     if isinstance(ignore, str):
@@ -63,7 +62,7 @@ def quantize_checkpoint(
     _check_unquantized(checkpoint)
     selected = _select(checkpoint, tuple(ignore))
     conversion = _Quantization(sizes, frozenset(selected), tuple(ignore), _unquantized(checkpoint, selected))
-    return rewrite_checkpoint(checkpoint, destination, conversion, progress=progress, overwrite=overwrite)
+    return convert_checkpoint(checkpoint, destination, conversion, progress=progress, overwrite=overwrite)
 
 
 def quantize_weight(weight: torch.Tensor, block: BlockSize = DEFAULT_BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,28 +101,28 @@ class _Quantization:
     def settings(self) -> Mapping[str, Any]:
         return {"block": list(self.block), "ignore": list(self.ignore)}
 
-    def outputs(self, tensor: TensorEntry) -> Sequence[TensorSpec]:
+    def outputs(self, tensor: TensorEntry) -> Sequence[TensorEntry]:
         if tensor.name not in self.selected:
-            return [TensorSpec(tensor.name, tensor.dtype, tensor.shape)]
+            return [tensor]
         n, k = tensor.shape
-        return [
-            TensorSpec(tensor.name, E4M3, tensor.shape),
-            TensorSpec(_scale_name(tensor.name), "F32", scale_shape(n, k, self.block)),
-        ]
+        scale = TensorEntry(scale_name(tensor.name), "F32", scale_shape(n, k, self.block), tensor.file)
+        return [replace(tensor, dtype=E4M3), scale]
 
-    def convert(self, tensor: TensorEntry, reader: ShardReader, writer: ShardWriter) -> None:
-        n, k = tensor.shape
-        block, scale_columns = self.block, scale_shape(n, k, self.block)[1]
+    def convert(self, tensor: TensorEntry, read: Read) -> Sequence[torch.Tensor]:
+        weight = read(tensor)
+        (n, k), block = weight.shape, self.block
+        codes = torch.empty(n, k, dtype=torch.float8_e4m3fn)
+        scale = torch.empty(scale_shape(n, k, block))
         bad = 0
         for tile in tiles(n, k, block, whole_blocks=True):
-            weight = reader.read_tile(tensor, tile)
-            codes, scale = quantize_weight(weight, block)
-            if not torch.isfinite(scale).all():  # a NaN or an infinity in a block shows in its amax
-                bad += weight.numel() - int(torch.isfinite(weight).sum())
-                continue  # count them all, then refuse
-            writer.write_tile(tensor.name, k, tile, codes)
-            scale_tile = Tile(tile.row // block.n, scale.shape[0], tile.column // block.k, scale.shape[1])
-            writer.write_tile(_scale_name(tensor.name), scale_columns, scale_tile, scale)
+            part = weight[tile.where]
+            tile_codes, tile_scale = quantize_weight(part, block)
+            if not torch.isfinite(tile_scale).all():  # a NaN or an infinity in a block shows in its amax
+                bad += part.numel() - int(torch.isfinite(part).sum())  # count them all, then refuse
+            codes[tile.where] = tile_codes
+            scale[Tile(tile.row // block.n, len(tile_scale), tile.column // block.k, tile_scale.shape[1]).where] = (
+                tile_scale
+            )
         if bad:
             raise fault(
                 "a weight has NaN or infinite values, which block FP8 cannot hold",
@@ -134,14 +133,11 @@ class _Quantization:
                 fix=f"the checkpoint is damaged; download it again, or leave the layer out: "
                 f"--ignore '{module_of(tensor.name)}'",
             )
+        return [codes, scale]
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
         return kept | {"quantization_config": BlockFp8Config(self.block, self.unquantized).to_dict()}
-
-
-def _scale_name(weight: str) -> str:
-    return weight.removesuffix(WEIGHT_SUFFIX) + SCALE_SUFFIX
 
 
 def _check_block(block: Sequence[int]) -> BlockSize:
@@ -187,12 +183,12 @@ def _select(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> set[str]:
             )
     selected = [tensor for tensor in candidates if not matches_any(module_of(tensor.name), ignore)]
     for tensor in selected:
-        if tensor.dtype not in SOURCE_DTYPES:
+        if tensor.dtype not in FLOAT_DTYPES:
             raise fault(
                 "a linear weight has a dtype that cannot be quantized",
                 file=tensor.file,
                 tensor=tensor.name,
-                expected=", ".join(SOURCE_DTYPES),
+                expected=", ".join(sorted(FLOAT_DTYPES)),
                 got=tensor.dtype,
             )
     names = {tensor.name for tensor in selected}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ MEMORY_FLOOR = 1 << 20
 MAX_INTEGER_DIGITS = 20
 """Enough for any 64-bit integer; longer ones take quadratic time to parse."""
 
-LONG_INTEGER = re.compile(rb"\d{%d}" % (MAX_INTEGER_DIGITS + 1))
-
 DAMAGED = "the file is damaged; download or write it again"
 
 
@@ -40,6 +37,24 @@ def parse_object(text: bytes, file: str, what: str, described: int | None = None
     Raises:
         BlockFp8Error: not UTF-8, not JSON, not an object, a duplicate key, absurdly many elements, too much memory,
             too deep nesting, or an integer of more than 20 digits.
+    """
+    check_memory(text, file, what, described)
+    try:
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_bounded_int)
+    except (ValueError, RecursionError) as error:
+        # JSONDecodeError and UnicodeDecodeError are ValueErrors; their messages may quote the whole input.
+        raise fault(f"{what} is not valid JSON", file=file, got=printable(str(error), 200), fix=DAMAGED) from None
+    if not isinstance(document, dict):
+        raise fault(f"{what} is not a JSON object", file=file, got=type(document).__name__, fix=DAMAGED)
+    _check_depth(document, file, what)
+    return document
+
+
+def check_memory(text: bytes, file: str, what: str, described: int | None = None) -> None:
+    """Refuse JSON text that would take far more memory than what it describes, before anybody parses it.
+
+    Raises:
+        BlockFp8Error: as said, or absurdly many elements.
     """
     elements = text.count(b",")
     if elements > MAX_ELEMENTS:
@@ -54,16 +69,6 @@ def parse_object(text: bytes, file: str, what: str, described: int | None = None
             got=f"about {needed} bytes",
             fix="do not use this checkpoint unless you know who made it",
         )
-    parse_int = _bounded_int if LONG_INTEGER.search(text) else None  # a call for each number takes its time
-    try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_int=parse_int)
-    except (ValueError, RecursionError) as error:
-        # JSONDecodeError and UnicodeDecodeError are ValueErrors; their messages may quote the whole input.
-        raise fault(f"{what} is not valid JSON", file=file, got=_shorten(str(error)), fix=DAMAGED) from None
-    if not isinstance(document, dict):
-        raise fault(f"{what} is not a JSON object", file=file, got=type(document).__name__, fix=DAMAGED)
-    _check_depth(document, file, what)
-    return document
 
 
 def read_object(path: Path, what: str, max_bytes: int, described: int | None = None) -> dict[str, Any]:
@@ -148,7 +153,3 @@ def _bounded_int(digits: str) -> int:
     if len(digits) > MAX_INTEGER_DIGITS:
         raise ValueError(f"an integer of {len(digits)} digits")
     return int(digits)
-
-
-def _shorten(text: str, limit: int = 200) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"

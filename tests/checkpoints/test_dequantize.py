@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file
 
 from qwen3_fp8_ascend import reference
-from qwen3_fp8_ascend.checkpoints import shard
+from qwen3_fp8_ascend.checkpoints import tiles
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
-from qwen3_fp8_ascend.checkpoints.header import read_header
 from qwen3_fp8_ascend.checkpoints.inspect import inspect_checkpoint
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint, quantize_weight
-from qwen3_fp8_ascend.checkpoints.shard import TILE_ELEMENTS
+from qwen3_fp8_ascend.checkpoints.tiles import TILE_ELEMENTS
+from qwen3_fp8_ascend.checkpoints.weight_file import read_header
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockSize, scale_shape
 from tests.support.checkpoint_folders import (  # noqa: F401
     BLOCK_FP8,
     digests,
-    in_shards,
+    in_files,
     one_thread,
     random_model,
     raw_file,
@@ -45,10 +45,10 @@ def by_compressed_tensors(weight: torch.Tensor, scale: torch.Tensor, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shards", [1, 3])
-def test_round_trip(tmp_path: Path, dtype: torch.dtype, shards: int) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_round_trip(tmp_path: Path, dtype: torch.dtype, count: int) -> None:
     model = random_model()
-    files = in_shards(model, shards) if shards > 1 else {"model.safetensors": model}
+    files = in_files(model, count) if count > 1 else {"model.safetensors": model}
     config = {"torch_dtype": "float64", "text_config": {"dtype": 1}, "num_hidden_layers": 3}
     source = write_folder(tmp_path / "source", files, config)
     quantize_checkpoint(source, tmp_path / "fp8", progress=False)
@@ -93,17 +93,17 @@ def test_agrees_with_transformers() -> None:
     assert torch.equal(reference.dequantize_weight(codes, scale), judged)
 
 
-def test_scales_in_another_shard_and_in_bf16(tmp_path: Path) -> None:
+def test_scales_in_another_file_and_in_bf16(tmp_path: Path) -> None:
     codes, scale = quantize_weight(torch.randn(200, 300, generator=torch.Generator().manual_seed(0)))
     scale = scale.bfloat16()
-    shards = {
+    files = {
         "model-00001-of-00002.safetensors": {NAME: codes},
         "model-00002-of-00002.safetensors": {f"{NAME}_scale_inv": scale},
     }
-    source = write_folder(tmp_path / "fp8", shards, {"quantization_config": BLOCK_FP8})
+    source = write_folder(tmp_path / "fp8", files, {"quantization_config": BLOCK_FP8})
     dequantize_checkpoint(source, tmp_path / "back", progress=False)
     assert torch.equal(load(tmp_path / "back")[NAME], reference.dequantize_weight(codes, scale))
-    assert len(list((tmp_path / "back").glob("*.safetensors"))) == 1, "a shard of scales only leaves nothing"
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) == 1, "a file of scales only leaves nothing"
 
 
 def test_text_config_holds_the_declaration(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_every_finite_code_and_larger_than_a_chunk(tmp_path: Path) -> None:
 def test_any_block_and_any_tile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(shard, "TILE_ELEMENTS", 256)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 256)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 0x7F, shape, generator=generator, dtype=torch.uint8).view(E4M3)
     scale = torch.rand(scale_shape(*shape, BlockSize(*block)), generator=generator)
@@ -212,12 +212,12 @@ def test_what_cannot_be_dequantized(tmp_path: Path) -> None:
 
 
 def test_it_resumes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen3_fp8_ascend.checkpoints import workspace
+    from qwen3_fp8_ascend.checkpoints import output
 
-    source = write_folder(tmp_path / "source", in_shards(random_model(1), 3))
+    source = write_folder(tmp_path / "source", in_files(random_model(1), 3))
     quantize_checkpoint(source, tmp_path / "fp8", progress=False)
     dequantize_checkpoint(tmp_path / "fp8", tmp_path / "whole", progress=False)
-    original, calls = workspace.Workspace.write, 0
+    original, calls = output.UnfinishedOutput.write, 0
 
     def write(self: Any, file: str, produce: Any) -> None:
         nonlocal calls
@@ -227,7 +227,7 @@ def test_it_resumes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         original(self, file, produce)
 
     with monkeypatch.context() as patch:
-        patch.setattr(workspace.Workspace, "write", write)
+        patch.setattr(output.UnfinishedOutput, "write", write)
         with pytest.raises(KeyboardInterrupt):
             dequantize_checkpoint(tmp_path / "fp8", tmp_path / "back", progress=False)
     with pytest.raises(BlockFp8Error, match="settings"):

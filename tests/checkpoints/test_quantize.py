@@ -14,18 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from qwen3_fp8_ascend.checkpoints import shard
+from qwen3_fp8_ascend.checkpoints import tiles
 from qwen3_fp8_ascend.checkpoints.folder import INDEX
-from qwen3_fp8_ascend.checkpoints.header import read_header
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint, quantize_weight
-from qwen3_fp8_ascend.checkpoints.shard import TILE_ELEMENTS
+from qwen3_fp8_ascend.checkpoints.tiles import TILE_ELEMENTS
+from qwen3_fp8_ascend.checkpoints.weight_file import read_header
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockSize, scale_shape
 from tests.support.checkpoint_folders import (  # noqa: F401
     BLOCK_FP8,
     digests,
-    in_shards,
+    in_files,
     one_thread,
     random_model,
     raw_file,
@@ -96,10 +96,10 @@ def test_quantization_error_is_that_of_e4m3() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shards", [1, 3])
-def test_checkpoint_holds_what_quantize_weight_gives(tmp_path: Path, dtype: torch.dtype, shards: int) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_checkpoint_holds_what_quantize_weight_gives(tmp_path: Path, dtype: torch.dtype, count: int) -> None:
     model = random_model(dtype=dtype)
-    files = in_shards(model, shards) if shards > 1 else {"model.safetensors": model}
+    files = in_files(model, count) if count > 1 else {"model.safetensors": model}
     source = write_folder(tmp_path / "source", files, {"tie_word_embeddings": False, "num_hidden_layers": 3})
     summary = quantize_checkpoint(source, tmp_path / "fp8", progress=False)
     assert (summary.converted, summary.reused) == (21, 0)
@@ -107,7 +107,7 @@ def test_checkpoint_holds_what_quantize_weight_gives(tmp_path: Path, dtype: torc
     for file in files:
         written = load_file(tmp_path / "fp8" / file)
         out |= written
-        assert {name.removesuffix("_scale_inv") for name in written} == set(files[file]), "shards keep their tensors"
+        assert {name.removesuffix("_scale_inv") for name in written} == set(files[file]), "files keep their tensors"
     for name, tensor in model.items():
         if f"{name}_scale_inv" in out:
             codes, scale = quantize_weight(tensor)
@@ -121,8 +121,8 @@ def test_checkpoint_holds_what_quantize_weight_gives(tmp_path: Path, dtype: torc
     assert report.block_fp8_layers == 21
     assert report.anomalies == ()
     index = tmp_path / "fp8" / INDEX
-    assert index.exists() == (shards > 1)
-    if shards > 1:
+    assert index.exists() == (count > 1)
+    if count > 1:
         content = json.loads(index.read_text())
         assert content["weight_map"].keys() == out.keys()
         assert content["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in out.values())
@@ -276,7 +276,7 @@ def test_other_dtypes_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_damaged_sources_are_refused(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "source", in_shards(random_model(1), 2))
+    source = write_folder(tmp_path / "source", in_files(random_model(1), 2))
     file = source / "model-00002-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert file.name in refused(source, "truncated")
@@ -287,7 +287,7 @@ def test_damaged_sources_are_refused(tmp_path: Path) -> None:
 def test_any_block_and_any_tile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr(shard, "TILE_ELEMENTS", 64)
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", 64)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     name = "model.layers.0.mlp.up_proj.weight"
     source = write_folder(tmp_path / "source", {"model.safetensors": {name: weight}})

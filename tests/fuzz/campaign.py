@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qwen3_fp8_ascend.testing.hostile import Choices, random_choices
+from tests.fuzz.choices import Choices, random_choices
 from tests.fuzz.judge import Judge, Sandbox, Verdict
 from tests.fuzz.planted import PLANTED
 from tests.fuzz.readers import READERS, Reader, one_rank

@@ -22,8 +22,9 @@ with atheris.instrument_imports(
     import qwen3_fp8_ascend.checkpoints.quantize  # noqa: F401
     import tests.fuzz.planted  # noqa: F401
 
-from qwen3_fp8_ascend.testing.hostile import Choices, random_choices
+
 from tests.fuzz.campaign import KNOWN, Figures, report, warm_up
+from tests.fuzz.choices import Choices, random_choices
 from tests.fuzz.judge import Judge
 
 MAX_INPUT = 256

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.testing.hostile import Choices, HostileFolder
-from qwen3_fp8_ascend.testing.large_attacks import HEAVY
+from tests.fuzz.choices import Choices
+from tests.fuzz.folders import HostileFolder
 from tests.fuzz.judge import FACTOR, HANG_SECONDS, RESIDENT_ALLOWANCE, SECONDS, Sandbox, address_space, resident_peak
+from tests.fuzz.large_attacks import HEAVY
 from tests.fuzz.readers import READERS, Reader
 
 ARENA = 64 << 20
@@ -73,7 +74,7 @@ def _once(name: str, reader: Reader, hostile: HostileFolder) -> Outcome:
         child = os.fork()
         if not child:
             os.close(receive)
-            _child(reader, folder, size, send)
+            _child(reader, folder, size, hostile.mapped, send)
         os.close(send)
         with os.fdopen(receive, "rb") as answer:
             text = answer.read()
@@ -83,14 +84,14 @@ def _once(name: str, reader: Reader, hostile: HostileFolder) -> Outcome:
     return Outcome(name, reader.name, size, **json.loads(text))
 
 
-def _child(reader: Reader, folder: Path, size: int, send: int) -> None:
+def _child(reader: Reader, folder: Path, size: int, mapped: int, send: int) -> None:
     """Read, answer, and end without a word, whatever happens."""
     answer: dict[str, object] = {}
     try:
         _read_sound(reader)  # a fork begins without the pages of libraries
         resource.setrlimit(resource.RLIMIT_CPU, (HANG_SECONDS, HANG_SECONDS + 1))
         bound = FACTOR * size + RESIDENT_ALLOWANCE
-        resource.setrlimit(resource.RLIMIT_AS, (address_space() + bound + ARENA,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (address_space() + bound + mapped + ARENA,) * 2)
         before = resident_peak(reset=True)
         started = time.process_time()
         try:

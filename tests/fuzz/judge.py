@@ -20,7 +20,7 @@ from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.folder import PICKLE_SUFFIXES
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.testing.hostile import OUTSIDE, HostileFolder
+from tests.fuzz.folders import OUTSIDE, HostileFolder
 
 SECONDS = 1.0
 """Most of a core's time for one input; a slower one is measured twice more, since a busy machine slows this too."""
@@ -207,7 +207,7 @@ class Judge:
         self.reads_data = reads_data
         self._sandbox = Sandbox()
         self._limit = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (address_space() + ADDRESS_SPACE, self._limit[1]))
+        self._bound = address_space() + ADDRESS_SPACE
 
     def close(self) -> None:
         resource.setrlimit(resource.RLIMIT_AS, self._limit)
@@ -236,6 +236,7 @@ class Judge:
 
     def _read(self, hostile: HostileFolder) -> Verdict:
         size = hostile.size(data=self.reads_data)
+        resource.setrlimit(resource.RLIMIT_AS, (self._bound + hostile.mapped, self._limit[1]))
         try:
             return self._watch(self._sandbox.fill(hostile), self._sandbox.path, size)
         finally:

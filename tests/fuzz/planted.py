@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen3_fp8_ascend.testing.hostile import Choices, HostileFolder
+from tests.fuzz.choices import Choices
+from tests.fuzz.folders import HostileFolder
 from tests.fuzz.readers import Reader
 
 

@@ -21,11 +21,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen3_fp8_ascend.testing.hostile import Choices, DrawnChoices, random_choices
-from qwen3_fp8_ascend.testing.large_attacks import HEAVY
 from tests.fuzz.campaign import run, warm_up
+from tests.fuzz.choices import Choices, DrawnChoices, random_choices
 from tests.fuzz.coverage import FILES, lines_of, lines_reached
 from tests.fuzz.judge import Judge, Sandbox
+from tests.fuzz.large_attacks import HEAVY
 from tests.fuzz.readers import READERS, Reader, one_rank
 from tests.support.checkpoint_folders import one_thread  # noqa: F401
 
@@ -128,12 +128,17 @@ def test_most_lines_are_reached() -> None:
 
             for path, found in lines_reached(read, (random_choices(SEED, number) for number in range(count))).items():
                 reached.setdefault(path.name, set()).update(found)
-    shares = {name: len(reached[name]) / len(lines[name]) for name in lines if lines[name]}
-    for name, share in shares.items():
-        print(f"{name}: {len(reached[name])} of {len(lines[name])} lines ({100 * share:.0f} %)")
-    missed = {name: sorted(lines[name] - reached[name]) for name in lines}
-    for name in ("header.py", "folder.py", "strict_json.py", "inspect.py", "quantize.py"):
-        assert shares[name] > LEAST_LINES, missed[name]
+    for name in lines:
+        print(f"{name}: {len(reached[name])} of {len(lines[name])} lines")
+    for names in (
+        ("weight_file.py",),
+        ("folder.py",),
+        ("strict_json.py",),
+        ("inspect.py", "rules.py"),
+        ("quantize.py",),
+    ):
+        missed = {name: sorted(lines[name] - reached[name]) for name in names}
+        assert sum(map(len, missed.values())) < (1 - LEAST_LINES) * sum(len(lines[name]) for name in names), missed
 
 
 def python(*arguments: str, limit: float = 540) -> str:

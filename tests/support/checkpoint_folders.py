@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qwen3_fp8_ascend.checkpoints.header import DTYPE_BITS
+from qwen3_fp8_ascend.checkpoints.weight_file import DTYPE_BITS
+from qwen3_fp8_ascend.format import scale_shape
 
 BLOCK_FP8 = {
     "quant_method": "fp8",
@@ -35,17 +36,17 @@ def one_thread() -> Iterator[None]:
 
 def write_folder(
     folder: Path,
-    shards: Mapping[str, Mapping[str, torch.Tensor]],
+    files: Mapping[str, Mapping[str, torch.Tensor]],
     config: Mapping[str, Any] | None = None,
     *,
     index: bool | None = None,
 ) -> Path:
     """Write safetensors files with config.json, and an index if there are several (or `index`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    for file, tensors in shards.items():
+    for file, tensors in files.items():
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
-    if index if index is not None else len(shards) > 1:
-        weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    if index if index is not None else len(files) > 1:
+        weight_map = {name: file for file, tensors in files.items() for name in tensors}
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3"} | dict(config or {})))
     return folder
@@ -106,15 +107,42 @@ def random_model(
     return tensors
 
 
-def in_shards(tensors: Mapping[str, torch.Tensor], count: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Spread tensors over `count` shards with Hugging Face's names."""
-    shards: dict[str, dict[str, torch.Tensor]] = {
+def in_files(tensors: Mapping[str, torch.Tensor], count: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Spread tensors over `count` files with Hugging Face's names."""
+    files: dict[str, dict[str, torch.Tensor]] = {
         f"model-{i + 1:05}-of-{count:05}.safetensors": {} for i in range(count)
     }
-    files = list(shards)
+    names = list(files)
     for i, (name, tensor) in enumerate(sorted(tensors.items())):
-        shards[files[i * count // len(tensors)]][name] = tensor
-    return shards
+        files[names[i * count // len(tensors)]][name] = tensor
+    return files
+
+
+def block_fp8_tensors() -> dict[str, torch.Tensor]:
+    """Two decoder layers in block FP8, with what is normal beside them."""
+    tensors: dict[str, torch.Tensor] = {
+        "model.embed_tokens.weight": torch.zeros(9, 200).bfloat16(),
+        "lm_head.weight": torch.zeros(9, 200),
+    }
+    for name, (n, k) in linear_weights(2, 200, 300, 72).items():
+        tensors[name] = torch.zeros(n, k).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.ones(scale_shape(n, k))
+    for i in range(2):
+        tensors[f"model.layers.{i}.input_layernorm.weight"] = torch.ones(200).bfloat16()
+        tensors[f"model.layers.{i}.self_attn.q_proj.bias"] = torch.ones(200).bfloat16()
+        tensors[f"model.layers.{i}.mlp.gate.weight"] = torch.ones(8, 200).bfloat16()
+        tensors[f"model.layers.{i}.conv1d.weight"] = torch.ones(8, 1, 4).bfloat16()
+    return tensors
+
+
+def write_block_fp8(folder: Path, tensors: dict[str, torch.Tensor], **quantization: Any) -> Path:
+    """Write it as one file with a config.json that declares block FP8."""
+    config = {
+        "quantization_config": BLOCK_FP8 | quantization,
+        "num_hidden_layers": 2,
+        "architectures": ["Qwen3ForCausalLM"],
+    }
+    return write_folder(folder, {"model.safetensors": tensors}, config)
 
 
 def digests(folder: Path) -> dict[str, str]:

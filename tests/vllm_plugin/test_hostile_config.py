@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from qwen3_fp8_ascend.format import MAX_IGNORED, BlockFp8Config
-from qwen3_fp8_ascend.testing.hostile import HostileFolder, Link, sound_checkpoint
 from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
+from tests.fuzz.drafts import sound_checkpoint
+from tests.fuzz.folders import HostileFolder, Link
 
 
 @pytest.mark.parametrize("given", [None, 3, "fp8", ["fp8"], {}, {"quant_method": 3}])

@@ -16,8 +16,7 @@ import torch
 
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.checkpoints.folder import Checkpoint, find_quantization, read_checkpoint
-from qwen3_fp8_ascend.checkpoints.header import TensorEntry
-from qwen3_fp8_ascend.checkpoints.shard import TORCH_DTYPES, ShardReader
+from qwen3_fp8_ascend.checkpoints.tensors import WeightReader
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.precision.runs import TOP, Run
 from qwen3_fp8_ascend.format import BlockFp8Config
@@ -92,7 +91,7 @@ def load_model(folder: Path, backend: str, activation: str, dtype: torch.dtype, 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     converted = device == "cpu" and _has_room(checkpoint, backend)
-    with ShardReader(folder) as reader, torch.no_grad():
+    with WeightReader(folder) as reader, torch.no_grad():
         _fill(model, checkpoint, reader, backend, activation, dtype, device, converted)
     _compute_buffers(model, config, device)
     return model.eval()
@@ -116,7 +115,7 @@ def _free_memory() -> int:
 def _fill(
     model: torch.nn.Module,
     checkpoint: Checkpoint,
-    reader: ShardReader,
+    reader: WeightReader,
     backend: str,
     activation: str,
     dtype: torch.dtype,
@@ -128,7 +127,7 @@ def _fill(
     for name, entry in tensors.items():
         if name.endswith(".weight_scale_inv"):
             continue
-        tensor = _read(reader, entry)
+        tensor = reader.read(entry)
         module, _, kind = name.rpartition(".")
         if entry.dtype != "F8_E4M3":
             state[name] = tensor.to(device, dtype)
@@ -137,7 +136,7 @@ def _fill(
         if kind != "weight" or scale_name not in tensors:
             fix = "look at the checkpoint with `qwen3-fp8-ascend inspect`"
             raise BlockFp8Error("an FP8 tensor has no block scales", where=name, expected=scale_name, fix=fix)
-        scale = _read(reader, tensors[scale_name]).float()
+        scale = reader.read(tensors[scale_name]).float()
         if backend == DEQUANTIZED:
             state[name] = ops.dequantize_weight(tensor, scale, dtype=dtype).to(device)
             continue
@@ -145,7 +144,7 @@ def _fill(
         ours = BlockFp8Linear(
             tensor.to(device),
             scale.to(device),
-            None if bias is None else _read(reader, bias).to(device, dtype),
+            None if bias is None else reader.read(bias).to(device, dtype),
             backend,
             activation,
             converted,
@@ -170,12 +169,6 @@ def _belongs_to_ours(model: torch.nn.Module, name: str) -> bool:
         return isinstance(model.get_submodule(name.rpartition(".")[0]), BlockFp8Linear)
     except AttributeError:
         return False
-
-
-def _read(reader: ShardReader, entry: TensorEntry) -> torch.Tensor:
-    data = bytearray().join(reader.chunks(entry))
-    dtype = TORCH_DTYPES[entry.dtype]
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(entry.shape) if data else torch.empty(entry.shape)
 
 
 def _compute_buffers(model: torch.nn.Module, config: Any, device: str) -> None:

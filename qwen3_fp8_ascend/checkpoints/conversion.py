@@ -1,8 +1,7 @@
-"""Stream a checkpoint from one folder to another, tensor by tensor: what `quantize` and `dequantize` share.
+"""Convert a checkpoint into another folder, one weight file after the other: what `quantize` and `dequantize` share.
 
 The output is atomic (it appears under its name only when complete) and resumable (finished files are kept when a run
-is killed), it does not depend on how often the run was interrupted, and memory stays bounded by a few pieces of a
-tensor.
+is killed), and it does not depend on how often the run was interrupted. Memory holds one output file and one tensor.
 """
 
 from __future__ import annotations
@@ -29,13 +28,12 @@ from qwen3_fp8_ascend.checkpoints.folder import (
     Checkpoint,
     leaving_link,
 )
-from qwen3_fp8_ascend.checkpoints.header import LENGTH_BYTES, FileHeader, TensorEntry
-from qwen3_fp8_ascend.checkpoints.inspect import format_bytes
-from qwen3_fp8_ascend.checkpoints.shard import ShardReader, ShardWriter, TensorSpec, lay_out
-from qwen3_fp8_ascend.checkpoints.workspace import Workspace, check_destination
+from qwen3_fp8_ascend.checkpoints.output import UnfinishedOutput, check_destination
+from qwen3_fp8_ascend.checkpoints.render import format_bytes
+from qwen3_fp8_ascend.checkpoints.tensors import WeightReader, write_weights
+from qwen3_fp8_ascend.checkpoints.weight_file import LENGTH_BYTES, FileHeader, TensorEntry
 from qwen3_fp8_ascend.errors import BlockFp8Error, printable
 
-METADATA = {"format": "pt"}
 OTHER_WEIGHTS = (
     WEIGHTS_SUFFIX,
     *PICKLE_SUFFIXES,
@@ -53,6 +51,8 @@ OTHER_WEIGHTS = (
 HIDDEN_COPIES = (".git", ".cache")
 """Folders of version control and of download clients."""
 
+Read = Callable[[TensorEntry], torch.Tensor]
+
 
 class Conversion(Protocol):
     """What is done to a checkpoint: which tensors come out of each, and how they are computed."""
@@ -65,18 +65,18 @@ class Conversion(Protocol):
     def settings(self) -> Mapping[str, Any]:
         """Everything that the output depends on besides the source, as JSON data."""
 
-    def outputs(self, tensor: TensorEntry) -> Sequence[TensorSpec]:
+    def outputs(self, tensor: TensorEntry) -> Sequence[TensorEntry]:
         """The tensors that replace `tensor`; itself if it is kept as it is, none if it is dropped."""
 
-    def convert(self, tensor: TensorEntry, reader: ShardReader, writer: ShardWriter) -> None:
-        """Write the replacements of a tensor that is not kept."""
+    def convert(self, tensor: TensorEntry, read: Read) -> Sequence[torch.Tensor]:
+        """The replacements of a tensor that is not kept, in the order of `outputs`."""
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The new config.json."""
 
 
 @dataclass(frozen=True)
-class RewriteSummary:
+class ConversionSummary:
     """What a finished conversion did; `reused` counts files that an interrupted run had left finished."""
 
     destination: Path
@@ -89,26 +89,32 @@ class RewriteSummary:
 
 @dataclass(frozen=True)
 class _Plan:
-    """One output file: the source tensors that go into it and what they become."""
+    """One output file: the source tensors that go into it and what each becomes."""
 
     file: str
-    tensors: tuple[TensorEntry, ...]
-    outputs: tuple[TensorSpec, ...]
-    size: int
+    outputs: Mapping[TensorEntry, Sequence[TensorEntry]]
+
+    @property
+    def entries(self) -> Iterator[TensorEntry]:
+        return (entry for outputs in self.outputs.values() for entry in outputs)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
 
 
-def rewrite_checkpoint(
+def convert_checkpoint(
     checkpoint: Checkpoint,
     destination: str | os.PathLike[str],
     conversion: Conversion,
     *,
     progress: bool = True,
     overwrite: bool = False,
-) -> RewriteSummary:
+) -> ConversionSummary:
     """Write a converted copy of a checkpoint: weights, index, config, and every other file as it is.
 
     Raises:
-        BlockFp8Error: the destination exists or lies within the source, there is too little disk space, an
+        BlockFp8Error: the destination exists or lies within the source, there is too little disk space or memory, an
             unfinished run with other settings is in the way, or what `conversion` raises. What was finished until
             then is kept in ``<destination>.incomplete`` and the same call continues there.
     """
@@ -117,65 +123,61 @@ def rewrite_checkpoint(
     check_destination(target, overwrite=overwrite)
     for name in (CONFIG, INDEX, *(header.file for header in checkpoint.files)):
         _check_link(checkpoint.path(name), checkpoint.folder)
-    plans = [plan for header in checkpoint.files if (plan := _plan_file(header, conversion)).outputs]
+    plans = [plan for header in checkpoint.files if any((plan := _plan_file(header, conversion)).entries)]
     try:
         carried = list(_carried_files(checkpoint.folder))
-        with Workspace(target, _identity(checkpoint, conversion), overwrite=overwrite) as workspace:
-            todo = [plan for plan in plans if not workspace.has(plan.file, plan.size)]
-            _check_space(workspace, todo, carried)
-            _write_shards(checkpoint, workspace, todo, conversion, progress=progress)
+        with UnfinishedOutput(target, _identity(checkpoint, conversion), overwrite=overwrite) as output:
+            todo = [plan for plan in plans if not output.has(plan.file)]
+            _check_space(output.root, todo, carried)
+            _write_files(checkpoint, output, todo, conversion, progress=progress)
             if checkpoint.has_index or len(plans) > 1:
-                workspace.write_json(INDEX, _index(plans))
-            workspace.write_json(CONFIG, conversion.config(checkpoint.config))
+                output.write_json(INDEX, _index(plans))
+            output.write_json(CONFIG, conversion.config(checkpoint.config))
             for name, path in carried:
-                workspace.copy(path, name)
-            workspace.finish()
+                output.copy(path, name)
+            bytes_out = sum(output.size(plan.file) for plan in plans)
+            output.finish()
     except OSError as error:
         raise _explain(error, target) from error
-    kept = sum(_is_kept(tensor, conversion) for tensor in checkpoint.tensors.values())
-    dropped = sum(not conversion.outputs(tensor) for tensor in checkpoint.tensors.values())
-    return RewriteSummary(
+    all_outputs = [(tensor, outputs) for plan in plans for tensor, outputs in plan.outputs.items()]
+    kept = sum(list(outputs) == [tensor] for tensor, outputs in all_outputs)
+    return ConversionSummary(
         destination=target,
-        converted=len(checkpoint.tensors) - kept - dropped,
+        converted=sum(bool(outputs) for _, outputs in all_outputs) - kept,
         kept=kept,
         bytes_in=sum(header.size for header in checkpoint.files),
-        bytes_out=sum(plan.size for plan in plans),
+        bytes_out=bytes_out,
         reused=len(plans) - len(todo),
     )
 
 
 def _plan_file(header: FileHeader, conversion: Conversion) -> _Plan:
-    outputs = tuple(spec for tensor in header.tensors for spec in conversion.outputs(tensor))
-    return _Plan(header.file, header.tensors, outputs, lay_out(outputs, METADATA)[2])
+    return _Plan(header.file, {tensor: conversion.outputs(tensor) for tensor in header.tensors})
 
 
-def _is_kept(tensor: TensorEntry, conversion: Conversion) -> bool:
-    return list(conversion.outputs(tensor)) == [TensorSpec(tensor.name, tensor.dtype, tensor.shape)]
-
-
-def _write_shards(
-    checkpoint: Checkpoint, workspace: Workspace, plans: Sequence[_Plan], conversion: Conversion, *, progress: bool
+def _write_files(
+    checkpoint: Checkpoint, output: UnfinishedOutput, plans: Sequence[_Plan], conversion: Conversion, *, progress: bool
 ) -> None:
-    total = sum(tensor.nbytes for plan in plans for tensor in plan.tensors)
+    total = sum(tensor.nbytes for plan in plans for tensor in plan.outputs)
     with _Progress(conversion.operation, total, visible=progress) as bar:
         for number, plan in enumerate(plans, 1):
             bar.describe(f"{plan.file} ({number}/{len(plans)})")
-            workspace.write(plan.file, partial(_write_shard, checkpoint, plan, conversion, bar.advance))
+            output.write(plan.file, partial(_write_file, checkpoint, plan, conversion, bar.advance, output.mode))
 
 
-def _write_shard(
-    checkpoint: Checkpoint, plan: _Plan, conversion: Conversion, advance: Callable[[int], None], part: Path
+def _write_file(
+    checkpoint: Checkpoint, plan: _Plan, conversion: Conversion, advance: Callable[[int], None], mode: int, tmp: Path
 ) -> None:
-    with ShardReader(checkpoint.folder) as reader, ShardWriter(part, plan.outputs, METADATA) as writer:
-        for tensor in plan.tensors:
-            if _is_kept(tensor, conversion):
-                offset = 0
-                for chunk in reader.chunks(tensor):
-                    writer.write(tensor.name, offset, chunk)
-                    offset += len(chunk)
-            else:
-                conversion.convert(tensor, reader, writer)
+    tensors: dict[str, torch.Tensor] = {}
+    with WeightReader(checkpoint.folder) as reader:
+        for tensor, outputs in plan.outputs.items():
+            if list(outputs) == [tensor]:
+                tensors[tensor.name] = reader.read(tensor)
+            elif outputs:
+                converted = conversion.convert(tensor, reader.read)
+                tensors |= {entry.name: made for entry, made in zip(outputs, converted, strict=True)}
             advance(tensor.nbytes)
+    write_weights(tmp, tensors, mode)
 
 
 class _Progress:
@@ -213,8 +215,8 @@ class _Progress:
 
 
 def _index(plans: Sequence[_Plan]) -> dict[str, Any]:
-    weight_map = {spec.name: plan.file for plan in plans for spec in plan.outputs}
-    total = sum(spec.nbytes for plan in plans for spec in plan.outputs)
+    weight_map = {entry.name: plan.file for plan in plans for entry in plan.entries}
+    total = sum(plan.nbytes for plan in plans)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
@@ -273,13 +275,13 @@ def _check_apart(source: Path, destination: Path) -> None:
         )
 
 
-def _check_space(workspace: Workspace, plans: Sequence[_Plan], carried: Sequence[tuple[str, Path]]) -> None:
-    needed = sum(plan.size for plan in plans) + sum(path.stat().st_size for _, path in carried)
-    free = shutil.disk_usage(workspace.root).free
+def _check_space(root: Path, plans: Sequence[_Plan], carried: Sequence[tuple[str, Path]]) -> None:
+    needed = sum(plan.nbytes for plan in plans) + sum(path.stat().st_size for _, path in carried)
+    free = shutil.disk_usage(root).free
     if needed > free:
         raise BlockFp8Error(
             "too little disk space",
-            where=workspace.root.parent,
+            where=root.parent,
             expected=f"{format_bytes(needed)} free",
             got=f"{format_bytes(free)} free",
             fix="free some space or choose another destination",

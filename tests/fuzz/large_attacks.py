@@ -8,16 +8,8 @@ from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.folder import CONFIG, INDEX, SINGLE
 from qwen3_fp8_ascend.format import BlockSize, scale_shape
-from qwen3_fp8_ascend.testing.hostile import (
-    HOLE,
-    SHARDS,
-    Content,
-    HostileFolder,
-    Raw,
-    Sparse,
-    dump_json,
-    sound_checkpoint,
-)
+from tests.fuzz.drafts import TWO_FILES, Raw, dump_json, sound_checkpoint
+from tests.fuzz.folders import HOLE, Content, HostileFolder, Sparse
 
 
 def _header_file(text: bytes, data: bytes = b"") -> bytes:
@@ -156,7 +148,7 @@ HEAVY: Mapping[str, Callable[[int], HostileFolder]] = {
         b'{"a.weight":{' + _EMPTY_FP8.encode() + b"}," + _numbered(size, f'"#.input_scale":{{{_EMPTY}}}') + b"}"
     ),
     "index of absent tensors": lambda size: _index_file(
-        b'{"weight_map":{' + _numbered(size, f'"#":"{SHARDS[0]}"') + b"}}"
+        b'{"weight_map":{' + _numbered(size, f'"#":"{TWO_FILES[0]}"') + b"}}"
     ),
     "index of absent files": lambda size: _index_file(
         b'{"weight_map":{' + _numbered(size, '"#":"#.safetensors"', 5) + b"}}"

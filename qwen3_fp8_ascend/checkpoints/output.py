@@ -1,7 +1,7 @@
 """The unfinished output of a conversion: atomic, resumable, and never mistaken for a finished one.
 
 Layout of ``<destination>.incomplete/``: ``journal.json`` says what is being made from what; ``checkpoint/`` holds the
-finished files and becomes the destination by one rename; ``*.part`` is the file that is being written;
+finished files and becomes the destination by one rename; ``*.tmp`` is the file that is being written;
 ``replaced/`` is, for a moment at the end, the old destination of a run that overwrites.
 """
 
@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,23 +22,23 @@ from qwen3_fp8_ascend.checkpoints.folder import CONFIG
 from qwen3_fp8_ascend.errors import BlockFp8Error
 
 JOURNAL = "journal.json"
-PART_SUFFIX = ".part"
+TMP = ".tmp"
 
 
-class Workspace:
-    """Holds the folder in which one conversion's output grows; only one process at a time may have it."""
+class UnfinishedOutput:
+    """The folder in which one conversion's output grows; only one process at a time may have it."""
 
     def __init__(self, destination: Path, identity: Mapping[str, Any], *, overwrite: bool) -> None:
-        self.destination = Path(os.path.abspath(destination))
+        self.destination = destination
         self.overwrite = overwrite
-        self.root = self.destination.with_name(self.destination.name + ".incomplete")
-        self.output = self.root / "checkpoint"
+        self.root = destination.with_name(destination.name + ".incomplete")
+        self._finished = self.root / "checkpoint"
         self._replaced = self.root / "replaced"
         # Through JSON, so that it compares equal to what is read back.
         self._identity = json.loads(json.dumps(identity))
-        self._lock: int | None = None
+        self._lock = -1
 
-    def __enter__(self) -> Workspace:
+    def __enter__(self) -> UnfinishedOutput:
         check_destination(self.destination, overwrite=self.overwrite)
         self.root.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -50,60 +51,63 @@ class Workspace:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        if kind is not None and self.output.is_dir() and not any(self.output.iterdir()):
-            self.output.rmdir()
+        unused = self._finished.is_dir() and not any(self._finished.iterdir()) and not self._replaced.exists()
+        if kind is not None and unused:
             self._remove()  # nothing was finished, so there is nothing to continue
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        os.close(self._lock)
 
-    def has(self, file: str, size: int) -> bool:
+    def has(self, file: str) -> bool:
         """Whether an earlier run finished this file."""
-        path = self.output / file
-        return path.is_file() and path.stat().st_size == size
+        return (self._finished / file).is_file()
+
+    def size(self, file: str) -> int:
+        """Bytes of a finished file."""
+        return (self._finished / file).stat().st_size
+
+    @property
+    def mode(self) -> int:
+        """Permissions of what is written: everybody may read it, unless the user's mask says otherwise."""
+        return stat.S_IMODE((self.root / JOURNAL).stat().st_mode) & 0o644
 
     def write(self, file: str, produce: Callable[[Path], object]) -> None:
         """Let `produce` write a file (and sync it), and only then give it its name."""
-        part = self.root / (file.replace("/", "_") + PART_SUFFIX)
+        tmp = self.root / (file.replace("/", "_") + TMP)
+        target = self._finished / file
         try:
-            produce(part)
-            target = self.output / file
+            produce(tmp)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(part, target)
+            os.replace(tmp, target)
         except BaseException:
-            part.unlink(missing_ok=True)
+            tmp.unlink(missing_ok=True)
             raise
-        _sync_folder(target.parent)
+        _sync(target.parent)
 
     def write_json(self, file: str, document: Mapping[str, Any]) -> None:
         """Write a JSON document as Hugging Face does: indented by two, ending in a newline."""
-        text = json.dumps(document, indent=2) + "\n"
-        self.write(file, lambda part: _write_durably(part, text.encode("ascii")))
+        self.write(file, lambda tmp: _write_text(tmp, json.dumps(document, indent=2) + "\n"))
 
     def copy(self, source: Path, file: str) -> None:
         """Copy a file's content."""
 
-        def produce(part: Path) -> None:
-            shutil.copyfile(source, part)
-            with part.open("rb") as copied:
-                os.fsync(copied.fileno())
+        def produce(tmp: Path) -> None:
+            shutil.copyfile(source, tmp)
+            _sync(tmp)
 
         self.write(file, produce)
 
     def finish(self) -> None:
         """Rename the output to the destination; before this it does not exist, after it it is complete."""
-        _sync_folder(self.output)
+        _sync(self._finished)
         check_destination(self.destination, overwrite=self.overwrite)
         if self.destination.exists():
             if self._replaced.exists():
                 shutil.rmtree(self._replaced)
             os.rename(self.destination, self._replaced)
-        os.rename(self.output, self.destination)
-        _sync_folder(self.destination.parent)
+        os.rename(self._finished, self.destination)
+        _sync(self.destination.parent)
         self._remove()
 
     def _take_lock(self) -> None:
-        assert self._lock is not None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -119,10 +123,7 @@ class Workspace:
         """Continue what an earlier run with the same identity left, or begin."""
         journal = self.root / JOURNAL
         if journal.is_file():
-            try:
-                found = json.loads(journal.read_text(encoding="utf-8"))
-            except (ValueError, RecursionError):
-                found = None
+            found = _read_journal(journal)
             if found != self._identity:
                 if not self.overwrite:
                     raise BlockFp8Error(
@@ -131,32 +132,32 @@ class Workspace:
                         got=_difference(found, self._identity),
                         fix=f"delete {self.root}, or allow overwriting",
                     )
-                self._clear()
-        elif any(path.name != JOURNAL + PART_SUFFIX for path in self.root.iterdir()):
+                if self._finished.exists():
+                    shutil.rmtree(self._finished)
+                journal.unlink()
+        elif any(path.name != JOURNAL + TMP for path in self.root.iterdir()):
             raise BlockFp8Error(
                 "a folder that is no unfinished conversion is in the way",
                 where=self.root,
                 fix="move it away; this name is needed for the unfinished output",
             )
-        for part in self.root.glob(f"*{PART_SUFFIX}"):
-            part.unlink()
+        for path in self.root.iterdir():
+            if path.name.endswith(TMP) or path.name.startswith(TMP):  # the second is the safetensors library's
+                path.unlink()
         if not journal.is_file():
-            part = self.root / (JOURNAL + PART_SUFFIX)
-            _write_durably(part, json.dumps(self._identity, indent=2).encode())
-            os.replace(part, journal)
-        self.output.mkdir(exist_ok=True)
+            tmp = self.root / (JOURNAL + TMP)
+            _write_text(tmp, json.dumps(self._identity, indent=2))
+            os.replace(tmp, journal)
+        self._finished.mkdir(exist_ok=True)
 
     def _remove(self) -> None:
         """Remove the folder, the journal last, so that a run that is killed meanwhile is still recognised."""
-        if self._replaced.exists():
-            shutil.rmtree(self._replaced)
-        (self.root / JOURNAL).unlink(missing_ok=True)
+        for path in sorted(self.root.iterdir(), key=lambda path: path.name == JOURNAL):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         self.root.rmdir()
-
-    def _clear(self) -> None:
-        (self.root / JOURNAL).unlink()
-        if self.output.exists():
-            shutil.rmtree(self.output)
 
 
 def check_destination(destination: Path, *, overwrite: bool) -> None:
@@ -185,6 +186,13 @@ def check_destination(destination: Path, *, overwrite: bool) -> None:
         )
 
 
+def _read_journal(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
 def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
     if not isinstance(found, dict):
         return "an unreadable journal"
@@ -192,15 +200,16 @@ def _difference(found: Any, wanted: Mapping[str, Any]) -> str:
     return "a difference in " + ", ".join(keys)
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="ascii") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
