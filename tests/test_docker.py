@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_fp8_ascend.vllm_plugin import versions
+from tests.support import cann_stand_in
 from tests.test_packaging import ROOT, copy_sources, environment, files_in, install_metadata
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
@@ -76,13 +77,16 @@ class Image:
         self.python = environment(folder / "venv")
         self.site = next((folder / "venv" / "lib").glob("python*/site-packages"))
         install_metadata(self.site, {"cmake": "3.31.0"})  # the image has one; the stand-in below does its work
-        (folder / "cann").mkdir()
-        (folder / "set_env.sh").write_text(f"export ASCEND_HOME_PATH={folder}/cann\n" if cann else "true\n")
+        toolkit = cann_stand_in.install(folder / "toolkit", "9.1")
+        shutil.copytree(toolkit.python_path, self.site, dirs_exist_ok=True)  # torch_npu, as far as a build looks at it
+        (folder / "set_env.sh").write_text(f"export ASCEND_HOME_PATH={toolkit.home}\n" if cann else "true\n")
         library = ROOT / "qwen3_fp8_ascend" / "_cpu.so"
         if not library.exists():
             pytest.skip("the CPU kernels are not built in place")
         self.write_tool(
-            "cmake", 'if [ "$1" = --build ]; then touch "$2/libqwen3_fp8_ascendc.so"; else mkdir -p "$4"; fi'
+            "cmake",
+            "case $1 in --version) echo cmake version 3.31.0;;\n"
+            "  --build) touch $2/libqwen3_fp8_ascendc.so;;\n  *) mkdir -p $4;;\nesac",
         )
         # tests/test_packaging.py compiles; here the library that is built already is the compiler's result.
         out = 'for word; do [ "$previous" = -o ] && out=$word; previous=$word; done'

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from qwen3_fp8_ascend import doctor
-from qwen3_fp8_ascend.backends import ascendc, registry, soc, triton
+from qwen3_fp8_ascend.backends import ascendc, cpu, registry, soc, triton
 from qwen3_fp8_ascend.vllm_plugin import versions
 
 VERSIONS = {
@@ -101,6 +101,7 @@ def page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
     Everything that differs from machine to machine is that of the machine that is pretended.
     """
+    assert cpu.ISAS  # imported while the architecture was this machine's
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     monkeypatch.setattr(platform, "python_version", lambda: "3.12.13")
     monkeypatch.setattr(doctor, "cpu_name", lambda: "Kunpeng-920")
