@@ -218,7 +218,8 @@ class PlatformWheel(bdist_wheel):
 
     def run(self) -> None:
         # setuptools packs whatever lies there, also what an earlier version of the sources had and this one has not.
-        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        if not self.distribution.have_run.get("build"):
+            shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         super().run()
 
 

@@ -91,7 +91,8 @@ def round_to_e4m3(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Te
 def normalizing_powers(largest_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The power of two that brings e4m3 codes times scales of up to ``largest_scale`` below 1, and its inverse.
 
-    Exponents are moved as integers, because exp2 and log2 of a device need not be exact. Both powers are normal numbers.
+    Exponents are moved as integers, because exp2 and log2 of a device need not be exact.
+    Both powers are normal numbers.
     """
     lift = _CODE_BITS + 1
     exponent = ((largest_scale.view(torch.int32) >> 23) & 0xFF).clamp(1, 2 * 127 - 1 - lift)
@@ -110,7 +111,8 @@ def _block_fp8_scratch_linear(
 ) -> torch.Tensor:
     n, k = codes.shape
     dtype = torch.float32 if x.dtype == torch.float32 else torch.float16
-    # Allocated by each call: the allocator gives it to the next layer of this stream, or keeps it in a graph's own pool.
+    # Allocated by each call: the allocator gives it to the next layer of this stream,
+    # or keeps it in a graph's own pool.
     weight = torch.empty(n, k, dtype=dtype, device=x.device)
     rows = max(block_n, _DECODE_PIECE // max(k, 1) // block_n * block_n)
     for start in range(0, n, rows):

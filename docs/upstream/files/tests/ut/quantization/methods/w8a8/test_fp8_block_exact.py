@@ -123,7 +123,8 @@ class TestLinear(TestBase):
         rounded = scheme.apply(layer, x)
         left = scheme.apply(layer, x, -rounded[0])  # zero if it were added to the rounded sums
         self.assertTrue((left.abs() <= 2.0**-8 * rounded.abs() + 2.0**-16 * rounded.abs().max()).all())
-        self.assertGreater((left != 0).float().mean(), 0.9)
+        # The product is rounded to fp16 first: three bits more than bf16, all zero in an eighth of the outputs.
+        self.assertGreater((left != 0).float().mean(), 0.8)
 
     def test_close_to_the_rounded_result_in_16_bits(self):
         layer, scheme = build_layer(256, 1024), build_scheme()
