@@ -100,7 +100,7 @@ def quantize(
     from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
 
     quantize_checkpoint(source, destination, ignore=tuple(ignore or ()), overwrite=overwrite, progress=not is_quiet())
-    err.print(f"wrote {destination}", highlight=False)
+    err.print(f"wrote {destination}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: qwen3-fp8-ascend dequantize ./Qwen3-8B-FP8 ./Qwen3-8B-bf16")
@@ -113,7 +113,7 @@ def dequantize(
     from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 
     dequantize_checkpoint(source, destination, overwrite=overwrite, progress=not is_quiet())
-    err.print(f"wrote {destination}", highlight=False)
+    err.print(f"wrote {destination}", highlight=False, soft_wrap=True)
 
 
 app.command(
