@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.shapes import QWEN3_8B
 from qwen3_fp8_ascend.backends import ascendc
-from qwen3_fp8_ascend.format import ShardGrid
+from qwen3_fp8_ascend.format import BlockGrid
 
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "support" / "ascendc_emulator"
@@ -95,7 +95,7 @@ def estimate(
     chip = CHIPS[chip_name]
     for linear in linears:
         n, k = QWEN3_8B[linear]
-        grid = ShardGrid((n,), k)
+        grid = BlockGrid((n,), k)
         codes = torch.randint(0, 0x7F, (n, k), dtype=torch.uint8).view(torch.float8_e4m3fn)
         names = ("packed", "scale", "spans")
         for name, tensor in zip(names, ascendc.pack(codes, torch.rand(grid.scale_shape), grid), strict=True):

@@ -24,6 +24,7 @@ from benchmarks.measure import Timing, cache_bytes, interleave
 from benchmarks.peers import PEERS, Weights
 from benchmarks.shapes import MODELS, ROWS
 from qwen3_fp8_ascend.backends import cpu, select_backend
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.testing.judges import CALC_DIFF, Problem, calc_diff, random_problem
 
@@ -114,7 +115,7 @@ def _error(problem: Problem, x: torch.Tensor, run: Any, computes: str) -> float:
     """calc_diff from the fp64 oracle on the first rows; stops the benchmark if it is too large."""
     rows = min(len(x), 4)
     part = Problem(x[:rows], problem.weight, problem.scale)
-    error = calc_diff(run(0)[:rows], part.oracle("dynamic" if computes == "w8a8" else "none"))
+    error = calc_diff(run(0)[:rows], part.oracle(Activation.W8A8 if computes == "w8a8" else Activation.W8A16))
     if error > CALC_DIFF:
         console.print(
             f"[red]{computes} is wrong:[/] calc_diff {error:.2e} at {tuple(x.shape)} x {problem.weight.shape}"

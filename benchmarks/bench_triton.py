@@ -22,6 +22,7 @@ import torch
 
 from benchmarks.shapes import QWEN3_8B
 from qwen3_fp8_ascend import ops, reference
+from qwen3_fp8_ascend.format import Activation
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512)
@@ -100,7 +101,7 @@ def contenders(
     target = torch.empty_like(raw[0])
     timed: dict[str, Callable[[int], Any]] = {
         "w8a8": lambda i: ops.block_linear(on_device, packed[i % copies]),
-        "w8a16": lambda i: ops.block_linear(on_device, packed[i % copies], None, "none"),
+        "w8a16": lambda i: ops.block_linear(on_device, packed[i % copies], None, Activation.W8A16),
         "bf16": lambda i: torch.nn.functional.linear(on_device, expanded[i % len(expanded)]),
         "dequantize, matmul": lambda i: torch.nn.functional.linear(
             on_device, ops.dequantize_weight(weights[i % copies], scale_there, backend="triton")
@@ -114,7 +115,7 @@ def contenders(
     for name, call in timed.items():
         if name == "copy":
             continue
-        activation = "dynamic" if name in ("w8a8", "vLLM Triton") else "none"
+        activation = Activation.W8A8 if name in ("w8a8", "vLLM Triton") else Activation.W8A16
         oracle = reference.block_linear(x[rows], weight, scale, activation=activation, compute_dtype=torch.float64)
         out = call(0)[rows].cpu().double()
         errors[name] = float((out - oracle).norm() / oracle.norm())

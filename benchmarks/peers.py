@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from qwen3_fp8_ascend import ops, reference
+from qwen3_fp8_ascend.format import Activation
 
 Prepared = Callable[[torch.Tensor], Callable[[int], object]]
 """Takes activations (m, k) and returns the timed function of the round's number."""
@@ -51,9 +52,9 @@ def on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     return flat[offset : offset + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def _ours(activation: str) -> Callable[[Weights], Prepared]:
+def _ours(activation: Activation) -> Callable[[Weights], Prepared]:
     def prepare(weights: Weights) -> Prepared:
-        packed = [ops.pack_weight(weights.codes, weights.scale, "cpu") for _ in range(weights.copies(1))]
+        packed = [ops.pack_weight(weights.codes, weights.scale, backend="cpu") for _ in range(weights.copies(1))]
         return lambda x: lambda i: ops.block_linear(x, packed[i % len(packed)], None, activation)
 
     return prepare
@@ -135,8 +136,8 @@ def _fbgemm_int8(weights: Weights) -> Prepared:
 
 
 PEERS = (
-    Peer("w8a8", 1, "w8a8", _ours("dynamic")),
-    Peer("w8a16", 1, "w8a16", _ours("none")),
+    Peer("w8a8", 1, "w8a8", _ours(Activation.W8A8)),
+    Peer("w8a16", 1, "w8a16", _ours(Activation.W8A16)),
     Peer("read", 1, "reads the same bytes", _read),
     Peer("torch bf16", 2, "bf16", _torch_bf16),
     Peer("vllm bf16", 2, "bf16", _vllm_bf16, _vllm_operator("weight_packed_linear")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 
 from qwen3_fp8_ascend.errors import BlockFp8Error, describe
@@ -28,6 +29,30 @@ SCALE_DTYPES = ("F32", "BF16")
 
 MAX_IGNORED = 1 << 16
 """Bound on the names of an ignore list: many times what the largest models have."""
+
+
+class Activation(str, Enum):
+    """What a linear does with x: one encoding, from the user's flag to the kernels."""
+
+    W8A8 = "w8a8"
+    """Quantized to e4m3 in groups of channels first: what the checkpoint's ``"activation_scheme": "dynamic"`` says."""
+    W8A16 = "w8a16"
+    """Taken as it is."""
+
+    def __str__(self) -> str:
+        return self.value
+
+    @classmethod
+    def parse(cls, text: object, where: object = None) -> Activation:
+        """The value that a user named; also by the words of earlier versions, which result files and scripts hold.
+
+        Raises:
+            BlockFp8Error: there is no such value.
+        """
+        word = {"dynamic": "w8a8", "none": "w8a16"}.get(text, text) if isinstance(text, str) else text
+        if word in (cls.W8A8.value, cls.W8A16.value):
+            return cls(word)
+        raise BlockFp8Error("unknown activation mode", where=where, expected=" or ".join(cls), got=describe(text))
 
 
 class BlockSize(NamedTuple):
@@ -77,9 +102,10 @@ class RowSpan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ShardGrid:
-    """Block grid of a weight made of merged shards, each of which starts a block of its own.
+class BlockGrid:
+    """Block grid of a weight (n, k), whose rows may be merged shards: each of them starts a block of its own.
 
+    widths: the rows of each shard; one that was not merged has one.
     A q/k/v projection of 576, 192 and 192 rows has 5 + 2 + 2 scale rows: shards are quantized one by one
     in the checkpoint, so blocks never straddle two of them.
     """
@@ -130,15 +156,6 @@ class BlockFp8Config:
 
     block: BlockSize = DEFAULT_BLOCK
     ignored: tuple[str, ...] = ()
-
-    @classmethod
-    def matches(cls, config: Mapping[str, Any] | None) -> bool:
-        """Whether a ``quantization_config`` claims to be block FP8 (it may still be refused by `from_dict`)."""
-        return (
-            isinstance(config, Mapping)
-            and config.get("quant_method") == "fp8"
-            and bool(config.get("weight_block_size"))
-        )
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str = "config.json: quantization_config") -> BlockFp8Config:

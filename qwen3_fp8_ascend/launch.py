@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.terminal import err
 
 CANN_SET_ENV = "/usr/local/Ascend/ascend-toolkit/set_env.sh"
@@ -44,6 +45,10 @@ def _one_of(*choices: str) -> Check:
         return value
 
     return check
+
+
+def _activation(parameter: typer.CallbackParam, value: str) -> str:
+    return Activation.parse(value, parameter.opts[0]).value
 
 
 def _whole_number(parameter: typer.CallbackParam, value: str) -> str:
@@ -85,7 +90,9 @@ Cores = Annotated[
 ]
 TrustRemoteCode = Annotated[str, _option("SERVE_TRUST_REMOTE_CODE", "0 or 1.", _one_of("0", "1"))]
 Backend = Annotated[str, _option("QWEN3_FP8_ASCEND_BACKEND", "The best that can run if empty.")]
-Activation = Annotated[str, _option("SERVE_ACTIVATION", "dynamic (W8A8) or none (W8A16).", _one_of("dynamic", "none"))]
+ActivationFlag = Annotated[
+    str, _option("SERVE_ACTIVATION", "w8a8, or w8a16 to leave activations as they are.", _activation)
+]
 Python = Annotated[
     str, typer.Option(envvar="PYTHON", help="Whose vLLM serves; this one by default.", show_default=False)
 ]
@@ -111,7 +118,7 @@ def serve(
     cores: Cores = "",
     trust_remote_code: TrustRemoteCode = "1",
     backend: Backend = "",
-    activation: Activation = "dynamic",
+    activation: ActivationFlag = "w8a8",
     python: Python = sys.executable,
     dry_run: DryRun = False,
     further: Further = None,
@@ -135,7 +142,7 @@ def serve(
     arguments += ["--gpu-memory-utilization", gpu_memory_utilization] if on_npu else []
     arguments += ["--dtype", dtype]
     arguments += ["--tensor-parallel-size", tensor_parallel_size] if ranks > 1 else []
-    arguments += ["--hf-overrides", '{"qwen3_fp8_ascend": {"activation": "none"}}'] if activation == "none" else []
+    arguments += ["--hf-overrides", '{"qwen3_fp8_ascend": {"activation": "w8a16"}}'] if activation == "w8a16" else []
     arguments += further or []
     line = ["env", *(f"{name}={value}" for name, value in changes.items()), _vllm_of(python), "serve"]
     if dry_run:

@@ -8,9 +8,20 @@ from collections.abc import Sequence
 import torch
 
 from qwen3_fp8_ascend.backends.gradients import refuse_gradients
-from qwen3_fp8_ascend.backends.registry import COMPUTES, LOADED, PackedWeight, select_backend
+from qwen3_fp8_ascend.backends.registry import LOADED, PackedWeight, select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockSize, ShardGrid, check_block_sizes
+from qwen3_fp8_ascend.format import (
+    DEFAULT_BLOCK,
+    SCALE_SUFFIX,
+    WEIGHT_SUFFIX,
+    Activation,
+    BlockGrid,
+    BlockSize,
+    ceil_div,
+    check_block_sizes,
+)
+
+DAMAGED = "the checkpoint does not fit the model or is damaged; look at it with `qwen3-fp8-ascend inspect`"
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -32,87 +43,89 @@ def quantize_activation(
     check_block_sizes((block_k,), "block_k")
     refuse_gradients("quantize_activation", x)
     chosen = LOADED[_choose(backend, x.device.type)]
-    codes, scale = chosen.quantize_activation(_as_rows(x), block_k)
+    rows = _as_rows(x)
+    if rows.numel():
+        codes, scale = chosen.quantize_activation(rows, block_k)
+    else:
+        codes = rows.new_empty(rows.shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        scale = rows.new_empty(rows.shape[0], ceil_div(rows.shape[1], block_k), dtype=torch.float32)
     return codes.reshape(x.shape), scale.reshape(*x.shape[:-1], scale.shape[-1])
 
 
 def dequantize_weight(
     weight: torch.Tensor,
     scale: torch.Tensor,
+    grid: BlockGrid | None = None,
     dtype: torch.dtype = torch.bfloat16,
     *,
-    widths: Sequence[int] | None = None,
-    block: Sequence[int] = DEFAULT_BLOCK,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Multiply e4m3 codes by their block's scale.
 
-    Shapes: weight (n, k) float8_e4m3fn, scale (ceil(n / block_n), ceil(k / block_k)) fp32 or bf16 -> (n, k) `dtype`;
-        with `widths`, the row counts of merged shards, each shard has its own block grid (`ShardGrid`).
+    Shapes: weight (n, k) float8_e4m3fn, scale `grid.scale_shape` fp32 or bf16 -> (n, k) `dtype`; without a grid, one
+        shard in blocks of 128 x 128.
     Raises:
         BlockFp8Error: wrong dtype, layout or shape, a gradient is wanted (`refuse_gradients`), or the backend cannot
             run here.
     Semantics and source: `qwen3_fp8_ascend.reference.dequantize_weight`, bit for bit.
     """
-    grid = _check_weight(weight, scale, widths, block)
+    grid = _check_weight(weight, scale, grid)
     if dtype not in ACTIVATION_DTYPES:
         raise BlockFp8Error(
             "weights dequantize to a floating-point dtype", expected=_names(ACTIVATION_DTYPES), got=dtype
         )
     refuse_gradients("dequantize_weight", weight, scale)
     chosen = LOADED[_choose(backend, weight.device.type, *grid.block)]
+    if not weight.numel():
+        return weight.new_empty(weight.shape, dtype=dtype)
     return chosen.dequantize_weight(_contiguous_codes(weight), scale.float().contiguous(), grid, dtype)
 
 
 def pack_weight(
     weight: torch.Tensor,
     scale: torch.Tensor,
+    grid: BlockGrid | None = None,
     backend: str | None = None,
-    widths: Sequence[int] | None = None,
     *,
-    block: Sequence[int] = DEFAULT_BLOCK,
-    activation: str = "dynamic",
+    names: Sequence[str] = (),
+    activation: Activation | str = Activation.W8A8,
     check_values: bool = True,
 ) -> PackedWeight:
     """Lay a weight out for a backend, once; the result is the only copy that has to stay resident.
 
-    Shapes: weight (n, k) float8_e4m3fn, scale (sum over shards of ceil(width / block_n), ceil(k / block_k)) fp32 or
-    bf16. `widths` are the row counts of merged shards (default: one shard). `activation` is what the weight will be
-    used with ("dynamic" or "none"), so that a backend that cannot compute it is refused here, not at the first token.
-    `check_values=False` is for weights whose values mean nothing (random ones, fake tensors); NaN codes then pass.
+    Shapes: weight (n, k) float8_e4m3fn, scale `grid.scale_shape` fp32 or bf16; without a grid, one shard in blocks of
+        128 x 128.
+    names: of the modules that the grid's shards are, for errors.
+    activation: what the weight will be used with, so that a backend that cannot compute it is refused here, not at the
+        first token.
+    check_values: False is for weights whose values mean nothing (random ones, fake tensors); NaN codes then pass.
     Raises:
         BlockFp8Error: wrong dtype or shape, NaN codes, non-finite or negative scales, or the backend cannot run here.
     """
-    grid = _check_weight(weight, scale, widths, block)
-    nan_codes = count_nan_codes(weight) if check_values else 0
-    if nan_codes:
-        raise BlockFp8Error(
-            "the weight holds NaN codes (0x7F or 0xFF)",
-            expected="finite e4m3 codes only",
-            got=f"{nan_codes} NaN of {weight.numel()}",
-            fix="the checkpoint is damaged or its converter overflowed; download or quantize it again",
-        )
-    chosen = select_backend(backend, weight.device.type, _computes(activation), grid.block)
+    grid = _check_weight(weight, scale, grid)
+    chosen = select_backend(backend, weight.device.type, _activation(activation), grid.block)
     if check_values:
-        check_scale_values(scale, limit=chosen.max_scale)
+        _check_values(weight, scale, grid, names, chosen.max_scale)
     tensors = chosen.pack(_contiguous_codes(weight), scale.float().contiguous(), grid)
     return PackedWeight(chosen.name, grid, tensors)
 
 
 def block_linear(
-    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None, activation: str = "dynamic"
+    x: torch.Tensor,
+    packed: PackedWeight,
+    bias: torch.Tensor | None = None,
+    activation: Activation | str = Activation.W8A8,
 ) -> torch.Tensor:
     """y = x @ W.T + bias with the block scales of `packed`.
 
     Shapes: x (..., k) bf16/fp16/fp32, bias (n,) -> (..., n) in x.dtype.
-    `activation`: "dynamic" quantizes x to e4m3 in groups (w8a8), "none" leaves it as it is (w8a16).
     Raises:
         BlockFp8Error: shapes, dtypes, layouts or devices that do not fit, or a gradient is wanted
             (`refuse_gradients`).
     Semantics and source: `qwen3_fp8_ascend.reference.block_linear`, up to the order of fp32 additions.
     """
     _check_activation(x)
-    _computes(activation)
+    activation = _activation(activation)
     if x.shape[-1] != packed.k:
         raise BlockFp8Error("the activation does not fit the weight", expected=f"(..., {packed.k})", got=tuple(x.shape))
     if x.device != packed.device:
@@ -125,21 +138,59 @@ def block_linear(
                 expected=f"({packed.n},) on {x.device}",
                 got=f"{tuple(bias.shape)} on {bias.device}",
             )
+        bias = (bias if bias.dtype in ACTIVATION_DTYPES else bias.float()).contiguous()
     refuse_gradients("block_linear", x, bias)
     rows = _as_rows(x)
-    out = LOADED[packed.backend].linear(rows, packed, bias, activation)
+    if rows.shape[0] and packed.n and packed.k:
+        out = LOADED[packed.backend].linear(rows, packed, bias, activation)
+    else:
+        out = rows.new_zeros(rows.shape[0], packed.n)
+        out = out if bias is None else out + bias.to(out.dtype)
     return out.reshape(*x.shape[:-1], packed.n)
 
 
 def count_nan_codes(weight: torch.Tensor) -> int:
     """Number of e4m3 NaN codes (0x7F, 0xFF) in a tensor, on bytes, since devices without FP8 cannot say isnan."""
     codes, count = weight.view(torch.uint8), 0
-    rows = max(1, (1 << 22) // max(1, codes.shape[-1]))  # pieces that stay in cache
+    if not codes.numel():
+        return 0
+    rows = max(1, (1 << 22) // codes.shape[-1])  # pieces that stay in cache
     for piece in codes.split(rows):
         magnitude = piece & 0x7F
-        if magnitude.numel() and int(magnitude.max()) == 0x7F:  # a maximum is many times faster than a count
+        if int(magnitude.max()) == 0x7F:  # a maximum is many times faster than a count
             count += int((magnitude == 0x7F).sum())
     return count
+
+
+def _check_values(
+    weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, names: Sequence[str], max_scale: float
+) -> None:
+    """Refuse NaN codes and scales that are no scales, by the name of the shard that has them."""
+    if names and len(names) != len(grid.widths):
+        raise BlockFp8Error("each shard has one name", expected=len(grid.widths), got=list(names))
+    shards = zip(weight.split(list(grid.widths)), scale.split(list(grid.scale_rows)), strict=True)
+    for number, (codes, scales) in enumerate(shards):
+        name = names[number] if names else None
+        check_codes(codes, f"{name}{WEIGHT_SUFFIX}" if name else None)
+        check_scale_values(scales, f"{name}{SCALE_SUFFIX}" if name else None, max_scale)
+
+
+def check_codes(codes: torch.Tensor, where: object = None) -> None:
+    """Refuse a tensor with NaN codes: no good checkpoint has one.
+
+    Raises:
+        BlockFp8Error: with their number; all of them are taken for a tensor that was never loaded.
+    """
+    nan_codes = count_nan_codes(codes)
+    if nan_codes:
+        missing = nan_codes == codes.numel()
+        raise BlockFp8Error(
+            "a weight is missing, or all its codes are NaN" if missing else "a weight holds NaN codes (0x7F or 0xFF)",
+            where=where,
+            expected="finite e4m3 codes only",
+            got=f"{nan_codes} NaN of {codes.numel()}",
+            fix=DAMAGED,
+        )
 
 
 def check_scale_values(scale: torch.Tensor, where: object = None, limit: float = math.inf) -> None:
@@ -151,12 +202,15 @@ def check_scale_values(scale: torch.Tensor, where: object = None, limit: float =
     bad = ~(torch.isfinite(scale) & (scale >= 0) & (scale <= limit))
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
+        missing = bool(scale.isnan().all())
         raise BlockFp8Error(
-            "the weight's block scales are not all finite and non-negative",
+            "a weight's block scales are missing, or all NaN"
+            if missing
+            else "the weight's block scales are not all finite and non-negative",
             where=where,
             expected="finite numbers of zero or more" + ("" if math.isinf(limit) else f", up to {limit:.3g}"),
             got=f"{int(bad.sum())} of {bad.numel()} bad, the first at {first}: {float(scale[first])}",
-            fix="the checkpoint is damaged; download or quantize it again",
+            fix=DAMAGED,
         )
 
 
@@ -183,10 +237,8 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
-def _computes(activation: str) -> str:
-    if activation not in COMPUTES:
-        raise BlockFp8Error("unknown activation mode", expected="'dynamic' or 'none'", got=repr(activation))
-    return COMPUTES[activation]
+def _activation(given: Activation | str) -> Activation:
+    return given if isinstance(given, Activation) else Activation.parse(given)
 
 
 def _check_dense(what: str, tensor: torch.Tensor) -> None:
@@ -204,19 +256,19 @@ def _check_activation(x: torch.Tensor) -> None:
         raise BlockFp8Error("unsupported activation dtype", expected=_names(ACTIVATION_DTYPES), got=x.dtype)
 
 
-def _check_weight(
-    weight: torch.Tensor, scale: torch.Tensor, widths: Sequence[int] | None, block: Sequence[int]
-) -> ShardGrid:
+def _check_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid | None) -> BlockGrid:
     _check_dense("the weight", weight)
     _check_dense("the weight's scale", scale)
     if weight.dtype != torch.float8_e4m3fn:
         raise BlockFp8Error("the weight is not block FP8", expected="float8_e4m3fn", got=weight.dtype)
     if weight.dim() != 2:
         raise BlockFp8Error("a weight has two dimensions", expected="(n, k)", got=tuple(weight.shape))
-    grid = ShardGrid(tuple(widths) if widths is not None else (weight.shape[0],), weight.shape[1], BlockSize(*block))
-    if grid.n != weight.shape[0]:
+    grid = grid or BlockGrid((weight.shape[0],), weight.shape[1])
+    if (grid.n, grid.k) != tuple(weight.shape):
         raise BlockFp8Error(
-            "the shard widths do not add up to the weight's rows", expected=weight.shape[0], got=f"sum{grid.widths}"
+            f"the block grid is not the weight's: its shards are {grid.widths}, of {grid.k} columns",
+            expected=tuple(weight.shape),
+            got=(grid.n, grid.k),
         )
     if scale.dtype not in (torch.float32, torch.bfloat16):
         raise BlockFp8Error("unsupported scale dtype", expected="float32 or bfloat16", got=scale.dtype)

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, BlockSize, ShardGrid, ceil_div
+from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, Activation, BlockGrid, ceil_div
 
 NAN_CODE = 0x7F
 """The one NaN code that quantization produces, whatever the sign of the NaN."""
@@ -38,7 +38,7 @@ def quantize_activation(x: torch.Tensor, block_k: int = DEFAULT_BLOCK.k) -> tupl
     return codes.flatten(-2)[..., :k].contiguous().view(torch.float8_e4m3fn), scale
 
 
-def row_scales(scale: torch.Tensor, grid: ShardGrid) -> torch.Tensor:
+def row_scales(scale: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     """Repeat each row of block scales for the weight rows it belongs to.
 
     Shapes: scale `grid.scale_shape` -> (n, ceil(k / block.k)) fp32.
@@ -50,19 +50,18 @@ def row_scales(scale: torch.Tensor, grid: ShardGrid) -> torch.Tensor:
 def dequantize_weight(
     weight: torch.Tensor,
     scale: torch.Tensor,
+    grid: BlockGrid | None = None,
     dtype: torch.dtype = torch.bfloat16,
-    *,
-    widths: tuple[int, ...] | None = None,
-    block: BlockSize = DEFAULT_BLOCK,
 ) -> torch.Tensor:
     """Multiply e4m3 codes by their block's scale.
 
-    Shapes: weight (n, k) float8_e4m3fn, scale (ceil(n / block.n), ceil(k / block.k)) -> (n, k) `dtype`.
+    Shapes: weight (n, k) float8_e4m3fn, scale `grid.scale_shape` -> (n, k) `dtype`; without a grid, one shard in
+        blocks of 128 x 128.
     Semantics: code * scale in fp32, rounded once to `dtype` (nearest even).
     Source: transformers' fine-grained FP8 and compressed-tensors' ``FP8BlockDequantizer``.
     """
-    grid = ShardGrid(widths or (weight.shape[0],), weight.shape[1], block)
-    scales = row_scales(scale, grid).repeat_interleave(block.k, dim=1)[:, : grid.k]
+    grid = grid or BlockGrid((weight.shape[0],), weight.shape[1])
+    scales = row_scales(scale, grid).repeat_interleave(grid.block.k, dim=1)[:, : grid.k]
     return (weight.float() * scales).to(dtype)
 
 
@@ -72,14 +71,14 @@ def block_linear(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    activation: str = "dynamic",
-    widths: tuple[int, ...] | None = None,
-    block: BlockSize = DEFAULT_BLOCK,
+    activation: Activation = Activation.W8A8,
+    grid: BlockGrid | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """y = x @ W.T with block scales; "dynamic" quantizes x first (w8a8), "none" does not (w8a16).
+    """y = x @ W.T with block scales; W8A8 quantizes x first, W8A16 does not.
 
-    Shapes: x (..., k), weight (n, k) float8_e4m3fn, scale as `ShardGrid.scale_shape` -> (..., n) in x.dtype.
+    Shapes: x (..., k), weight (n, k) float8_e4m3fn, scale `grid.scale_shape` -> (..., n) in x.dtype; without a grid,
+        one shard in blocks of 128 x 128.
     Semantics: per K block, the products of codes are exact and summed in fp32; the partial is multiplied by
         x_scale(m, kb) and w_scale(nb, kb) and added up in fp32; the bias is added in fp32; one cast to x.dtype.
         The bias comes before the cast so that an output is rounded once: to add it to a rounded sum costs a second
@@ -90,10 +89,11 @@ def block_linear(
         ``fp8_scaled_mm_cpu``. vLLM's other block kernels add it to the rounded sum.
     """
     n, k = weight.shape
-    grid = ShardGrid(widths or (n,), k, block)
+    grid = grid or BlockGrid((n,), k)
+    block = grid.block
     w_scale = row_scales(scale, grid)
     rows = x.reshape(math.prod(x.shape[:-1]), k)
-    if activation == "dynamic":
+    if activation is Activation.W8A8:
         codes, x_scale = quantize_activation(rows, block.k)
         rows = codes
     else:

@@ -15,7 +15,7 @@ files into one folder and start this again. Each setting is a flag or a variable
   --bf16 FOLDER        PRECISION_BF16         none: the original checkpoint, to show what quantization itself costs
   --backend NAME       PRECISION_BACKEND      cpu; the backend to be judged
   --device NAME        PRECISION_DEVICE       cpu; or npu, cuda: what that backend computes on
-  --activation KIND    PRECISION_ACTIVATION   dynamic (W8A8); or none (W8A16)
+  --activation KIND    PRECISION_ACTIVATION   w8a8; or w8a16
   --dtype TYPE         PRECISION_DTYPE        float32; of everything but the FP8 weights
   --server ADDRESS     PRECISION_SERVER       none: also a run through a server, for example http://127.0.0.1:8000
   --server-name NAME   PRECISION_SERVER_NAME  server; what tables call that run, for example 'server, bfloat16'
@@ -27,7 +27,7 @@ files into one folder and start this again. Each setting is a flag or a variable
 
 Examples:
   scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --bf16 ./Qwen3-8B
-  scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --backend ascendc --device npu --activation none --output npu
+  scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --backend ascendc --device npu --activation w8a16 --output npu
   scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --server http://127.0.0.1:8000 -- --greedy-tokens 32
 
 Exit codes: 0 fine, 2 bad input or set-up.
@@ -42,7 +42,7 @@ fp8=${PRECISION_FP8:-}
 bf16=${PRECISION_BF16:-}
 backend=${PRECISION_BACKEND:-cpu}
 device=${PRECISION_DEVICE:-cpu}
-activation=${PRECISION_ACTIVATION:-dynamic}
+activation=${PRECISION_ACTIVATION:-w8a8}
 dtype=${PRECISION_DTYPE:-float32}
 server=${PRECISION_SERVER:-}
 server_name=${PRECISION_SERVER_NAME:-server}
@@ -51,7 +51,7 @@ output=${PRECISION_OUTPUT:-precision}
 
 [ -n "$fp8" ] || fail "no checkpoint" "give --fp8 FOLDER"
 one_of device "$device" cpu npu cuda
-one_of activation "$activation" dynamic none
+one_of activation "$activation" w8a8 w8a16
 one_of dtype "$dtype" float32 bfloat16 float16
 [ -z "$limit" ] || whole_number limit "$limit"
 find_python
@@ -69,7 +69,7 @@ evaluate=("$PYTHON" -m qwen3_fp8_ascend eval-precision)
 some=()
 [ -z "$limit" ] || some=(--limit "$limit")
 suffix=w8a8
-[ "$activation" = dynamic ] || suffix=w8a16
+[ "$activation" = w8a8 ] || suffix=w8a16
 [ "$dtype" = float32 ] || suffix+=-$dtype
 
 do_it() {

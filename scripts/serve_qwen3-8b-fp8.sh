@@ -26,7 +26,7 @@ Fetches the checkpoint, looks at its headers, sets the environment that the NPU 
   --cores LISTS                VLLM_CPU_OMP_THREADS_BIND     all of this process; ranks apart by "|" (CPU only)
   --trust-remote-code 0|1      SERVE_TRUST_REMOTE_CODE       1 as in the verification report; Qwen3 needs none
   --backend NAME               QWEN3_FP8_ASCEND_BACKEND      the best that can run
-  --activation dynamic|none    SERVE_ACTIVATION              dynamic (W8A8); none is W8A16
+  --activation w8a8|w8a16      SERVE_ACTIVATION              w8a8; w8a16 leaves activations as they are
   --python PATH                PYTHON                        .venv/bin/python of this project, else python3
   --dry-run                                                  print the commands instead; needs neither NPU nor vLLM
   --help
@@ -39,7 +39,7 @@ Examples:
   scripts/serve_qwen3-8b-fp8.sh                                             # this machine, whatever it has
   scripts/serve_qwen3-8b-fp8.sh --device npu --tensor-parallel-size 2 --devices 0,1 --dry-run    # 2xA3
   scripts/serve_qwen3-8b-fp8.sh --source huggingface --device cpu --port 8001 -- --enforce-eager
-  SERVE_MODEL=./Qwen3-8B-FP8 scripts/serve_qwen3-8b-fp8.sh --activation none
+  SERVE_MODEL=./Qwen3-8B-FP8 scripts/serve_qwen3-8b-fp8.sh --activation w8a16
 
 Exit codes: that of `vllm serve`; 2 for bad input or set-up.
 TEXT

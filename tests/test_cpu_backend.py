@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import PackedWeight, cpu
-from qwen3_fp8_ascend.format import BlockSize, ShardGrid, ceil_div
+from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize, ceil_div
 from qwen3_fp8_ascend.testing.judges import Problem, assert_bias_before_rounding, assert_exact, random_problem
 from tests.support.cpu_levels import DTYPES, instruction_set, lacking, needs_cpu_backend
 
@@ -37,10 +37,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pack(problem: Problem) -> PackedWeight:
-    return ops.pack_weight(problem.weight, problem.scale, "cpu", problem.widths, block=problem.block)
+    return ops.pack_weight(problem.weight, problem.scale, problem.grid, "cpu")
 
 
-def linear(problem: Problem, activation: str = "dynamic") -> torch.Tensor:
+def linear(problem: Problem, activation: Activation = Activation.W8A8) -> torch.Tensor:
     return ops.block_linear(problem.x, pack(problem), problem.bias, activation)
 
 
@@ -55,9 +55,9 @@ def decode_through_linear(weight: torch.Tensor, m: int) -> torch.Tensor:
     k = weight.shape[1]
     grid_scale = torch.ones(ceil_div(weight.shape[0], 128), ceil_div(k, 128))
     # Not through ops, which refuses NaN codes.
-    grid = ShardGrid((weight.shape[0],), k)
+    grid = BlockGrid((weight.shape[0],), k)
     packed = PackedWeight("cpu", grid, cpu.BACKEND.pack(weight, grid_scale, grid))
-    return torch.cat([ops.block_linear(rows, packed, None, "none") for rows in torch.eye(k).split(m)]).T
+    return torch.cat([ops.block_linear(rows, packed, None, Activation.W8A16) for rows in torch.eye(k).split(m)]).T
 
 
 @pytest.mark.parametrize("m", [1, 2, 5, 16, 40])
@@ -83,8 +83,8 @@ def test_nan_codes_poison_their_row_only(isa: str, m: int) -> None:
 def test_dequantizes_every_code(isa: str, dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(2, 128).repeat(1, 2)[:, :201].contiguous()
     weight, scale = codes.view(torch.float8_e4m3fn), torch.tensor([[0.37, 1e-3]])
-    got = ops.dequantize_weight(weight, scale, dtype, backend="cpu")
-    assert_same_numbers(got, reference.dequantize_weight(weight, scale, dtype))
+    got = ops.dequantize_weight(weight, scale, dtype=dtype, backend="cpu")
+    assert_same_numbers(got, reference.dequantize_weight(weight, scale, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,18 +113,18 @@ def test_quantizes_halfway_cases(isa: str, dtype: torch.dtype) -> None:
     assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_of_merged_ragged_shards(isa: str, dtype: torch.dtype, m: int, activation: str) -> None:
+def test_linear_of_merged_ragged_shards(isa: str, dtype: torch.dtype, m: int, activation: Activation) -> None:
     problem = random_problem(m, RAGGED, 576, dtype=dtype, seed=m)
     assert_exact(linear(problem, activation), problem, activation)
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("m", [1, 2, 6, 19, 40])
 @pytest.mark.parametrize(("widths", "k"), [((1,), 1), ((33,), 5), ((100, 7), 131), ((130,), 1030)])
-def test_linear_of_ragged_edges(isa: str, widths: tuple[int, ...], k: int, m: int, activation: str) -> None:
+def test_linear_of_ragged_edges(isa: str, widths: tuple[int, ...], k: int, m: int, activation: Activation) -> None:
     for dtype in DTYPES:
         problem = random_problem(m, widths, k, dtype=dtype, bias=True, seed=k)
         assert_exact(linear(problem, activation), problem, activation)
@@ -134,14 +134,14 @@ def test_linear_of_ragged_edges(isa: str, widths: tuple[int, ...], k: int, m: in
 @pytest.mark.parametrize("block", [BlockSize(32, 4), BlockSize(64, 64), BlockSize(100, 200), BlockSize(256, 1024)])
 def test_linear_of_other_block_sizes(isa: str, block: BlockSize, m: int) -> None:
     problem = random_problem(m, (250, 90), 500, dtype=torch.float32, block=block)
-    for activation in ("dynamic", "none"):
+    for activation in Activation:
         assert_exact(linear(problem, activation), problem, activation)
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 9, 40])
-def test_bias_is_added_to_the_fp32_sums(isa: str, m: int, dtype: torch.dtype, activation: str) -> None:
+def test_bias_is_added_to_the_fp32_sums(isa: str, m: int, dtype: torch.dtype, activation: Activation) -> None:
     problem = random_problem(m, (200,), 256, dtype=dtype, bias=True)
     packed = pack(problem)
     if dtype != torch.float32:
@@ -154,10 +154,10 @@ def test_bias_is_added_to_the_fp32_sums(isa: str, m: int, dtype: torch.dtype, ac
 
 
 @pytest.mark.parametrize("m", [1, 3, 20])
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_infinities_and_nan_go_where_the_reference_sends_them(
-    isa: str, dtype: torch.dtype, activation: str, m: int
+    isa: str, dtype: torch.dtype, activation: Activation, m: int
 ) -> None:
     problem = random_problem(m, (96,), 300, dtype=dtype)
     problem.weight.view(torch.uint8)[5, :] = 0
@@ -170,10 +170,10 @@ def test_infinities_and_nan_go_where_the_reference_sends_them(
     assert torch.equal(got.isinf(), want.isinf()) and torch.equal(got[got.isinf()], want[want.isinf()])
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("m", [1, 4, 20])
 @pytest.mark.parametrize("exponent", [-130, -100, -60, 0, 60, 100])
-def test_magnitudes_to_the_ends_of_fp32(isa: str, exponent: int, m: int, activation: str) -> None:
+def test_magnitudes_to_the_ends_of_fp32(isa: str, exponent: int, m: int, activation: Activation) -> None:
     """Neither the kernels' powers of two nor bf16 arithmetic, which flushes subnormals, may show."""
     problem = random_problem(m, (64,), 260, dtype=torch.float32)
     scaled = Problem(problem.x * 2.0**exponent, problem.weight, problem.scale * 2.0 ** (-exponent // 2))
@@ -182,8 +182,8 @@ def test_magnitudes_to_the_ends_of_fp32(isa: str, exponent: int, m: int, activat
     assert_exact(linear(scaled, activation), scaled, activation)
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
-def test_batch_and_threads_do_not_change_bits(isa: str, activation: str) -> None:
+@pytest.mark.parametrize("activation", list(Activation))
+def test_batch_and_threads_do_not_change_bits(isa: str, activation: Activation) -> None:
     problem = random_problem(70, RAGGED, 1300)
     packed = pack(problem)
     threads = torch.get_num_threads()
@@ -215,7 +215,7 @@ def test_rows_may_lie_apart(isa: str) -> None:
 
 def test_long_batches_are_taken_in_passes(isa: str) -> None:
     problem = random_problem(700, (40,), 64, dtype=torch.float32)
-    for activation in ("dynamic", "none"):
+    for activation in Activation:
         assert_exact(linear(problem, activation), problem, activation)
 
 
@@ -223,9 +223,9 @@ def test_long_batches_are_taken_in_passes(isa: str) -> None:
 def test_empty_sizes(isa: str, n: int, k: int) -> None:
     bias = torch.randn(n).bfloat16()
     packed = ops.pack_weight(
-        torch.zeros(n, k).to(torch.float8_e4m3fn), torch.ones(ceil_div(n, 128), ceil_div(k, 128)), "cpu"
+        torch.zeros(n, k).to(torch.float8_e4m3fn), torch.ones(ceil_div(n, 128), ceil_div(k, 128)), backend="cpu"
     )
-    got = cpu.BACKEND.linear(torch.ones(3, k, dtype=torch.bfloat16), packed, bias, "dynamic")
+    got = ops.block_linear(torch.ones(3, k, dtype=torch.bfloat16), packed, bias)
     assert torch.equal(got, bias.expand(3, n))
 
 

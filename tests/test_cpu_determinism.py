@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import PackedWeight, cpu
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.judges import random_problem
 from tests.support.cpu_levels import ACTIVATIONS, DTYPES, ISAS, instruction_set, needs_cpu_backend, same_bits, threads
 
@@ -27,12 +28,12 @@ ROWS_OF_A_PASS = 700
 """More rows than any kernel takes at once (`Kernels::max_rows`)."""
 
 
-def terms(dtype: torch.dtype, activation: str) -> int:
+def terms(dtype: torch.dtype, activation: Activation) -> int:
     """How many bf16 rows a row of x becomes."""
-    return 1 if activation == "dynamic" else {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
+    return 1 if activation == Activation.W8A8 else {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
 
 
-def most_register_rows(isa: str, dtype: torch.dtype, activation: str) -> int:
+def most_register_rows(isa: str, dtype: torch.dtype, activation: Activation) -> int:
     """The largest batch that is decoded in registers."""
     return cpu.register_rows(isa) // terms(dtype, activation)
 
@@ -40,7 +41,7 @@ def most_register_rows(isa: str, dtype: torch.dtype, activation: str) -> int:
 @functools.cache
 def packed_weight(widths: tuple[int, ...], k: int) -> PackedWeight:
     problem = random_problem(1, widths, k, seed=k)
-    return ops.pack_weight(problem.weight, problem.scale, "cpu", widths)
+    return ops.pack_weight(problem.weight, problem.scale, problem.grid, "cpu")
 
 
 def cancelling_problem(m: int, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, PackedWeight]:
@@ -55,18 +56,18 @@ def cancelling_problem(m: int, n: int, dtype: torch.dtype) -> tuple[torch.Tensor
         weights.append(torch.cat([codes, codes ^ 0x80], 1)[:, order])
         x.append(torch.cat([half, half], 1)[:, order])
     weight = torch.cat(weights, 1).view(torch.float8_e4m3fn)
-    return torch.cat(x, 1).to(dtype), ops.pack_weight(weight, torch.ones(-(-n // 128), 2), "cpu")
+    return torch.cat(x, 1).to(dtype), ops.pack_weight(weight, torch.ones(-(-n // 128), 2), backend="cpu")
 
 
-def everything(x: torch.Tensor, activation: str) -> list[torch.Tensor]:
+def everything(x: torch.Tensor, activation: Activation) -> list[torch.Tensor]:
     """All that the backend computes, from x and a weight that is packed anew."""
     problem = random_problem(1, RAGGED, x.shape[1], seed=3)
-    packed = ops.pack_weight(problem.weight, problem.scale, "cpu", RAGGED)
+    packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "cpu")
     return [
         *packed.tensors,
         ops.block_linear(x, packed, None, activation),
         *ops.quantize_activation(x, backend="cpu"),
-        ops.dequantize_weight(problem.weight, problem.scale, x.dtype, widths=RAGGED, backend="cpu"),
+        ops.dequantize_weight(problem.weight, problem.scale, problem.grid, x.dtype, backend="cpu"),
     ]
 
 
@@ -74,7 +75,7 @@ def everything(x: torch.Tensor, activation: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(
-    isa: str, activation: str, dtype: torch.dtype
+    isa: str, activation: Activation, dtype: torch.dtype
 ) -> None:
     """15 pairs of panels of 41 KiB, and rows of which 25 make a thread's least part: 8 threads get something to do."""
     x = random_problem(257, (1,), 1300, dtype=dtype, seed=1).x
@@ -99,7 +100,7 @@ def test_bits_depend_neither_on_the_run_nor_on_the_number_of_threads(
     count=st.sampled_from(THREADS),
 )
 def test_bits_of_any_shape_are_those_of_one_thread(
-    isa: str, activation: str, dtype: torch.dtype, m: int, widths: tuple[int, ...], k: int, count: int
+    isa: str, activation: Activation, dtype: torch.dtype, m: int, widths: tuple[int, ...], k: int, count: int
 ) -> None:
     x = random_problem(m, (1,), k, dtype=dtype, seed=m).x
     packed = packed_weight(widths, k)
@@ -139,7 +140,7 @@ OTHERS: dict[str, Callable[[tuple[int, int], torch.Generator], torch.Tensor]] = 
 @pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=60)
 @given(data=st.data())
-def test_a_row_does_not_depend_on_its_batch(isa: str, activation: str, data: st.DataObject) -> None:
+def test_a_row_does_not_depend_on_its_batch(isa: str, activation: Activation, data: st.DataObject) -> None:
     """One row, in two batches of any size on the same path (or on any, where both agree) among rows of any kind."""
     dtype = data.draw(st.sampled_from(DTYPES))
     k = data.draw(st.sampled_from([4, 36, 129, 300, 576]))
@@ -164,7 +165,7 @@ def test_a_row_does_not_depend_on_its_batch(isa: str, activation: str, data: st.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("isa", ISAS)
-def test_bits_change_at_the_stated_limit_and_nowhere_else(isa: str, activation: str, dtype: torch.dtype) -> None:
+def test_bits_change_at_the_stated_limit_and_nowhere_else(isa: str, activation: Activation, dtype: torch.dtype) -> None:
     """The same row first and last in batches of 1 row to more than a pass."""
     rows, packed = cancelling_problem(ROWS_OF_A_PASS, 200, dtype)
     limit = most_register_rows(isa, dtype, activation)

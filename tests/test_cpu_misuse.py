@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import cpu
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.judges import random_problem
 from tests.support.cpu_levels import needs_cpu_backend, same_bits
 
@@ -33,7 +34,7 @@ Arguments = dict[str, Any]
 def good_arguments(name: str) -> Arguments:
     """Arguments of an operator that it accepts, made anew."""
     problem = random_problem(3, (N,), K, bias=True)
-    codes, scales, panels = ops.pack_weight(problem.weight, problem.scale, "cpu").tensors
+    codes, scales, panels = ops.pack_weight(problem.weight, problem.scale, backend="cpu").tensors
     weight = problem.weight.view(torch.uint8)
     return {
         "cpu_pack": lambda: {"weight": weight, "panels": panels, "codes": torch.zeros_like(codes)},
@@ -291,16 +292,16 @@ def test_addresses_need_not_be_multiples_of_anything(dtype: torch.dtype) -> None
     assert problem.bias is not None
     x, bias, weight, scale = map(misaligned, (problem.x, problem.bias, problem.weight, problem.scale))
     assert all(operator.mod(t.data_ptr(), 2) == 1 for t in (x, bias, weight, scale))
-    packed, want = (ops.pack_weight(w, s, "cpu") for w, s in ((weight, scale), (problem.weight, problem.scale)))
+    packed, want = (ops.pack_weight(w, s, backend="cpu") for w, s in ((weight, scale), (problem.weight, problem.scale)))
     assert all(map(same_bits, packed.tensors, want.tensors))
-    for activation in ("dynamic", "none"):
+    for activation in Activation:
         got = ops.block_linear(x, packed, bias, activation)
         assert same_bits(got, ops.block_linear(problem.x, want, problem.bias, activation))
     for got, same in zip(
-        (*ops.quantize_activation(x), ops.dequantize_weight(weight, scale, dtype, backend="cpu")),
+        (*ops.quantize_activation(x), ops.dequantize_weight(weight, scale, dtype=dtype, backend="cpu")),
         (
             *ops.quantize_activation(problem.x),
-            ops.dequantize_weight(problem.weight, problem.scale, dtype, backend="cpu"),
+            ops.dequantize_weight(problem.weight, problem.scale, dtype=dtype, backend="cpu"),
         ),
         strict=True,
     ):
@@ -309,7 +310,7 @@ def test_addresses_need_not_be_multiples_of_anything(dtype: torch.dtype) -> None
 
 def _public_misuses() -> dict[str, Callable[[], object]]:
     problem = random_problem(2, (40,), 36)
-    packed = ops.pack_weight(problem.weight, problem.scale, "cpu")
+    packed = ops.pack_weight(problem.weight, problem.scale, backend="cpu")
     x, weight, scale = problem.x, problem.weight, problem.scale
     return {
         "x on another device": lambda: ops.block_linear(x.to("meta"), packed),
@@ -328,7 +329,7 @@ def _public_misuses() -> dict[str, Callable[[], object]]:
         "a scale on the meta device": lambda: ops.pack_weight(weight, scale.to("meta")),
         "a scale of another shape": lambda: ops.pack_weight(weight, scale.repeat(2, 1)),
         "a weight of three dimensions": lambda: ops.pack_weight(weight[None], scale),
-        "to integers": lambda: ops.dequantize_weight(weight, scale, torch.int32),
+        "to integers": lambda: ops.dequantize_weight(weight, scale, dtype=torch.int32),
     }
 
 
@@ -343,8 +344,8 @@ def test_a_hundred_thousand_rows(n: int, k: int) -> None:
     """One call is the calls on its parts: row by row as long as the parts take the same path."""
     m = 100_000
     problem = random_problem(m, (n,), k)
-    packed = ops.pack_weight(problem.weight, problem.scale, "cpu")
-    for activation in ("dynamic", "none"):
+    packed = ops.pack_weight(problem.weight, problem.scale, backend="cpu")
+    for activation in Activation:
         whole = ops.block_linear(problem.x, packed, None, activation)
         parts = [ops.block_linear(x, packed, None, activation) for x in problem.x.split(9_973)]
         assert whole.shape == (m, n) and same_bits(whole, torch.cat(parts))

@@ -86,7 +86,7 @@ def test_short_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) 
 @pytest.mark.timeout(900)
 def test_short_under_thread_sanitizer(tmp_path: Path) -> None:
     threaded = "(test_linear or any_shape or several_python or instruction_set_may or depend_on_its_batch)"
-    small = "not other_block_sizes and not ragged and not portable-3 and not portable-none"
+    small = "not other_block_sizes and not ragged and not portable-3 and not portable-w8a16"
     arguments = [*PROPERTIES, THREADS, *select(OURS, NOT_OF_THE_KERNELS, WITHOUT_FORKS, threaded, small)]
     outcome = run(THREAD, arguments, tmp_path, SHORT_EXAMPLES)
     assert_clean(outcome, 25)
@@ -118,7 +118,7 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
     "a read behind the codes": (
         ADDRESS,
         Edit("portable.cpp", "quad < (length + 3) / 4; ++quad", "quad < (length + 3) / 4 + 1; ++quad"),
-        "tests/test_cpu_backend.py::test_linear_of_ragged_edges[portable-widths3-1030-6-none]",
+        "tests/test_cpu_backend.py::test_linear_of_ragged_edges[portable-widths3-1030-6-w8a16]",
         "AddressSanitizer: heap-buffer-overflow",
     ),
     "a write behind the result": (
@@ -134,7 +134,7 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
             "prepared.rows < kTileRows ? prepared.rows : round_up(prepared.rows, kTileRows)",
             "prepared.rows",
         ),
-        "tests/test_cpu_backend.py::test_linear_of_ragged_edges[amx-widths0-1-19-none]",
+        "tests/test_cpu_backend.py::test_linear_of_ragged_edges[amx-widths0-1-19-w8a16]",
         "AddressSanitizer: heap-buffer-overflow",
     ),
     "a signed overflow": (
@@ -160,7 +160,7 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
     "scratch memory shared by the threads of a call": (
         THREAD,
         Edit("linear.cpp", "thread_local Scratch kernel_memory;", "Scratch kernel_memory;"),
-        LINEAR.format("dynamic"),
+        LINEAR.format("w8a8"),
         "ThreadSanitizer: data race",
     ),
     "scratch memory shared by callers": (
@@ -186,7 +186,7 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
             "linear_pass(kernels, path, part,",
             "linear_pass(kernels, part.rows * terms <= kernels.register_rows ? Path::registers : path, part,",
         ),
-        "tests/test_cpu_determinism.py::test_bits_change_at_the_stated_limit_and_nowhere_else[amx-dynamic-torch.bfloat16]",
+        "tests/test_cpu_determinism.py::test_bits_change_at_the_stated_limit_and_nowhere_else[amx-w8a8-torch.bfloat16]",
         "AssertionError: first and last row of 513",
     ),
 }

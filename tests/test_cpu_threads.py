@@ -15,6 +15,7 @@ import torch
 
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import cpu
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.judges import Problem, random_problem
 from tests.support.cpu_levels import (
     ACTIVATIONS,
@@ -36,14 +37,14 @@ FORK_SECONDS = 60
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
 
-def work(problem: Problem, activation: str) -> list[torch.Tensor]:
+def work(problem: Problem, activation: Activation) -> list[torch.Tensor]:
     """Every operator once, packing included."""
-    packed = ops.pack_weight(problem.weight, problem.scale, "cpu", WIDTHS)
+    packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "cpu")
     return [
         *packed.tensors,
         ops.block_linear(problem.x, packed, problem.bias, activation),
         *ops.quantize_activation(problem.x, backend="cpu"),
-        ops.dequantize_weight(problem.weight, problem.scale, problem.x.dtype, widths=WIDTHS, backend="cpu"),
+        ops.dequantize_weight(problem.weight, problem.scale, problem.grid, problem.x.dtype, backend="cpu"),
         torch.tensor(OPERATORS.cpu_read(problem.weight.view(torch.uint8))),
     ]
 
@@ -74,7 +75,7 @@ def test_several_python_threads_at_once(isa: str, count: int) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_several_python_threads_share_a_weight(isa: str) -> None:
     problem = random_problem(33, WIDTHS, 300, seed=5)
-    packed = ops.pack_weight(problem.weight, problem.scale, "cpu", WIDTHS)
+    packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "cpu")
     with instruction_set(isa), threads(2):
         want = [ops.block_linear(problem.x[:m], packed) for m in range(34)]
 
@@ -89,7 +90,7 @@ def test_several_python_threads_share_a_weight(isa: str) -> None:
 def test_the_instruction_set_may_change_while_others_compute() -> None:
     """A call keeps to the one that it began with: every result is that of some level."""
     problem = random_problem(20, WIDTHS, 300, dtype=torch.float32)
-    packed = ops.pack_weight(problem.weight, problem.scale, "cpu", WIDTHS)
+    packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "cpu")
     before, possible = cpu.isa(), []
     here = [name for name in cpu.ISAS if lacking(name) is None]
     for name in here:
@@ -138,7 +139,7 @@ def used_threads() -> Iterator[tuple[Problem, list[torch.Tensor]]]:
     torch.set_num_threads(4)
     (torch.randn(2000, 2000) + 1).sum()
     problem = random_problem(64, WIDTHS, 1300, bias=True)
-    want = work(problem, "dynamic")
+    want = work(problem, Activation.W8A8)
     yield problem, want
     torch.set_num_threads(before)
 
@@ -154,18 +155,18 @@ def test_after_a_fork(used_threads: Used) -> None:
     def child() -> bool:
         assert OPERATORS.cpu_threads_lost() and torch.get_num_threads() == 1
         (torch.randn(2000, 2000) + 1).sum()  # torch's own operators do not wait either
-        return all(map(same_bits, work(problem, "dynamic"), want))
+        return all(map(same_bits, work(problem, Activation.W8A8), want))
 
     in_a_fork(child)
     assert not OPERATORS.cpu_threads_lost() and torch.get_num_threads() == 4
-    assert all(map(same_bits, work(problem, "dynamic"), want))
+    assert all(map(same_bits, work(problem, Activation.W8A8), want))
 
 
 @needs_fork
 def test_after_a_fork_whoever_asks_for_more_threads(used_threads: Used) -> None:
     """torch's own operators would wait for ever then; ours compute alone."""
     problem, want = used_threads
-    packed = ops.pack_weight(problem.weight, problem.scale, "cpu", WIDTHS)
+    packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "cpu")
 
     def child() -> bool:
         torch.set_num_threads(4)
@@ -185,7 +186,7 @@ def test_after_a_fork_new_threads_have_threads(used_threads: Used) -> None:
         torch.set_num_threads(3)
         with ThreadPoolExecutor(1) as pool:
             lost = pool.submit(OPERATORS.cpu_threads_lost).result()
-            got = pool.submit(work, problem, "dynamic").result()
+            got = pool.submit(work, problem, Activation.W8A8).result()
         torch.set_num_threads(1)
         return not lost and all(map(same_bits, got, want))
 
@@ -197,7 +198,7 @@ def test_after_a_fork_of_a_fork_and_from_another_thread(used_threads: Used) -> N
     problem, want = used_threads
 
     def grandchild() -> bool:
-        return OPERATORS.cpu_threads_lost() and all(map(same_bits, work(problem, "dynamic"), want))
+        return OPERATORS.cpu_threads_lost() and all(map(same_bits, work(problem, Activation.W8A8), want))
 
     def child() -> bool:
         in_a_fork(grandchild)
@@ -205,13 +206,13 @@ def test_after_a_fork_of_a_fork_and_from_another_thread(used_threads: Used) -> N
 
     in_a_fork(child)
     with ThreadPoolExecutor(1) as pool:
-        assert all(map(same_bits, pool.submit(work, problem, "dynamic").result(), want))
+        assert all(map(same_bits, pool.submit(work, problem, Activation.W8A8).result(), want))
         pool.submit(in_a_fork, child).result()
 
 
 def _linear_of_a_worker(seed: int) -> torch.Tensor:
     problem = random_problem(40, WIDTHS, 600, seed=seed)
-    return ops.block_linear(problem.x, ops.pack_weight(problem.weight, problem.scale, "cpu", WIDTHS))
+    return ops.block_linear(problem.x, ops.pack_weight(problem.weight, problem.scale, problem.grid, "cpu"))
 
 
 @needs_fork

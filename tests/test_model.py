@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.evaluate.precision.prompts import all_prompts
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.judges import FP32_REL_L2, Problem, assert_exact
 from tests.support.noise import FALSE_ALARMS, rank_sum_probability
 
@@ -20,19 +21,19 @@ DRAWS = 3
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def cpu(activation: str) -> Linear:
+def cpu(activation: Activation) -> Linear:
     packed: dict[int, ops.PackedWeight] = {}
 
     def run(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         if id(weight) not in packed:
-            packed[id(weight)] = ops.pack_weight(weight, scale, "cpu")
+            packed[id(weight)] = ops.pack_weight(weight, scale, backend="cpu")
         return ops.block_linear(x, packed[id(weight)], None, activation)
 
     return run
 
 
 def specified(
-    activation: str, compute_dtype: torch.dtype = torch.float32, noise: torch.Generator | None = None
+    activation: Activation, compute_dtype: torch.dtype = torch.float32, noise: torch.Generator | None = None
 ) -> Linear:
     """The specification; with `noise`, each result is off by random FP32_REL_L2, as far as an exact backend may be."""
     converted: dict[int, torch.Tensor] = {}
@@ -91,7 +92,7 @@ def distances(a: list[torch.Tensor], b: list[torch.Tensor]) -> np.ndarray:
 
 def test_every_linear_is_exact_on_real_activations(model: Model) -> None:
     """The same input to both, layer by layer, so that nothing is amplified: all 210 linears by the oracle."""
-    layers, judged = cpu("dynamic"), 0
+    layers, judged = cpu(Activation.W8A8), 0
 
     def judge(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         nonlocal judged
@@ -107,7 +108,7 @@ def test_every_linear_is_exact_on_real_activations(model: Model) -> None:
 
 
 def test_log_probabilities_without_activation_quantization(model: Model) -> None:
-    original, spec, ours = (model.logprobs(f) for f in (None, specified("none"), cpu("none")))
+    original, spec, ours = (model.logprobs(f) for f in (None, specified(Activation.W8A16), cpu(Activation.W8A16)))
     fp8, ours_off = distances(spec, original).mean(), distances(ours, spec).mean()
     print(f"\nW8A16, nats a token: FP8 against the original {fp8:.4f}, cpu against the specification {ours_off:.7f}")
     assert 0.01 < fp8 < 0.3
@@ -122,10 +123,11 @@ def test_log_probabilities_at_the_noise_floor(model: Model) -> None:
     only something gross is told from rounding: that each linear alone is exact is what shows that they are right.
     """
     original, spec, wide, ours = (
-        model.logprobs(f) for f in (None, specified("dynamic"), specified("dynamic", torch.float64), cpu("dynamic"))
+        model.logprobs(f)
+        for f in (None, specified(Activation.W8A8), specified(Activation.W8A8, torch.float64), cpu(Activation.W8A8))
     )
     generator = torch.Generator().manual_seed(0)
-    noisy = [model.logprobs(specified("dynamic", noise=generator)) for _ in range(DRAWS)]
+    noisy = [model.logprobs(specified(Activation.W8A8, noise=generator)) for _ in range(DRAWS)]
     noise, ours_off = np.stack([distances(run, wide) for run in noisy], axis=1), distances(ours, wide)
     fp8, floor = distances(spec, original).mean(), distances(spec, wide).mean()
     print(
@@ -139,4 +141,4 @@ def test_log_probabilities_at_the_noise_floor(model: Model) -> None:
 
 def wrong_scales(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The negative control: the specification with every block's scale taken from the next row of blocks."""
-    return specified("dynamic")(x, weight, scale.roll(1, 0))
+    return specified(Activation.W8A8)(x, weight, scale.roll(1, 0))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qwen3_fp8_ascend import ops, reference
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing import nonfinite
 from qwen3_fp8_ascend.testing.judges import random_problem
 from tests.support.cpu_levels import ISAS, instruction_set
@@ -20,7 +21,7 @@ WEIGHT = random_problem(0, (130, 62), 300)
 
 @cache
 def packed(backend: str) -> ops.PackedWeight:
-    return ops.pack_weight(WEIGHT.weight, WEIGHT.scale, backend, WEIGHT.widths)
+    return ops.pack_weight(WEIGHT.weight, WEIGHT.scale, WEIGHT.grid, backend)
 
 
 @pytest.fixture(params=["reference", *ISAS])
@@ -39,13 +40,13 @@ def test_quantization(backend: str, case: nonfinite.NonFinite) -> None:
     assert nonfinite.wrong_quantization(x, *ops.quantize_activation(x, backend=backend)) == []
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("case", nonfinite.NON_FINITE, ids=str)
-def test_linear(backend: str, case: nonfinite.NonFinite, activation: str) -> None:
+def test_linear(backend: str, case: nonfinite.NonFinite, activation: Activation) -> None:
     """A poisoned row says so in every output, and the others do not notice: in registers and in tiles of many rows."""
     x = nonfinite.activation(case)
     oracle = reference.block_linear(
-        x, WEIGHT.weight, WEIGHT.scale, activation=activation, widths=WEIGHT.widths, compute_dtype=torch.float64
+        x, WEIGHT.weight, WEIGHT.scale, activation=activation, grid=WEIGHT.grid, compute_dtype=torch.float64
     )
     poisoned = list(nonfinite.POISONED_ROWS)
     untouched = torch.tensor([row not in poisoned for row in range(40)])
@@ -79,5 +80,5 @@ def test_a_code_or_a_scale_that_is_not_nan_is_noticed() -> None:
     one = scale.clone()
     one[1, 1] = 1.0
     assert len(nonfinite.wrong_quantization(x, codes, one)) == 2
-    oracle = reference.block_linear(x, WEIGHT.weight, WEIGHT.scale, widths=WEIGHT.widths, compute_dtype=torch.float64)
+    oracle = reference.block_linear(x, WEIGHT.weight, WEIGHT.scale, grid=WEIGHT.grid, compute_dtype=torch.float64)
     assert nonfinite.wrong_linear(case, oracle.nan_to_num(), oracle) != []

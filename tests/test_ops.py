@@ -13,6 +13,7 @@ from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import available_backends, load_backend, select_backend
 from qwen3_fp8_ascend.backends.registry import ENVIRONMENT_VARIABLE
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import Activation, BlockGrid
 from qwen3_fp8_ascend.testing.judges import Problem, assert_bias_before_rounding, assert_exact, random_problem
 from qwen3_fp8_ascend.testing.strategies import activations, problems
 
@@ -23,25 +24,25 @@ BACKENDS = [
 ]
 
 
-def linear(problem: Problem, backend: str, activation: str = "dynamic") -> torch.Tensor:
-    packed = ops.pack_weight(problem.weight, problem.scale, backend, problem.widths, block=problem.block)
+def linear(problem: Problem, backend: str, activation: Activation = Activation.W8A8) -> torch.Tensor:
+    packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, backend)
     return ops.block_linear(problem.x, packed, problem.bias, activation)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @given(problem=problems())
-def test_linear(backend: str, activation: str, problem: Problem) -> None:
+def test_linear(backend: str, activation: Activation, problem: Problem) -> None:
     assert_exact(linear(problem, backend, activation), problem, activation)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m", [1, 9, 70])
-def test_bias_is_added_before_the_rounding(backend: str, m: int, dtype: torch.dtype, activation: str) -> None:
+def test_bias_is_added_before_the_rounding(backend: str, m: int, dtype: torch.dtype, activation: Activation) -> None:
     problem = random_problem(m, (200, 64), 300, dtype=dtype, bias=True, seed=m)
-    packed = ops.pack_weight(problem.weight, problem.scale, backend, problem.widths)
+    packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, backend)
     assert_bias_before_rounding(lambda bias: ops.block_linear(problem.x, packed, bias, activation))
     assert problem.bias is not None
     wide = problem.bias.float() * 1.001  # a bias in fp32 is not rounded to the dtype of x
@@ -73,10 +74,8 @@ def test_quantize_activation(backend: str, x: torch.Tensor, block_k: int) -> Non
 @settings(max_examples=30)
 @given(problem=problems(), dtype=st.sampled_from(ops.ACTIVATION_DTYPES))
 def test_dequantize_weight(backend: str, problem: Problem, dtype: torch.dtype) -> None:
-    got = ops.dequantize_weight(
-        problem.weight, problem.scale, dtype, widths=problem.widths, block=problem.block, backend=backend
-    )
-    want = reference.dequantize_weight(problem.weight, problem.scale, dtype, widths=problem.widths, block=problem.block)
+    got = ops.dequantize_weight(problem.weight, problem.scale, problem.grid, dtype, backend=backend)
+    want = reference.dequantize_weight(problem.weight, problem.scale, problem.grid, dtype)
     assert torch.equal(got, want)
 
 
@@ -84,10 +83,10 @@ def test_dequantize_weight(backend: str, problem: Problem, dtype: torch.dtype) -
 def test_three_dimensions_and_bf16_scales(backend: str) -> None:
     problem = random_problem(6, (96,), 160)
     scale = problem.scale.bfloat16()
-    packed = ops.pack_weight(problem.weight, scale, backend)
+    packed = ops.pack_weight(problem.weight, scale, backend=backend)
     flat = ops.block_linear(problem.x, packed)
     assert torch.equal(ops.block_linear(problem.x.view(2, 3, 160), packed), flat.view(2, 3, 96))
-    upcast = ops.block_linear(problem.x, ops.pack_weight(problem.weight, scale.float(), backend))
+    upcast = ops.block_linear(problem.x, ops.pack_weight(problem.weight, scale.float(), backend=backend))
     assert torch.equal(flat, upcast)
 
 
@@ -96,7 +95,7 @@ def test_three_dimensions_and_bf16_scales(backend: str) -> None:
 def test_empty_and_one_dimensional_activations(backend: str, shape: tuple[int, ...]) -> None:
     k = shape[-1]
     problem = random_problem(1, (40,), k)
-    packed = ops.pack_weight(problem.weight, problem.scale, backend)
+    packed = ops.pack_weight(problem.weight, problem.scale, backend=backend)
     out = ops.block_linear(torch.zeros(shape), packed)
     assert out.shape == (*shape[:-1], 40) and not out.any()
     codes, scale = ops.quantize_activation(torch.zeros(shape), backend=backend)
@@ -106,7 +105,7 @@ def test_empty_and_one_dimensional_activations(backend: str, shape: tuple[int, .
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_activations_strided_in_every_dimension(backend: str) -> None:
     problem = random_problem(6, (40,), 130)
-    packed = ops.pack_weight(problem.weight, problem.scale, backend)
+    packed = ops.pack_weight(problem.weight, problem.scale, backend=backend)
     strided = torch.empty(130, 6, dtype=problem.x.dtype).t().copy_(problem.x)
     assert torch.equal(ops.block_linear(strided, packed), ops.block_linear(problem.x, packed))
 
@@ -114,7 +113,7 @@ def test_activations_strided_in_every_dimension(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_byte_a_weight(backend: str) -> None:
     problem = random_problem(0, (576, 192, 192), 1536)
-    packed = ops.pack_weight(problem.weight, problem.scale, backend, problem.widths)
+    packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, backend)
     scales = problem.scale.numel() * 4
     assert packed.nbytes <= problem.weight.numel() * 1.02 + 32 * scales
     assert packed.nbytes >= problem.weight.numel()
@@ -152,10 +151,11 @@ def _with_scale(value: float) -> torch.Tensor:
         ({"scale": _with_scale(float("nan"))}, r"\(0, 1\): nan"),
         ({"scale": _with_scale(float("inf"))}, r"\(0, 1\): inf"),
         ({"scale": _with_scale(-1.0)}, r"\(0, 1\): -1"),
-        ({"widths": (30, 11)}, "do not add up"),
-        ({"block": (128.0, 128)}, r"a block's size must be a positive integer[\s\S]*128.0 \(float\)"),
-        ({"block": (128, 1 << 63)}, r"below 2\*\*63"),
-        ({"block": (0, 128)}, "positive integer"),
+        ({"grid": BlockGrid((30, 11), 130)}, r"block grid is not the weight's: its shards are \(30, 11\)"),
+        ({"grid": BlockGrid((40,), 128)}, r"expected: \(40, 130\)"),
+        ({"names": ["q", "k"]}, "each shard has one name"),
+        ({"names": ["model.q"], "weight": _with_code(0xFF)}, r"where:\s+model.q.weight\b"),
+        ({"names": ["model.q"], "scale": _with_scale(-1.0)}, r"where:\s+model.q.weight_scale_inv"),
         ({"scale": GOOD.scale.to_sparse()}, "scale is sparse"),
         ({"backend": "nonsense"}, "unknown backend 'nonsense'"),
         ({"activation": "static"}, "activation mode"),
@@ -199,14 +199,14 @@ def test_a_group_may_be_wider_than_anything(backend: str) -> None:
 def operations(backend: str) -> dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]]:
     """Each operation as a function of its floating-point operands alone, and such operands."""
     p = random_problem(5, (130, 70), 300, dtype=torch.float32, bias=True)
-    packed = ops.pack_weight(p.weight, p.scale, backend, p.widths)
+    packed = ops.pack_weight(p.weight, p.scale, p.grid, backend)
     assert p.bias is not None
     return {
         "block_linear": (lambda x, bias: ops.block_linear(x, packed, bias), (p.x, p.bias)),
-        "block_linear w8a16": (lambda x, bias: ops.block_linear(x, packed, bias, "none"), (p.x, p.bias)),
+        "block_linear w8a16": (lambda x, bias: ops.block_linear(x, packed, bias, Activation.W8A16), (p.x, p.bias)),
         "quantize_activation": (lambda x: ops.quantize_activation(x, backend=backend), (p.x,)),
         "dequantize_weight": (
-            lambda scale: ops.dequantize_weight(p.weight, scale, torch.float32, widths=p.widths, backend=backend),
+            lambda scale: ops.dequantize_weight(p.weight, scale, p.grid, torch.float32, backend=backend),
             (p.scale,),
         ),
     }

@@ -78,7 +78,7 @@ def test_the_wheel_runs_in_an_environment_of_its_own(wheel: Path, tmp_path: Path
         "from qwen3_fp8_ascend import ops\n"
         f"assert qwen3_fp8_ascend.__file__.startswith({str(site)!r})\n"
         "w = torch.ones(40, 200).to(torch.float8_e4m3fn)\n"
-        "y = ops.block_linear(torch.ones(3, 200), ops.pack_weight(w, torch.ones(1, 2), 'cpu'))\n"
+        "y = ops.block_linear(torch.ones(3, 200), ops.pack_weight(w, torch.ones(1, 2), backend='cpu'))\n"
         "assert (y - 200).abs().max() < 1e-3, y\n"
     )
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(site)}, cwd=tmp_path, check=True)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3_fp8_ascend import reference
-from qwen3_fp8_ascend.format import ShardGrid
+from qwen3_fp8_ascend.format import Activation, BlockGrid
 from qwen3_fp8_ascend.testing.judges import calc_diff, random_problem, rel_l2
 from qwen3_fp8_ascend.testing.strategies import activations
 
@@ -18,7 +18,7 @@ ALL_CODES = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
 
 def test_codes_decode_as_in_ml_dtypes() -> None:
-    ours = reference.dequantize_weight(ALL_CODES.view(1, 256), torch.ones(1, 2), torch.float32)[0]
+    ours = reference.dequantize_weight(ALL_CODES.view(1, 256), torch.ones(1, 2), dtype=torch.float32)[0]
     theirs = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     np.testing.assert_array_equal(ours.numpy(), theirs)
     assert ours.isnan().nonzero().flatten().tolist() == [0x7F, 0xFF]
@@ -90,7 +90,7 @@ def test_dequantization_as_in_compressed_tensors(n: int, k: int, seed: int, dtyp
     problem = random_problem(0, (n,), k, seed=seed)
     tensors = {"layer.weight": problem.weight, "layer.weight_scale_inv": problem.scale}
     theirs = converters.FP8BlockDequantizer(targets=["re:.*"], dtype=dtype).process(tensors)["layer.weight"]
-    assert torch.equal(reference.dequantize_weight(problem.weight, problem.scale, dtype), theirs)
+    assert torch.equal(reference.dequantize_weight(problem.weight, problem.scale, dtype=dtype), theirs)
 
 
 def test_dequantization_as_in_transformers() -> None:
@@ -105,16 +105,14 @@ def test_linear_as_naive_fp64_sums() -> None:
     problem = random_problem(5, (200, 70), 300, dtype=torch.float32)
     codes, x_scale = reference.quantize_activation(problem.x)
     x = codes.double().numpy() * np.repeat(x_scale.double().numpy(), 128, axis=1)[:, :300]
-    grid = ShardGrid((200, 70), 300)
+    grid = BlockGrid((200, 70), 300)
     rows = np.concatenate([np.repeat([0, 1], [128, 72]), np.repeat([2], 70)])
     w_scale = problem.scale.double().numpy()[rows].repeat(128, axis=1)[:, :300]
     want = x @ (problem.weight.double().numpy() * w_scale).T
     assert grid.scale_shape == tuple(problem.scale.shape)
     assert rel_l2(problem.oracle(), torch.from_numpy(want)) < 1e-14
     assert (
-        rel_l2(
-            reference.block_linear(problem.x, problem.weight, problem.scale, widths=(200, 70)), torch.from_numpy(want)
-        )
+        rel_l2(reference.block_linear(problem.x, problem.weight, problem.scale, grid=grid), torch.from_numpy(want))
         < 1e-6
     )
 
@@ -123,7 +121,7 @@ def test_the_judges_tell_w8a8_from_w8a16_and_from_bf16_weights() -> None:
     problem = random_problem(32, (256,), 4096)
     want = problem.oracle()
     w8a8 = reference.block_linear(problem.x, problem.weight, problem.scale)
-    w8a16 = reference.block_linear(problem.x, problem.weight, problem.scale, activation="none")
+    w8a16 = reference.block_linear(problem.x, problem.weight, problem.scale, activation=Activation.W8A16)
     assert calc_diff(w8a8, want) < 1e-5 < calc_diff(w8a16, want)
     rounded = problem.x.double() @ reference.dequantize_weight(problem.weight, problem.scale).double().T
-    assert rel_l2(rounded, problem.oracle("none")) > 1e-3
+    assert rel_l2(rounded, problem.oracle(Activation.W8A16)) > 1e-3

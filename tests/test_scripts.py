@@ -135,7 +135,7 @@ OTHER = {
     "cores": "0|1",
     "trust-remote-code": "0",
     "backend": "reference",
-    "activation": "none",
+    "activation": "w8a16",
     "python": "/bin/sh",
 }
 """A value of each setting that is not its default."""
@@ -238,7 +238,7 @@ OTHERS = {
         "bf16": "it's",
         "backend": "ascendc",
         "device": "npu",
-        "activation": "none",
+        "activation": "w8a16",
         "dtype": "bfloat16",
         "server": "http://127.0.0.1:9",
         "server-name": "it's bfloat16",
@@ -288,7 +288,7 @@ def test_a_setting_of_the_other_scripts_can_be_given_in_three_ways(script: str, 
         (PRECISION, ["--fp8"], "needs a value"),
         (PRECISION, ["--fp8", "no-such-folder"], "there is no checkpoint in no-such-folder"),
         (PRECISION, ["--fp8", "scripts"], "there is no checkpoint in scripts"),
-        (PRECISION, ["--fp8", ".", "--activation", "static"], "choose one of: dynamic none"),
+        (PRECISION, ["--fp8", ".", "--activation", "static"], "choose one of: w8a8 w8a16"),
         (PRECISION, ["--fp8", ".", "--device", "gpu"], "choose one of: cpu npu cuda"),
         (PRECISION, ["--fp8", ".", "--dtype", "int8"], "choose one of: float32"),
         (PRECISION, ["--fp8", ".", "--limit", "x"], "give a whole number"),
@@ -334,8 +334,8 @@ def test_the_backend_alone_is_computed_on_the_npu() -> None:
         *(f"precision/{name}.run" for name in ("reference-w8a8", "ascendc-w8a8", "original")),
     ]
     assert option(compare, "--floor") == "precision/reference-fp64-w8a8.run"
-    w8a16 = run(PRECISION, *base, "--activation", "none").stdout
-    assert w8a16.count("--activation none") == 4 and "precision-ascendc-w8a16.json" in w8a16
+    w8a16 = run(PRECISION, *base, "--activation", "w8a16").stdout
+    assert w8a16.count("--activation w8a16") == 4 and "precision-ascendc-w8a16.json" in w8a16
 
 
 def test_precision_from_the_checkpoint_to_the_page(tmp_path: Path) -> None:

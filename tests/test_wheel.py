@@ -63,14 +63,15 @@ def test_it_installs_and_computes_where_there_is_no_compiler(made: tuple[Path, s
     code = (
         "import torch, qwen3_fp8_ascend\n"
         "from qwen3_fp8_ascend import ops\n"
+        "from qwen3_fp8_ascend.format import Activation\n"
         "from qwen3_fp8_ascend.backends import select_backend\n"
         f"assert qwen3_fp8_ascend.__file__.startswith({str(tmp_path)!r}), qwen3_fp8_ascend.__file__\n"
-        "assert select_backend(None, 'cpu', 'w8a8').name == 'cpu'\n"
+        "assert select_backend(None, 'cpu', Activation.W8A8).name == 'cpu'\n"
         "torch.manual_seed(0)\n"
         "weight, scale = torch.randn(300, 256).to(torch.float8_e4m3fn), torch.rand(3, 2)\n"
         "x = torch.randn(5, 256)\n"
-        "for activation in ('dynamic', 'none'):\n"
-        "    y, expected = (ops.block_linear(x, ops.pack_weight(weight, scale, b), activation=activation)\n"
+        "for activation in ('w8a8', 'w8a16'):\n"
+        "    y, expected = (ops.block_linear(x, ops.pack_weight(weight, scale, backend=b), activation=activation)\n"
         "                   for b in ('cpu', 'reference'))\n"
         "    assert (y - expected).norm() <= 1e-6 * expected.norm(), activation\n"
     )

@@ -17,7 +17,7 @@ from qwen3_fp8_ascend.backends import e4m3, prefill, soc
 from qwen3_fp8_ascend.backends.operators import torch_operator
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockSize, ShardGrid, ceil_div
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize, ceil_div
 
 LIBRARY = Path(__file__).parent.parent / "libqwen3_fp8_ascendc.so"
 SUPPORTED_GENERATIONS = ("A2", "A3")
@@ -49,7 +49,7 @@ DECODE_BIAS = 256.0
 """Packed codes decode to their value times 2^-8; the packed scales carry 2^8 (`kDecodeBias`)."""
 
 
-def pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[torch.Tensor, ...]:
+def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
     """Lay a weight out in blocks of 128 x 128, two weights in each 16-bit lane.
 
     Shapes: weight (n, k) float8_e4m3fn, scale `grid.scale_shape` -> codes (tiles, k_blocks, 16384) uint8,
@@ -80,13 +80,10 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[to
     return lanes.contiguous(), scales, table
 
 
-def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    if packed.n == 0 or packed.k == 0 or x.shape[0] == 0:
-        out = x.new_zeros(x.shape[0], packed.n)
-        return out if bias is None else out + bias.to(x.dtype)
+def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     if bias is not None and bias.dtype not in (x.dtype, torch.float32):
         bias = bias.float()
-    return ascendc_linear(x, *packed.tensors, bias, packed.n, activation == "dynamic")
+    return ascendc_linear(x, *packed.tensors, bias, packed.n, activation is Activation.W8A8)
 
 
 def _fake_linear(
@@ -96,7 +93,7 @@ def _fake_linear(
     spans: torch.Tensor,
     bias: torch.Tensor | None,
     n: int,
-    dynamic: bool,
+    w8a8: bool,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], n)
 
@@ -109,7 +106,7 @@ def ascendc_linear(
     spans: torch.Tensor,
     bias: torch.Tensor | None,
     n: int,
-    dynamic: bool,
+    w8a8: bool,
 ) -> torch.Tensor:
     """The kernel that suits the number of rows.
 
@@ -125,12 +122,12 @@ def ascendc_linear(
         weight = prefill.scratch(n, k, x)
         shrink, grow = spans[0, 2:4].view(torch.float32)
         operators.ascendc_block_dequantize_out(codes, scales * shrink, spans, weight)
-        operand, grow_rows = _quantized_operand(x) if dynamic else prefill.normalise_rows(x)
+        operand, grow_rows = _quantized_operand(x) if w8a8 else prefill.normalise_rows(x)
         return prefill.multiply(operand, weight, n, grow_rows * grow, bias, x.dtype)
     if m == 1 and k <= MAX_GEMV_COLUMNS and _single_row_kernel() == "gemv":
-        return operators.ascendc_block_gemv(x, codes, scales, spans, bias, n, dynamic)
+        return operators.ascendc_block_gemv(x, codes, scales, spans, bias, n, w8a8)
     rows = [
-        operators.ascendc_block_linear(part, codes, scales, spans, bias, n, dynamic) for part in x.split(HAND_OVER_ROWS)
+        operators.ascendc_block_linear(part, codes, scales, spans, bias, n, w8a8) for part in x.split(HAND_OVER_ROWS)
     ]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
@@ -161,17 +158,11 @@ def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, to
         raise BlockFp8Error(
             "the Ascend C backend quantizes in groups of 128", expected=DEFAULT_BLOCK.k, got=block_k, fix="use 128"
         )
-    if x.numel() == 0:
-        groups = ceil_div(x.shape[1], block_k)
-        scale = x.new_zeros(x.shape[0], groups, dtype=torch.float32)
-        return x.new_empty(x.shape, dtype=torch.uint8).view(torch.float8_e4m3fn), scale
     codes, scale = torch.ops.qwen3_fp8_ascend.ascendc_group_quantize(x.contiguous())
     return codes.view(torch.float8_e4m3fn), scale
 
 
-def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:
-    if weight.numel() == 0:
-        return weight.new_empty(weight.shape, dtype=dtype)
+def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, dtype: torch.dtype) -> torch.Tensor:
     tensors = pack(weight, scale, grid)
     return torch.ops.qwen3_fp8_ascend.ascendc_block_dequantize(*tensors, grid.n, grid.k, dtype)
 
@@ -202,12 +193,12 @@ def _decode_fault(device: torch.device) -> str | None:
     codes = torch.where((codes & 0x7F) == 0x7F, torch.zeros_like(codes), codes).repeat(64).view(TILE, TILE)
     expected = codes.view(torch.float8_e4m3fn).float()
     weight = codes.to(device).view(torch.float8_e4m3fn)
-    grid = ShardGrid((TILE,), TILE)
+    grid = BlockGrid((TILE,), TILE)
     one = torch.ones(1, 1, device=device)
     packed = PackedWeight("ascendc", grid, pack(weight, one, grid))
     identity = torch.eye(TILE, device=device)
     decoded = dequantize_weight(weight, one, grid, torch.float32).cpu()
-    columns = [linear(rows, packed, None, "none").cpu() for rows in identity.split(HAND_OVER_ROWS)]
+    columns = [linear(rows, packed, None, Activation.W8A16).cpu() for rows in identity.split(HAND_OVER_ROWS)]
     for name, got in (("decoding", decoded), ("multiplying", torch.cat(columns).T)):
         wrong = int((got != expected).sum())
         if wrong:
@@ -232,7 +223,7 @@ def _plan() -> tuple[tuple[str, str], ...]:
 BACKEND = Backend(
     name="ascendc",
     summary="Ascend C kernels on Atlas A2 and A3: exact for decode, prefill through an fp16 scratch",
-    computes=frozenset({"w8a8", "w8a16"}),
+    computes=frozenset(Activation),
     device_types=frozenset({"npu"}),
     unusable=unusable,
     pack=pack,

@@ -17,7 +17,7 @@ import torch
 
 from qwen3_fp8_ascend import torch_range
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
-from qwen3_fp8_ascend.format import BlockSize, ShardGrid, ceil_div
+from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize, ceil_div
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,6 @@ PANEL_ROWS = 32
 """Weight rows that are laid out together; a panel never crosses a scale block or a shard."""
 
 HUGE_PAGE = 1 << 21
-
-_BIAS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _OPS = torch.ops.qwen3_fp8_ascend
 
@@ -121,7 +119,7 @@ def set_isa(name: str) -> None:
 def register_rows(name: str) -> int:
     """Up to this many bf16 rows, `block_linear` on an instruction set decodes weights in registers; more share tiles.
 
-    With activation "dynamic" a row of x is one such row; with "none" it is one in bf16, two in fp16, three in fp32.
+    In W8A8 a row of x is one such row; in W8A16 it is one in bf16, two in fp16, three in fp32.
     """
     return _OPS.cpu_register_rows(ISAS.index(name))
 
@@ -186,7 +184,7 @@ def _empty_codes(shape: tuple[int, int, int]) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset).view(shape)
 
 
-def _panel_table(grid: ShardGrid) -> torch.Tensor:
+def _panel_table(grid: BlockGrid) -> torch.Tensor:
     """First row, rows and scale row of each panel, and room for a mark that `cpu_pack` sets."""
     rows = [
         (span.start + first, min(PANEL_ROWS, span.rows - first), span.scale_row, 0)
@@ -196,32 +194,25 @@ def _panel_table(grid: ShardGrid) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
 
 
-def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[torch.Tensor, ...]:
+def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
     panels = _panel_table(grid)
     codes = _empty_codes((panels.shape[0], ceil_div(grid.k, 4) * 4, PANEL_ROWS))
     _OPS.cpu_pack(weight, panels, codes)
     return codes, scale.clone(), panels
 
 
-def _with_adjacent_columns(x: torch.Tensor) -> torch.Tensor:
-    """The kernels take rows any distance apart, but their columns side by side."""
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
-
-
-def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     codes, scales, panels = packed.tensors
-    if bias is not None:
-        bias = (bias if bias.dtype in _BIAS_DTYPES else bias.float()).contiguous()
     grid = packed.grid
-    x = _with_adjacent_columns(x)
-    return _OPS.cpu_block_linear(x, codes, scales, panels, bias, grid.n, grid.k, grid.block.k, activation == "dynamic")
+    w8a8 = activation is Activation.W8A8
+    return _OPS.cpu_block_linear(x, codes, scales, panels, bias, grid.n, grid.k, grid.block.k, w8a8)
 
 
 def _quantize(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _OPS.cpu_quantize_activation(_with_adjacent_columns(x), block_k)
+    return _OPS.cpu_quantize_activation(x, block_k)
 
 
-def _dequantize(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:
+def _dequantize(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, dtype: torch.dtype) -> torch.Tensor:
     blocks = torch.arange(grid.scale_shape[0], dtype=torch.int32)
     rows = blocks.repeat_interleave(torch.tensor([span.rows for span in grid.spans()]), output_size=grid.n)
     # A copy, because the scale of a tensor over a buffer may start at an address that is no multiple of 4.
@@ -244,7 +235,7 @@ def _unsupported(block: BlockSize) -> str | None:
 BACKEND = Backend(
     name="cpu",
     summary="C++ kernels for AMX, AVX-512, AVX2, NEON or any processor; weights decoded in registers",
-    computes=frozenset({"w8a8", "w8a16"}),
+    computes=frozenset(Activation),
     device_types=frozenset({"cpu"}),
     unusable=_load,
     pack=_pack,

@@ -18,16 +18,13 @@ from dataclasses import dataclass
 import torch
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockSize, ShardGrid
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "QWEN3_FP8_ASCEND_BACKEND"
 
 _MODULES = ("ascendc", "torch_npu", "triton", "cpu", "reference")
-
-COMPUTES = {"dynamic": "w8a8", "none": "w8a16"}
-"""What `block_linear` computes for each value of its argument `activation`."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class PackedWeight:
     """
 
     backend: str
-    grid: ShardGrid
+    grid: BlockGrid
     tensors: tuple[torch.Tensor, ...]
 
     @property
@@ -64,8 +61,9 @@ class Backend:
     """One implementation of the block-FP8 operations.
 
     Shapes and semantics of `pack`, `linear`, `quantize_activation` and `dequantize_weight` are those of
-    `qwen3_fp8_ascend.ops`, which validates before it calls them: codes (n, k) float8_e4m3fn without NaN,
-    scale `grid.scale_shape` fp32 contiguous, x (m, k) two-dimensional and contiguous in its last dimension.
+    `qwen3_fp8_ascend.ops`, which validates before it calls them: codes (n, k) float8_e4m3fn without NaN, scale
+    `grid.scale_shape` fp32 contiguous, x (m, k) two-dimensional and contiguous in its last dimension. None of them is
+    called with an empty x or weight: `ops` answers that itself.
 
     unusable: the reason why this backend cannot run on this machine, or None.
     unsupported: the reason why it cannot serve this block size, or None.
@@ -77,13 +75,13 @@ class Backend:
 
     name: str
     summary: str
-    computes: frozenset[str]
+    computes: frozenset[Activation]
     device_types: frozenset[str]
     unusable: Callable[[], str | None]
-    pack: Callable[[torch.Tensor, torch.Tensor, ShardGrid], tuple[torch.Tensor, ...]]
-    linear: Callable[[torch.Tensor, PackedWeight, torch.Tensor | None, str], torch.Tensor]
+    pack: Callable[[torch.Tensor, torch.Tensor, BlockGrid], tuple[torch.Tensor, ...]]
+    linear: Callable[[torch.Tensor, PackedWeight, torch.Tensor | None, Activation], torch.Tensor]
     quantize_activation: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
-    dequantize_weight: Callable[[torch.Tensor, torch.Tensor, ShardGrid, torch.dtype], torch.Tensor]
+    dequantize_weight: Callable[[torch.Tensor, torch.Tensor, BlockGrid, torch.dtype], torch.Tensor]
     unsupported: Callable[[BlockSize], str | None] = lambda block: None
     detail: Callable[[], str] | None = None
     by_name_only: Callable[[], str | None] = lambda: None
@@ -98,7 +96,7 @@ class BackendStatus:
     name: str
     usable: bool
     reason: str | None
-    computes: tuple[str, ...]
+    computes: tuple[Activation, ...]
     device_types: tuple[str, ...]
     summary: str
     detail: str | None
@@ -155,7 +153,7 @@ def _described(backend: Backend) -> str:
     return f"{backend.name} ({backend.detail()})" if backend.detail else backend.name
 
 
-def _objection(backend: Backend, device_type: str, computes: str | None, block: BlockSize) -> str | None:
+def _objection(backend: Backend, device_type: str, computes: Activation | None, block: BlockSize) -> str | None:
     if device_type not in backend.device_types:
         return f"runs on {'/'.join(sorted(backend.device_types))}, not on {device_type}"
     if computes is not None and computes not in backend.computes:
@@ -170,7 +168,7 @@ def _by_reason(rejected: dict[str, list[str]]) -> str:
 
 @functools.cache
 def select_backend(
-    name: str | None, device_type: str, computes: str | None = None, block: BlockSize = DEFAULT_BLOCK
+    name: str | None, device_type: str, computes: Activation | None = None, block: BlockSize = DEFAULT_BLOCK
 ) -> Backend:
     """The backend to use: `name`, else $QWEN3_FP8_ASCEND_BACKEND, else the first that fits.
 

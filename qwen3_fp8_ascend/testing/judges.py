@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from qwen3_fp8_ascend import reference
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockSize, ShardGrid
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize
 
 FP32_REL_L2 = 1e-6
 """Largest relative L2 distance of an fp32 result from the fp64 oracle."""
@@ -43,10 +43,14 @@ class Problem:
     weight: torch.Tensor
     scale: torch.Tensor
     bias: torch.Tensor | None = None
-    widths: tuple[int, ...] | None = None
-    block: BlockSize = DEFAULT_BLOCK
+    grid: BlockGrid = None  # type: ignore[assignment]
+    """Without one: a single shard in blocks of 128 x 128."""
 
-    def oracle(self, activation: str = "dynamic") -> torch.Tensor:
+    def __post_init__(self) -> None:
+        if self.grid is None:
+            object.__setattr__(self, "grid", BlockGrid((self.weight.shape[0],), self.weight.shape[1]))
+
+    def oracle(self, activation: Activation = Activation.W8A8) -> torch.Tensor:
         """The exact result in fp64, not rounded to the activation's dtype; the bias is added in fp64 too."""
         bias = None if self.bias is None else self.bias.double()
         return reference.block_linear(
@@ -55,16 +59,15 @@ class Problem:
             self.scale,
             bias,
             activation=activation,
-            widths=self.widths,
-            block=self.block,
+            grid=self.grid,
             compute_dtype=torch.float64,
         )
 
-    def magnitude(self, activation: str = "dynamic") -> torch.Tensor:
+    def magnitude(self, activation: Activation = Activation.W8A8) -> torch.Tensor:
         """The same sum over absolute values: what rounding errors are relative to, even where terms cancel."""
         bias = None if self.bias is None else self.bias.abs()
         absolute = self.weight.view(torch.uint8).bitwise_and(0x7F).view(torch.float8_e4m3fn)
-        return Problem(self.x.abs(), absolute, self.scale, bias, self.widths, self.block).oracle(activation)
+        return Problem(self.x.abs(), absolute, self.scale, bias, self.grid).oracle(activation)
 
 
 def random_problem(
@@ -79,7 +82,7 @@ def random_problem(
 ) -> Problem:
     """Random codes (all finite ones occur), log-uniform scales, activations with outlier channels."""
     generator = torch.Generator().manual_seed(seed)
-    grid = ShardGrid(widths, k, block)
+    grid = BlockGrid(widths, k, block)
     codes = torch.randint(0, 256, (grid.n, k), generator=generator, dtype=torch.uint8)
     codes = torch.where((codes & 0x7F) == 0x7F, codes ^ 1, codes)
     scale = torch.exp2(torch.rand(grid.scale_shape, generator=generator) * 8 - 14)
@@ -91,8 +94,7 @@ def random_problem(
         codes.view(torch.float8_e4m3fn),
         scale,
         torch.randn(grid.n, generator=generator).to(dtype) if bias else None,
-        widths,
-        block,
+        grid,
     )
 
 
@@ -112,7 +114,7 @@ def calc_diff(got: torch.Tensor, want: torch.Tensor) -> float:
     return float(1 - 2 * (a * b).sum() / total) if total else 0.0
 
 
-def assert_exact(got: torch.Tensor, problem: Problem, activation: str = "dynamic") -> None:
+def assert_exact(got: torch.Tensor, problem: Problem, activation: Activation = Activation.W8A8) -> None:
     """Judge a linear's result by the fp64 oracle, to the limit of its dtype.
 
     fp32: relative L2 <= 1e-6. bf16/fp16: >= 99.5 % equal to the rounded oracle and calc_diff <= 1e-5 (only
@@ -128,7 +130,7 @@ def assert_exact(got: torch.Tensor, problem: Problem, activation: str = "dynamic
     eps = torch.finfo(got.dtype).eps
     rounding = eps * want.abs()
     # Within a block a sum of at most 128 + 8 roundings per chain, then one per block, and the two scales.
-    bound = magnitude * 2.0**-23 * (min(k, problem.block.k) + k // problem.block.k + 8)
+    bound = magnitude * 2.0**-23 * (min(k, problem.grid.block.k) + k // problem.grid.block.k + 8)
     tiny = torch.finfo(got.dtype).smallest_normal
     error = (got.double() - want).abs()
     worst = (error - (bound + rounding + tiny)).max()
@@ -168,7 +170,7 @@ def assert_bias_before_rounding(linear: Callable[[torch.Tensor | None], torch.Te
     assert share > least, f"only {share:.1%} of the outputs keep what rounding took: the bias was added after it"
 
 
-def assert_prefill(got: torch.Tensor, problem: Problem, activation: str = "dynamic") -> None:
+def assert_prefill(got: torch.Tensor, problem: Problem, activation: Activation = Activation.W8A8) -> None:
     """Judge a linear's result for many rows on an NPU without FP8 (`backends/prefill.py`) by the fp64 oracle.
 
     fp32: as `assert_exact`. bf16/fp16: relative L2 <= that of the oracle's own rounding and `PREFILL_FP16`, added as

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from qwen3_fp8_ascend.format import BlockSize, ShardGrid
+from qwen3_fp8_ascend.format import BlockGrid, BlockSize
 from qwen3_fp8_ascend.testing.judges import Problem
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,7 +45,7 @@ def problems(draw: st.DrawFn) -> Problem:
     widths = tuple(draw(st.lists(st.integers(1, 300), min_size=1, max_size=3)))
     k = draw(st.integers(1, 400))
     block = draw(st.sampled_from([BlockSize(128, 128)] * 3 + [BlockSize(64, 64), BlockSize(32, 256)]))
-    grid = ShardGrid(widths, k, block)
+    grid = BlockGrid(widths, k, block)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     codes = torch.randint(0, 256, (grid.n, k), generator=generator, dtype=torch.uint8)
     codes = torch.where((codes & 0x7F) == 0x7F, codes ^ 1, codes)
@@ -56,4 +56,4 @@ def problems(draw: st.DrawFn) -> Problem:
         scale[0, 0] = 0
     x = draw(activations(k=k))
     bias = torch.randn(grid.n, generator=generator).to(x.dtype) if draw(st.booleans()) else None
-    return Problem(x, codes.view(torch.float8_e4m3fn), scale, bias, widths, block)
+    return Problem(x, codes.view(torch.float8_e4m3fn), scale, bias, grid)

@@ -87,7 +87,7 @@ def block_dequantize_specification(codes: torch.Tensor, scale: torch.Tensor, dty
     Shapes: codes (n, k) int8, scale (ceil(n / 128), ceil(k / 128)) fp32 -> (n, k) `dtype`.
     Source: `qwen3_fp8_ascend.reference.dequantize_weight`.
     """
-    return reference.dequantize_weight(codes.view(torch.float8_e4m3fn), scale, dtype)
+    return reference.dequantize_weight(codes.view(torch.float8_e4m3fn), scale, dtype=dtype)
 
 
 def packed_dequantize_specification(lanes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

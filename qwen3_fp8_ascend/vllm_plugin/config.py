@@ -15,12 +15,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
-from qwen3_fp8_ascend.backends.registry import COMPUTES
 from qwen3_fp8_ascend.checkpoints.folder import PICKLE_SUFFIXES, WEIGHTS_SUFFIX
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
 from qwen3_fp8_ascend.checkpoints.layers import is_ignored
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import BlockFp8Config
+from qwen3_fp8_ascend.format import Activation, BlockFp8Config
 from qwen3_fp8_ascend.vllm_plugin import logger
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8LmHeadMethod
@@ -42,7 +41,7 @@ class Settings:
     """
 
     backend: str | None = None
-    activation: str = "dynamic"
+    activation: Activation = Activation.W8A8
     lm_head: str = "checkpoint"
 
     @classmethod
@@ -69,11 +68,8 @@ class Settings:
         known = {"backend", "activation", "lm_head"}
         if not isinstance(given, Mapping) or not set(given) <= known:
             raise BlockFp8Error("unknown setting", where=where, expected=f"an object with {sorted(known)}", got=given)
-        settings = cls(**given)
-        if settings.activation not in COMPUTES:
-            raise BlockFp8Error(
-                "unknown activation mode", where=where, expected=" or ".join(COMPUTES), got=settings.activation
-            )
+        activation = Activation.parse(given.get("activation", cls.activation), where)
+        settings = cls(**dict(given) | {"activation": activation})
         if settings.lm_head not in LM_HEAD:
             raise BlockFp8Error("unknown lm_head", where=where, expected=" or ".join(LM_HEAD), got=settings.lm_head)
         if settings.backend is not None and not isinstance(settings.backend, str):

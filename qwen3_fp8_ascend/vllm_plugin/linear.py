@@ -11,10 +11,9 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import BlockSize, ShardGrid
+from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
 from qwen3_fp8_ascend.vllm_plugin import logger
 from qwen3_fp8_ascend.vllm_plugin.parameters import (
-    DAMAGED,
     ShardScaleParameter,
     checked_loader,
     install_packed,
@@ -65,7 +64,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         prefix: str,
         shard_names: tuple[str, ...] = (),
         backend: str | None = None,
-        activation: str = "dynamic",
+        activation: Activation = Activation.W8A8,
         dummy: bool = False,
         hf_config: Any = None,
     ) -> None:
@@ -95,7 +94,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         Raises:
             BlockFp8Error: tensor parallelism would cut through a block.
         """
-        grid = ShardGrid(tuple(output_partition_sizes), input_size_per_partition, self.block)
+        grid = BlockGrid(tuple(output_partition_sizes), input_size_per_partition, self.block)
         self._check_partition(layer, grid, input_size, output_size)
         layer.block_grid = grid
         layer.logical_widths = output_partition_sizes
@@ -151,15 +150,14 @@ class BlockFp8LinearMethod(LinearMethodBase):
             packed = ops.pack_weight(
                 weight,
                 scale,
+                grid,
                 self.backend,
-                grid.widths,
-                block=self.block,
+                names=self.shard_names or (self.prefix,) * len(grid.widths),
                 activation=self.activation,
                 check_values=not self.dummy,
             )
         except BlockFp8Error:
             layer.packed_weight = None
-            self._name_bad_tensor(weight, scale, grid)
             raise
         packing.add(packed.nbytes, time.perf_counter() - start)
         del layer.weight, layer.weight_scale_inv
@@ -175,7 +173,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
             )
         return ops.block_linear(x, layer.packed_weight, bias, self.activation)
 
-    def _check_partition(self, layer: Any, grid: ShardGrid, input_size: int, output_size: int) -> None:
+    def _check_partition(self, layer: Any, grid: BlockGrid, input_size: int, output_size: int) -> None:
         """Refuse a tensor-parallel split that would leave a rank with part of a block."""
         if grid.k != input_size:
             side, size, mine, full = "columns", grid.block.k, [grid.k], [input_size]
@@ -197,18 +195,13 @@ class BlockFp8LinearMethod(LinearMethodBase):
         )
 
     @staticmethod
-    def _full_widths(layer: Any, grid: ShardGrid, output_size: int) -> list[int]:
+    def _full_widths(layer: Any, grid: BlockGrid, output_size: int) -> list[int]:
         if hasattr(layer, "total_num_kv_heads"):  # QKVParallelLinear: key/value heads may be replicated
             heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
             return [count * layer.head_size for count in heads]
         return [width * (output_size // grid.n) for width in grid.widths]
 
-    def _tensor_name(self, shard: int) -> str:
-        if shard < len(self.shard_names):
-            return self.shard_names[shard]
-        return self.prefix
-
-    def _mark_unwritten(self, codes: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> None:
+    def _mark_unwritten(self, codes: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> None:
         """Fill what was not loaded with "not written yet": parameters for loading again start as arbitrary memory."""
         targets = (
             (codes, grid.widths, "weight", UNWRITTEN_CODE),
@@ -219,34 +212,6 @@ class BlockFp8LinearMethod(LinearMethodBase):
             for shard, part in enumerate(tensor.split(list(rows))):
                 if shard not in loaded:
                     part.fill_(unwritten)
-
-    def _name_bad_tensor(self, weight: torch.Tensor, scale: torch.Tensor, grid: ShardGrid) -> None:
-        """Raise for the first of the merged tensors that is missing, has NaN codes or bad scales."""
-        row = scale_row = 0
-        for shard, (rows, scale_rows) in enumerate(zip(grid.widths, grid.scale_rows, strict=True)):
-            name = self._tensor_name(shard)
-            codes = weight.view(torch.uint8)[row : row + rows]
-            nan_codes = ops.count_nan_codes(codes)
-            if nan_codes and nan_codes == codes.numel():
-                raise BlockFp8Error("a weight is missing from the checkpoint", where=f"{name}.weight", fix=DAMAGED)
-            if nan_codes:
-                raise BlockFp8Error(
-                    "a weight holds NaN codes (0x7F or 0xFF)",
-                    where=f"{name}.weight",
-                    expected="finite e4m3 codes only",
-                    got=f"{nan_codes} NaN of {codes.numel()}",
-                    fix=DAMAGED,
-                )
-            scales = scale[scale_row : scale_row + scale_rows]
-            if scales.numel() and scales.isnan().all():
-                raise BlockFp8Error(
-                    "a weight's block scales are missing from the checkpoint (or are all NaN)",
-                    where=f"{name}.weight_scale_inv",
-                    fix=DAMAGED,
-                )
-            ops.check_scale_values(scales, where=f"{name}.weight_scale_inv")
-            row += rows
-            scale_row += scale_rows
 
 
 def _fill_with_small_values(codes: torch.Tensor, scale: torch.Tensor) -> None:

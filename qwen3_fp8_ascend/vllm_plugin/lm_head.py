@@ -13,7 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_weight
-from qwen3_fp8_ascend.format import BlockSize
+from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
 from qwen3_fp8_ascend.vllm_plugin.parameters import install_packed, note_backend
 
 
@@ -30,12 +30,13 @@ class BlockFp8LmHeadMethod(UnquantizedEmbeddingMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         codes, scale = _quantize_in_pieces(layer.weight.data, self.block)
         # With tied embeddings the bf16 parameter stays with the embedding.
-        packed = ops.pack_weight(codes, scale, self.backend, block=self.block, activation="none")
+        grid = BlockGrid((codes.shape[0],), codes.shape[1], self.block)
+        packed = ops.pack_weight(codes, scale, grid, self.backend, activation=Activation.W8A16)
         install_packed(layer, packed)
         note_backend(self.hf_config, packed.backend)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return ops.block_linear(x, layer.packed_weight, bias, "none")
+        return ops.block_linear(x, layer.packed_weight, bias, Activation.W8A16)
 
 
 def _quantize_in_pieces(weight: torch.Tensor, block: BlockSize) -> tuple[torch.Tensor, torch.Tensor]:

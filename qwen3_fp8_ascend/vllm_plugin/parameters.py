@@ -10,9 +10,8 @@ from vllm.model_executor.parameter import BlockQuantScaleParameter
 
 from qwen3_fp8_ascend.backends.registry import PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import ShardGrid
-
-DAMAGED = "the checkpoint does not fit the model or is damaged; look at it with `qwen3-fp8-ascend inspect`"
+from qwen3_fp8_ascend.format import BlockGrid
+from qwen3_fp8_ascend.ops import DAMAGED
 
 NOTED = "qwen3_fp8_ascend_backends"
 """What `note_backend` adds to a model's config."""
@@ -25,7 +24,7 @@ class ShardScaleParameter(BlockQuantScaleParameter):
     shard before it when that one is ragged: q/k/v of 576/192/192 rows would start at 0, 5, 6 instead of 0, 5, 7.
     """
 
-    def __init__(self, *, grid: ShardGrid, **kwargs: Any) -> None:
+    def __init__(self, *, grid: BlockGrid, **kwargs: Any) -> None:
         self.grid = grid
         super().__init__(**kwargs)
 
@@ -51,7 +50,7 @@ class ShardScaleParameter(BlockQuantScaleParameter):
 
 
 def checked_loader(
-    load: Callable[..., None], name: str, grid: ShardGrid, dtypes: tuple[torch.dtype, ...], loaded: set[Any]
+    load: Callable[..., None], name: str, grid: BlockGrid, dtypes: tuple[torch.dtype, ...], loaded: set[Any]
 ) -> Callable[..., None]:
     """Wrap a layer's weight loader so that what does not fit is refused with the tensor's name.
 

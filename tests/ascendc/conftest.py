@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 
 from qwen3_fp8_ascend.backends import ascendc
-from qwen3_fp8_ascend.format import ShardGrid
+from qwen3_fp8_ascend.format import BlockGrid
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "ascend"
@@ -180,7 +180,7 @@ class Weight:
 
     codes: torch.Tensor
     scale: torch.Tensor
-    grid: ShardGrid
+    grid: BlockGrid
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -196,7 +196,7 @@ def finite_codes(n: int, k: int, generator: torch.Generator) -> torch.Tensor:
 def random_weight(widths: Sequence[int], k: int, seed: int = 0, spread: float = 4.0) -> Weight:
     """Codes over the whole range; scales over 2^+-spread."""
     generator = torch.Generator().manual_seed(seed)
-    grid = ShardGrid(tuple(widths), k)
+    grid = BlockGrid(tuple(widths), k)
     exponent = (torch.rand(grid.scale_shape, generator=generator) * 2 - 1) * spread
     return Weight(finite_codes(grid.n, k, generator), torch.exp2(exponent - 6), grid)
 

@@ -14,7 +14,7 @@ import torch
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import ascendc, prefill, registry
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import BlockSize
+from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
 from qwen3_fp8_ascend.testing.judges import assert_prefill, random_problem
 
 from .conftest import DTYPES, SOURCES, Emulator, build, random_activation, random_weight, relative_error
@@ -79,11 +79,11 @@ def on_cpu(schemas: None, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -
 
 def test_public_operations_end_to_end(on_cpu: Emulator) -> None:
     weight = random_weight((130, 62), 300, spread=1.0)
-    packed = ops.pack_weight(weight.codes, weight.scale, backend="ascendc", widths=(130, 62))
+    packed = ops.pack_weight(weight.codes, weight.scale, weight.grid, "ascendc")
     x = random_activation(6, 300, torch.bfloat16).view(2, 3, 300)
     bias = torch.randn(192)
     got = ops.block_linear(x, packed, bias)
-    oracle = reference.block_linear(x, weight.codes, weight.scale, widths=(130, 62), compute_dtype=torch.float64)
+    oracle = reference.block_linear(x, weight.codes, weight.scale, grid=weight.grid, compute_dtype=torch.float64)
     expected = (oracle + bias).to(x.dtype)  # the bias is not rounded on its way, and neither is the sum before it
     assert got.shape == (2, 3, 192)
     assert got.dtype == torch.bfloat16
@@ -92,20 +92,20 @@ def test_public_operations_end_to_end(on_cpu: Emulator) -> None:
     expected_codes, expected_scale = reference.quantize_activation(x)
     assert torch.equal(codes.view(torch.uint8), expected_codes.view(torch.uint8))
     assert torch.equal(scale, expected_scale)
-    dense = ops.dequantize_weight(weight.codes, weight.scale, torch.float16, widths=(130, 62), backend="ascendc")
-    assert torch.equal(dense, reference.dequantize_weight(weight.codes, weight.scale, torch.float16, widths=(130, 62)))
+    dense = ops.dequantize_weight(weight.codes, weight.scale, weight.grid, torch.float16, backend="ascendc")
+    assert torch.equal(dense, reference.dequantize_weight(weight.codes, weight.scale, weight.grid, torch.float16))
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "widths", "k"), [(65, (256,), 512), (65, (130, 62), 300), (512, (72, 40), 260)])
 def test_more_rows_than_the_fused_kernel_takes_go_through_the_scratch(
-    on_cpu: Emulator, m: int, widths: tuple[int, ...], k: int, dtype: torch.dtype, activation: str
+    on_cpu: Emulator, m: int, widths: tuple[int, ...], k: int, dtype: torch.dtype, activation: Activation
 ) -> None:
     """By the bound that has a name: one power of two for the weight, one for each row, operands in fp16."""
     assert m > ascendc.HAND_OVER_ROWS
     problem = random_problem(m, widths, k, dtype=dtype, bias=True)
-    packed = ops.pack_weight(problem.weight, problem.scale, "ascendc", widths, activation=activation)
+    packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "ascendc", activation=activation)
     for bias in (None, problem.bias):
         got = ops.block_linear(problem.x, packed, bias, activation)
         assert_prefill(got, dataclasses.replace(problem, bias=bias), activation)
@@ -113,7 +113,7 @@ def test_more_rows_than_the_fused_kernel_takes_go_through_the_scratch(
 
 def test_every_tile_carries_the_powers_of_two_of_its_weight(on_cpu: Emulator) -> None:
     weight = random_weight((200, 30), 300)
-    spans = ops.pack_weight(weight.codes, weight.scale, "ascendc", (200, 30)).tensors[2]
+    spans = ops.pack_weight(weight.codes, weight.scale, weight.grid, "ascendc").tensors[2]
     powers = prefill.powers_of_weight(weight.scale)
     assert torch.equal(spans[:, 2:4].view(torch.float32), powers.expand(3, 2)) and not spans[:, 4:].any()
     assert spans[:, :2].tolist() == [[0, 128], [128, 72], [200, 30]]
@@ -205,7 +205,7 @@ def test_bad_input_is_refused_with_reasons(on_cpu: Emulator) -> None:
     with pytest.raises(BlockFp8Error, match="groups of 128"):
         ops.quantize_activation(torch.zeros(1, 128), block_k=64, backend="ascendc")
     with pytest.raises(BlockFp8Error, match="not of 64x64"):
-        ops.pack_weight(weight.codes, torch.ones(2, 2), backend="ascendc", block=BlockSize(64, 64))
+        ops.pack_weight(weight.codes, torch.ones(2, 2), BlockGrid((128,), 128, BlockSize(64, 64)), "ascendc")
     nan = weight.codes.view(torch.uint8).clone()
     nan[0, 0] = 0x7F
     with pytest.raises(BlockFp8Error, match="NaN codes"):

@@ -8,7 +8,7 @@ import torch
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import ascendc
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import ShardGrid
+from qwen3_fp8_ascend.format import BlockGrid
 
 from .conftest import DTYPES, Emulator, random_weight
 
@@ -20,7 +20,7 @@ def test_all_254_finite_codes_decode_exactly(emulator: Emulator, dtype: torch.dt
     codes = codes[(codes & 0x7F) != 0x7F]
     assert len(codes) == 254
     weight = torch.stack([codes.roll(17 * row).repeat(2)[:256] for row in range(128)]).view(torch.float8_e4m3fn)
-    tensors = ascendc.pack(weight, torch.ones(1, 2), ShardGrid((128,), 256))
+    tensors = ascendc.pack(weight, torch.ones(1, 2), BlockGrid((128,), 256))
     got, _ = emulator.dequantize(tensors, 128, 256, dtype)
     assert set(weight[:, :64].view(torch.uint8).unique().tolist()) == set(codes.tolist())
     assert torch.equal(got.float(), weight.float())
@@ -36,7 +36,7 @@ def test_values_are_those_of_the_specification(
 ) -> None:
     weight = random_weight(widths, k)
     got, _ = emulator.dequantize(weight.tensors, weight.grid.n, k, dtype)
-    expected = reference.dequantize_weight(weight.codes, weight.scale, dtype, widths=weight.grid.widths)
+    expected = reference.dequantize_weight(weight.codes, weight.scale, weight.grid, dtype)
     assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
 
 
@@ -49,7 +49,7 @@ def test_the_scratch_holds_the_normalised_weight_rounded_once_to_fp16(
     codes, scales, spans = weight.tensors
     shrink = spans[0, 2:3].view(torch.float32)
     got, _ = emulator.dequantize((codes, scales * shrink, spans), weight.grid.n, k, torch.float16)
-    exact = reference.dequantize_weight(weight.codes, weight.scale, torch.float32, widths=weight.grid.widths) * shrink
+    exact = reference.dequantize_weight(weight.codes, weight.scale, weight.grid, torch.float32) * shrink
     assert exact.abs().max() < 1 and ((exact != 0) & (exact.abs() < 2.0**-14)).float().mean() > 0.1
     assert torch.equal(got.view(torch.int16), exact.half().view(torch.int16))
 
@@ -74,7 +74,7 @@ def test_packed_weight_is_one_byte_a_weight_and_32_bytes_a_block() -> None:
 
 def test_pack_refuses_what_the_kernels_cannot_address() -> None:
     with pytest.raises(BlockFp8Error, match="too many columns"):
-        ascendc.pack(torch.zeros(1, 65409).to(torch.float8_e4m3fn), torch.ones(1, 512), ShardGrid((1,), 65409))
+        ascendc.pack(torch.zeros(1, 65409).to(torch.float8_e4m3fn), torch.ones(1, 512), BlockGrid((1,), 65409))
 
 
 def test_scales_that_overflow_with_the_decode_bias_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

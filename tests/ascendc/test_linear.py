@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwen3_fp8_ascend import reference
+from qwen3_fp8_ascend.format import Activation
 
 from .conftest import (
     DTYPES,
@@ -26,9 +27,9 @@ EXACT = 1e-6  # what block-scaled fp32 reaches; the contract's figure for fp32 o
 QWEN3_8B_SCALED = {"qkv": ((256, 64, 64), 256), "o": ((256,), 256), "gate_up": ((768, 768), 256), "down": ((256,), 768)}
 
 
-def oracle_of(x: torch.Tensor, weight: Weight, activation: str = "dynamic") -> torch.Tensor:
+def oracle_of(x: torch.Tensor, weight: Weight, activation: Activation = Activation.W8A8) -> torch.Tensor:
     return reference.block_linear(
-        x, weight.codes, weight.scale, activation=activation, widths=weight.grid.widths, compute_dtype=torch.float64
+        x, weight.codes, weight.scale, activation=activation, grid=weight.grid, compute_dtype=torch.float64
     )
 
 
@@ -112,10 +113,10 @@ def test_w8a16(emulator: Emulator, kernel: str) -> None:
     m = 1 if kernel == "block_gemv" else 4
     x = random_activation(m, 300, torch.bfloat16)
     exact, _ = emulator.linear(kernel, x.float(), weight.tensors, 200, dynamic=False)
-    assert relative_error(exact, oracle_of(x.float(), weight, "none")) <= EXACT
+    assert relative_error(exact, oracle_of(x.float(), weight, Activation.W8A16)) <= EXACT
     fine = random_activation(m, 300, torch.float32)
     rounded, _ = emulator.linear(kernel, fine, weight.tensors, 200, dynamic=False)
-    assert EXACT < relative_error(rounded, oracle_of(fine, weight, "none")) <= REQUIRED
+    assert EXACT < relative_error(rounded, oracle_of(fine, weight, Activation.W8A16)) <= REQUIRED
 
 
 def test_w8a8_and_w8a16_are_told_apart(emulator: Emulator) -> None:
@@ -123,7 +124,7 @@ def test_w8a8_and_w8a16_are_told_apart(emulator: Emulator) -> None:
     weight = random_weight((128,), 512)
     x = torch.randn(4, 512, generator=torch.Generator().manual_seed(2))
     got, _ = emulator.linear("block_linear", x, weight.tensors, 128)
-    assert relative_error(got, oracle_of(x, weight, "none")) > 1e-2
+    assert relative_error(got, oracle_of(x, weight, Activation.W8A16)) > 1e-2
 
 
 def test_a_row_does_not_depend_on_the_others(emulator: Emulator) -> None:
@@ -147,9 +148,9 @@ def test_nan_and_infinity_stay_in_their_row(emulator: Emulator) -> None:
 
 @pytest.mark.parametrize("kernel", ["block_linear", "block_gemv"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 def test_nan_and_infinity_are_those_of_the_specification(
-    emulator: Emulator, activation: str, dtype: torch.dtype, kernel: str
+    emulator: Emulator, activation: Activation, dtype: torch.dtype, kernel: str
 ) -> None:
     """Unquantized, an infinity takes the weight's sign and is NaN where the weight is zero; quantized, all is NaN."""
     weight = random_weight((130,), 300)
@@ -161,13 +162,15 @@ def test_nan_and_infinity_are_those_of_the_specification(
     x[3, 3], x[3, 140] = float("inf"), float("inf")
     x[4, 3], x[4, 4] = float("inf"), float("nan")
     rows = x.split(1) if kernel == "block_gemv" else [x]
-    parts = [emulator.linear(kernel, row, weight.tensors, 130, dynamic=activation == "dynamic")[0] for row in rows]
+    parts = [
+        emulator.linear(kernel, row, weight.tensors, 130, dynamic=activation == Activation.W8A8)[0] for row in rows
+    ]
     got, oracle = torch.cat(parts), oracle_of(x, weight, activation).to(dtype)
     assert torch.equal(got.isnan(), oracle.isnan())
     assert torch.equal(got.isposinf(), oracle.isposinf())
     assert torch.equal(got.isneginf(), oracle.isneginf())
     assert got[5].isfinite().all()
-    if activation == "none":
+    if activation == Activation.W8A16:
         for value in (oracle.isnan(), oracle.isposinf(), oracle.isneginf()):
             assert 0 < int(value[:4].sum()) < value[:4].numel(), "the weights must give all three"
 

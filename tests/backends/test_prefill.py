@@ -8,7 +8,7 @@ import torch
 
 from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.backends import e4m3, prefill, torch_npu
-from qwen3_fp8_ascend.format import ShardGrid
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing import judges, nonfinite
 from qwen3_fp8_ascend.testing.judges import Problem, assert_prefill, random_problem, rel_l2
 
@@ -28,45 +28,47 @@ def product(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor, torch.Te
     return documented
 
 
-def linear(problem: Problem, activation: str = "dynamic") -> torch.Tensor:
+def linear(problem: Problem, activation: Activation = Activation.W8A8) -> torch.Tensor:
     """What a backend does beyond its hand-over, from the pieces in this module; `torch_npu` decodes."""
     x = problem.x
-    codes, scales, powers = torch_npu._pack(
-        problem.weight, problem.scale, ShardGrid(problem.widths or (len(problem.weight),), x.shape[1])
-    )
+    codes, scales, powers = torch_npu._pack(problem.weight, problem.scale, problem.grid)
     weight = prefill.scratch(*codes.shape, x)
     weight.copy_((e4m3.decode(codes).unflatten(1, (-1, 128)) * (scales * powers[0]).unsqueeze(-1)).flatten(1))
-    if activation == "dynamic":
+    if activation is Activation.W8A8:
         operand, grow = prefill.normalise_groups(*e4m3.quantize_values(x, 128), x)
     else:
         operand, grow = prefill.normalise_rows(x)
     return prefill.multiply(operand, weight, len(codes), grow * powers[1], problem.bias, x.dtype)
 
 
-def linear_of_bf16_operands(problem: Problem, activation: str) -> torch.Tensor:
+def linear_of_bf16_operands(problem: Problem, activation: Activation) -> torch.Tensor:
     """Both operands rounded to bf16 instead: what this did until it was normalised."""
     x = problem.x
-    if activation == "dynamic":
+    if activation is Activation.W8A8:
         values, scale = e4m3.quantize_values(x, 128)
         x = (values * scale.unsqueeze(-1)).flatten(1)[:, : x.shape[1]].to(x.dtype)
-    weight = reference.dequantize_weight(problem.weight, problem.scale, x.dtype, widths=problem.widths)
+    weight = reference.dequantize_weight(problem.weight, problem.scale, problem.grid, x.dtype)
     return (x.float() @ weight.float().T).to(x.dtype)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("dtype", nonfinite.BITS)
 @pytest.mark.parametrize(("m", "widths", "k"), SHAPES)
-def test_linear(m: int, widths: tuple[int, ...], k: int, dtype: torch.dtype, activation: str, bias: bool) -> None:
+def test_linear(
+    m: int, widths: tuple[int, ...], k: int, dtype: torch.dtype, activation: Activation, bias: bool
+) -> None:
     problem = random_problem(m, widths, k, dtype=dtype, bias=bias)
     got = linear(problem, activation)
     assert got.is_contiguous()
     assert_prefill(got, problem, activation)
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize(("m", "widths", "k"), SHAPES[:3])
-def test_several_times_more_exact_than_bf16_operands(m: int, widths: tuple[int, ...], k: int, activation: str) -> None:
+def test_several_times_more_exact_than_bf16_operands(
+    m: int, widths: tuple[int, ...], k: int, activation: Activation
+) -> None:
     """Before the results themselves are rounded, which is 1.66e-3 of either's error, and by the judge."""
     problem = random_problem(m, widths, k)
     oracle = problem.oracle(activation)
@@ -83,7 +85,7 @@ def test_several_times_more_exact_than_bf16_operands(m: int, widths: tuple[int, 
 def test_the_judge_notices_w8a16_for_w8a8_and_one_wrong_element() -> None:
     problem = random_problem(65, (256,), 512)
     with pytest.raises(AssertionError):
-        assert_prefill(linear(problem, "none"), problem, "dynamic")
+        assert_prefill(linear(problem, Activation.W8A16), problem, Activation.W8A8)
     got = linear(problem)
     got[3, 5] *= 1.05
     with pytest.raises(AssertionError, match="an element is off"):
@@ -117,9 +119,9 @@ def largest_problem(k: int, sign: float = 1.0) -> Problem:
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("k", [32768, prefill.MAX_COLUMNS])
-def test_the_largest_sums_do_not_overflow(k: int, activation: str, sign: float) -> None:
+def test_the_largest_sums_do_not_overflow(k: int, activation: Activation, sign: float) -> None:
     problem = largest_problem(k, sign)
     got, oracle = linear(problem, activation), problem.oracle(activation)
     assert got.isfinite().all() and rel_l2(got, oracle) <= 2**-8
@@ -130,12 +132,12 @@ def test_a_few_columns_more_would_overflow(monkeypatch: pytest.MonkeyPatch) -> N
     assert prefill.fits(1, prefill.MAX_COLUMNS) and not prefill.fits(1, prefill.MAX_COLUMNS + 128)
     k = prefill.MAX_COLUMNS + 4 * 128
     monkeypatch.setattr(prefill, "MAX_COLUMNS", k)  # or the weight would be refused
-    assert linear(largest_problem(k), "none").isinf().all()
+    assert linear(largest_problem(k), Activation.W8A16).isinf().all()
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("exponents", [(0, 0), (100, -100), (-20, 90), (60, 50), (-20, -60), (3, -100)])
-def test_any_magnitude(exponents: tuple[int, int], activation: str) -> None:
+def test_any_magnitude(exponents: tuple[int, int], activation: Activation) -> None:
     """Rows and weights of very different sizes; plain fp16 operands would be infinite or zero."""
     problem = random_problem(65, (200,), 300, seed=2)
     # A bf16 row or a scale moved by a power of two moves the result by it.
@@ -143,8 +145,8 @@ def test_any_magnitude(exponents: tuple[int, int], activation: str) -> None:
     assert torch.equal(linear(moved, activation), linear(problem, activation) * 2.0 ** sum(exponents))
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
-def test_rows_do_not_notice_each_other(activation: str) -> None:
+@pytest.mark.parametrize("activation", list(Activation))
+def test_rows_do_not_notice_each_other(activation: Activation) -> None:
     problem = random_problem(65, (200,), 300)
     alone = linear(problem, activation)
     x = problem.x.clone()
@@ -156,22 +158,22 @@ def test_beyond_the_range_of_the_powers_results_are_not_finite() -> None:
     """Never a finite number that is wrong: a row and a weight whose largest magnitudes have a product beyond 2^127."""
     problem = random_problem(65, (200,), 300)
     moved = Problem(problem.x * 2.0**100, problem.weight, problem.scale * 2.0**40)
-    assert not linear(moved, "none").isfinite().any()
+    assert not linear(moved, Activation.W8A16).isfinite().any()
 
 
 def test_zero_rows_and_zero_weights() -> None:
     problem = random_problem(65, (200,), 300)
     x = problem.x.clone()
     x[3] = 0
-    for activation in ("dynamic", "none"):
+    for activation in Activation:
         got = linear(Problem(x, problem.weight, problem.scale), activation)
         assert not got[3].any() and torch.equal(got[4], linear(problem, activation)[4])
         assert not linear(Problem(x, problem.weight, torch.zeros_like(problem.scale)), activation).any()
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("case", nonfinite.NON_FINITE, ids=str)
-def test_nan_and_infinities(case: nonfinite.NonFinite, activation: str) -> None:
+def test_nan_and_infinities(case: nonfinite.NonFinite, activation: Activation) -> None:
     weight = random_problem(0, (200,), 300)
     x = nonfinite.activation(case)
     problem = Problem(x, weight.weight, weight.scale.clamp_min(float(weight.scale.max()) / 16))
@@ -186,7 +188,7 @@ def test_an_infinity_times_a_weight_that_is_lost_is_nan() -> None:
         codes = torch.nn.functional.pad(code.view(torch.uint8), (0, 126)).view(torch.float8_e4m3fn)
         weight = torch.cat([codes, codes]).contiguous()
         scale = torch.tensor([[1.0], [smaller]])
-        out = linear(Problem(torch.nn.functional.pad(x, (0, 126)), weight, scale), "none")
+        out = linear(Problem(torch.nn.functional.pad(x, (0, 126)), weight, scale), Activation.W8A16)
         assert out[0, 0].isposinf() and torch.equal(out[0, 128:].isnan(), torch.full((128,), expected != expected))
 
 

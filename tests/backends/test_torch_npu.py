@@ -12,6 +12,7 @@ import torch
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import prefill, registry, soc, torch_npu
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
 from qwen3_fp8_ascend.testing import nonfinite
 from qwen3_fp8_ascend.testing.judges import (
     Problem,
@@ -75,7 +76,7 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def pack(problem: Problem, **options: Any) -> ops.PackedWeight:
-    return ops.pack_weight(problem.weight, problem.scale, "torch_npu", problem.widths, **options)
+    return ops.pack_weight(problem.weight, problem.scale, problem.grid, "torch_npu", **options)
 
 
 @pytest.mark.parametrize(("widths", "k"), SHAPES)
@@ -138,8 +139,8 @@ def test_quantization_and_dequantization_are_the_specification(chip: str) -> Non
     codes, scale = ops.quantize_activation(problem.x, backend="torch_npu")
     want_codes, want_scale = reference.quantize_activation(problem.x)
     assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8)) and torch.equal(scale, want_scale)
-    got = ops.dequantize_weight(problem.weight, problem.scale, widths=(40, 24), backend="torch_npu")
-    assert torch.equal(got, reference.dequantize_weight(problem.weight, problem.scale, widths=(40, 24)))
+    got = ops.dequantize_weight(problem.weight, problem.scale, problem.grid, backend="torch_npu")
+    assert torch.equal(got, reference.dequantize_weight(problem.weight, problem.scale, problem.grid))
 
 
 @pytest.mark.parametrize("chip", ["A5"], indirect=True)
@@ -164,9 +165,9 @@ def test_fp32_activations_are_refused_by_the_native_product(chip: str) -> None:
 def test_w8a16_and_other_blocks_are_refused(chip: str) -> None:
     problem = random_problem(2, (64,), 128)
     with pytest.raises(BlockFp8Error, match="computes w8a8, not w8a16"):
-        pack(problem, activation="none")
+        pack(problem, activation=Activation.W8A16)
     with pytest.raises(BlockFp8Error, match="blocks of 128x128"):
-        ops.pack_weight(problem.weight, torch.ones(1, 2), "torch_npu", block=(64, 64))
+        ops.pack_weight(problem.weight, torch.ones(1, 2), BlockGrid((64,), 128, BlockSize(64, 64)), "torch_npu")
 
 
 def test_the_automatic_choice(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint, quantize_
 from qwen3_fp8_ascend.checkpoints.tiles import TILE_ELEMENTS
 from qwen3_fp8_ascend.checkpoints.weight_file import read_header
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import BlockSize, scale_shape
+from qwen3_fp8_ascend.format import BlockGrid, BlockSize, scale_shape
 from tests.support.checkpoint_folders import (  # noqa: F401
     BLOCK_FP8,
     digests,
@@ -59,7 +59,7 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype, count: int) -> None:
     for name, tensor in model.items():
         if name.endswith("_proj.weight"):
             codes, scale = quantize_weight(tensor)
-            assert torch.equal(back[name], reference.dequantize_weight(codes, scale, dtype))
+            assert torch.equal(back[name], reference.dequantize_weight(codes, scale, dtype=dtype))
         else:
             assert torch.equal(back[name], tensor)
     written = json.loads((tmp_path / "back" / "config.json").read_text())
@@ -139,7 +139,8 @@ def test_any_block_and_any_tile(
     source = write_folder(tmp_path / "fp8", {"model.safetensors": {NAME: codes, f"{NAME}_scale_inv": scale}}, config)
     dequantize_checkpoint(source, tmp_path / "back", progress=False)
     small = BlockSize(min(block[0], shape[0]), min(block[1], shape[1]))  # the same blocks, without their empty parts
-    assert torch.equal(load(tmp_path / "back")[NAME], reference.dequantize_weight(codes, scale, block=small))
+    grid = BlockGrid((shape[0],), shape[1], small)
+    assert torch.equal(load(tmp_path / "back")[NAME], reference.dequantize_weight(codes, scale, grid))
 
 
 @pytest.mark.parametrize("shape", [(1 << 50, 0), (0, 1 << 50), (0, 0)])

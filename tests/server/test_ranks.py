@@ -30,7 +30,7 @@ pytestmark = pytest.mark.server
 Run = Callable[..., list[np.ndarray]]
 
 ACTIVATION = {
-    "w8a16": ("--additional-config", json.dumps({"qwen3_fp8_ascend": {"activation": "none"}})),
+    "w8a16": ("--additional-config", json.dumps({"qwen3_fp8_ascend": {"activation": "w8a16"}})),
     "w8a8": (),
 }
 SPLIT = {

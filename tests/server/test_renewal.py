@@ -27,7 +27,7 @@ from .conftest import ASCEND, COMMON, EAGER, Start
 pytestmark = pytest.mark.server
 
 FP32 = ("--dtype", "float32")
-W8A16 = ("--additional-config", json.dumps({"qwen3_fp8_ascend": {"activation": "none"}}))
+W8A16 = ("--additional-config", json.dumps({"qwen3_fp8_ascend": {"activation": "w8a16"}}))
 DEVELOPER = {"VLLM_SERVER_DEV_MODE": "1"}
 """vLLM offers reloading and sleep over HTTP only so."""
 

@@ -18,7 +18,7 @@ from .conftest import ASCEND, EAGER, Start
 
 pytestmark = pytest.mark.server
 
-W8A16 = ("--additional-config", json.dumps({"qwen3_fp8_ascend": {"activation": "none"}}))
+W8A16 = ("--additional-config", json.dumps({"qwen3_fp8_ascend": {"activation": "w8a16"}}))
 
 Run = Callable[..., np.ndarray]
 

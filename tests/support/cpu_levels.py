@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from qwen3_fp8_ascend.backends import cpu, load_backend
+from qwen3_fp8_ascend.format import Activation
 
 REASON = load_backend("cpu").unusable()
 needs_cpu_backend = pytest.mark.skipif(REASON is not None, reason=f"cpu backend: {REASON}")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-ACTIVATIONS = ("dynamic", "none")
+ACTIVATIONS = tuple(Activation)
 
 CAP = os.environ.get(cpu.ENVIRONMENT_VARIABLE)
 """The variable that lowers the backend's instruction set also makes the tests those of such a machine."""

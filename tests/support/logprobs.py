@@ -10,6 +10,7 @@ import torch
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.precision.direct import encode, load_model
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.serving import Server
 
 TEXTS = (
@@ -49,7 +50,7 @@ def transformers_logprobs(folder: Path, texts: Sequence[str] = TEXTS) -> np.ndar
 
     tokenizer, model = (
         AutoTokenizer.from_pretrained(folder),
-        load_model(folder, "reference", "none", torch.float32, "cpu"),
+        load_model(folder, "reference", Activation.W8A16, torch.float32, "cpu"),
     )
     out = []
     with torch.inference_mode():

@@ -17,7 +17,7 @@ from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import prefill
 from qwen3_fp8_ascend.backends import triton as backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import ShardGrid
+from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
 from qwen3_fp8_ascend.testing import nonfinite
 from qwen3_fp8_ascend.testing.judges import (
     Problem,
@@ -51,7 +51,7 @@ def wide_range(m, k, dtype):
 
 
 def random_weight(widths, k):
-    grid = ShardGrid(tuple(widths), k)
+    grid = BlockGrid(tuple(widths), k)
     codes = torch.randint(0, 256, (grid.n, k), dtype=torch.uint8)
     codes[(codes & 0x7F) == 0x7F] = 0x80
     return codes.view(torch.float8_e4m3fn), torch.rand(grid.scale_shape) * 0.01 + 1e-4
@@ -123,7 +123,7 @@ def test_without_the_two_limits_these_cases_fail(monkeypatch):
 
 
 @pytest.mark.parametrize("through", ["fused kernel", "scratch"])
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_of_any_nan_and_infinity(dtype, activation, through):
     (found, x), (weight, scale) = non_finite(dtype), random_weight((40,), 300)
@@ -131,7 +131,7 @@ def test_linear_of_any_nan_and_infinity(dtype, activation, through):
     oracle = reference.block_linear(x, weight, scale, activation=activation, compute_dtype=torch.float64)
     packed = ops.pack_weight(weight, scale, backend="triton")
     if through == "scratch":
-        out = backend._through_scratch(x, *packed.tensors, 40, activation == "dynamic", None)
+        out = backend._through_scratch(x, *packed.tensors, 40, activation == Activation.W8A8, None)
     else:
         out = ops.block_linear(x, packed, activation=activation)
     parts = zip(found, out.split(6), oracle.split(6), strict=True)
@@ -163,13 +163,13 @@ def test_values_match_their_specification(kind):
 def test_dequantize_is_bit_exact_nan_codes_included(widths, k, dtype, form):
     weight, scale = random_weight(widths, k)
     weight.view(torch.uint8)[0, 0] = 0xFF
-    out = ops.dequantize_weight(weight, scale, dtype, widths=widths, backend="triton")
-    expected = reference.dequantize_weight(weight, scale, dtype, widths=widths)
+    out = ops.dequantize_weight(weight, scale, BlockGrid(widths, k), dtype, backend="triton")
+    expected = reference.dequantize_weight(weight, scale, BlockGrid(widths, k), dtype)
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("m", "widths", "k"), [(0, (128,), 128), (1, (200, 72), 300), (17, (64,), 640), (70, (96,), 1)]
@@ -178,9 +178,10 @@ def test_linear(m, widths, k, dtype, activation, form):
     weight, scale = random_weight(widths, k)
     x = torch.randn(m, k).to(dtype)
     bias = torch.randn(sum(widths)).to(dtype)
-    packed = ops.pack_weight(weight, scale, backend="triton", widths=widths)
+    grid = BlockGrid(widths, k)
+    packed = ops.pack_weight(weight, scale, grid, "triton")
     out = ops.block_linear(x, packed, None, activation)
-    oracle = reference.block_linear(x, weight, scale, widths=widths, activation=activation, compute_dtype=torch.float64)
+    oracle = reference.block_linear(x, weight, scale, grid=grid, activation=activation, compute_dtype=torch.float64)
     assert out.shape == (m, sum(widths)) and out.dtype == dtype
     if m == 0:
         return
@@ -189,7 +190,7 @@ def test_linear(m, widths, k, dtype, activation, form):
     else:
         assert (out == oracle.to(dtype)).float().mean() >= 0.995
     biased = ops.block_linear(x, packed, bias, activation)
-    assert_exact(biased, Problem(x, weight, scale, bias, widths), activation)
+    assert_exact(biased, Problem(x, weight, scale, bias, grid), activation)
     if dtype != torch.float32:
         assert_bias_before_rounding(lambda bias: ops.block_linear(x, packed, bias, activation))
 
@@ -208,15 +209,15 @@ def test_fp32_activations_keep_their_precision_in_w8a16():
     """Without the residual pass fp16 alone would miss this by three orders of magnitude."""
     weight, scale = random_weight((128,), 256)
     x = torch.randn(8, 256)
-    oracle = reference.block_linear(x, weight, scale, activation="none", compute_dtype=torch.float64)
-    out = ops.block_linear(x, ops.pack_weight(weight, scale, backend="triton"), None, "none")
+    oracle = reference.block_linear(x, weight, scale, activation=Activation.W8A16, compute_dtype=torch.float64)
+    out = ops.block_linear(x, ops.pack_weight(weight, scale, backend="triton"), None, Activation.W8A16)
     assert (out - oracle).norm() / oracle.norm() <= 1e-6
 
 
 def test_split_k_adds_up_to_the_same():
     weight, scale = random_weight((256,), 1024)
     a, a_scale = group_quantize.group_values_specification(torch.randn(16, 1024), 16, 8, 0)
-    packed, w_scale, _ = backend._pack(weight, scale, ShardGrid((256,), 1024))
+    packed, w_scale, _ = backend._pack(weight, scale, BlockGrid((256,), 1024))
     expected = block_linear.block_linear_specification(a, a_scale, packed, w_scale, 3)
     cut = backend.LinearShape(16, 128, 3, 16)
     out = backend._launch_linear(a, a_scale, packed, w_scale, cut, torch.float32, True)
@@ -226,7 +227,7 @@ def test_split_k_adds_up_to_the_same():
 def test_folded_kernel_matches_its_specification_and_the_oracle_less_well():
     weight, scale = random_weight((128,), 512)
     a, a_scale = group_quantize.group_values_specification(torch.randn(16, 512), 16, 4, 0)
-    packed, w_scale, _ = backend._pack(weight[:128], scale, ShardGrid((128,), 512))
+    packed, w_scale, _ = backend._pack(weight[:128], scale, BlockGrid((128,), 512))
     packed, w_scale = packed[:, :128].contiguous(), w_scale[:, :128].contiguous()
     out = torch.empty(16, 128)
     block_linear.block_linear_folded_kernel[(1,)](
@@ -247,19 +248,21 @@ def test_packed_weight_is_one_byte_a_weight_and_a_scale_per_row():
         scratch = torch.empty(512, 1024, dtype=dtype)
         backend._unpack_dequantize(lanes_there, w_scale * powers[0], scratch)
         # A power of two moves no rounding, but for fp16's subnormals, to which the scratch rounds once as well.
-        assert torch.equal(scratch, (reference.dequantize_weight(weight, scale, torch.float32) * powers[0]).to(dtype))
+        assert torch.equal(
+            scratch, (reference.dequantize_weight(weight, scale, dtype=torch.float32) * powers[0]).to(dtype)
+        )
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
+@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "widths", "k"), [(65, (256,), 512), (65, (130, 62), 300), (512, (60, 100), 260)])
 def test_prefill_through_the_scratch(m, widths, k, dtype, activation, monkeypatch):
     """By the bound that has a name; on an NPU the operator itself takes this way beyond `HAND_OVER_ROWS`."""
     problem = random_problem(m, widths, k, dtype=dtype, bias=True)
-    packed = ops.pack_weight(problem.weight, problem.scale, backend="triton", widths=widths)
+    packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "triton")
     monkeypatch.setattr(prefill, "stock_product", lambda x, w: (x.float() @ w.float().T).to(x.dtype))
     for bias in (None, problem.bias):
-        got = backend._through_scratch(problem.x, *packed.tensors, sum(widths), activation == "dynamic", bias)
+        got = backend._through_scratch(problem.x, *packed.tensors, sum(widths), activation == Activation.W8A8, bias)
         assert_prefill(got, dataclasses.replace(problem, bias=bias), activation)
 
 
@@ -268,7 +271,7 @@ def test_operator_is_traceable():
     packed = ops.pack_weight(weight, scale, backend="triton")
     torch.library.opcheck(
         backend.triton_block_linear,
-        (torch.randn(3, 256), *packed.tensors, 128, "dynamic"),
+        (torch.randn(3, 256), *packed.tensors, 128, True),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -292,7 +295,7 @@ def test_probe_notices_a_device_that_flushes(monkeypatch):
 def test_bad_input_is_refused_before_any_launch(monkeypatch):
     weight, scale = random_weight((128,), 256)
     packed = ops.pack_weight(weight, scale, backend="triton")
-    grid = ShardGrid((128,), 256)
+    grid = BlockGrid((128,), 256)
 
     def launched(*_, **__):
         raise AssertionError("a kernel was launched")
@@ -300,9 +303,9 @@ def test_bad_input_is_refused_before_any_launch(monkeypatch):
     monkeypatch.setattr(backend, "_launch_linear", launched)
     x = torch.randn(2, 256)
     with pytest.raises(BlockFp8Error, match="wrong dtype"):
-        backend.triton_block_linear(x.double(), *packed.tensors, 128, "dynamic")
+        backend.triton_block_linear(x.double(), *packed.tensors, 128, True)
     with pytest.raises(BlockFp8Error, match="two dimensions"):
-        backend.triton_block_linear(x[0], *packed.tensors, 128, "dynamic")
+        backend.triton_block_linear(x[0], *packed.tensors, 128, True)
     lanes_there, w_scale, powers = packed.tensors
     for bad in (
         (x[:, :100], lanes_there[:0], w_scale),
@@ -313,11 +316,11 @@ def test_bad_input_is_refused_before_any_launch(monkeypatch):
         (torch.randn(2, 257), lanes_there, w_scale),
     ):
         with pytest.raises(BlockFp8Error, match="is not a packed weight's"):
-            backend.triton_block_linear(*bad, powers, 128, "dynamic")
+            backend.triton_block_linear(*bad, powers, 128, True)
     with pytest.raises(BlockFp8Error, match="groups of one size"):
         ops.quantize_activation(x, block_k=64, backend="triton")
     with pytest.raises(BlockFp8Error, match="blocks of 128x128"):
-        ops.pack_weight(weight, torch.rand(2, 4), block=(64, 64), backend="triton")
+        ops.pack_weight(weight, torch.rand(2, 4), BlockGrid((128,), 256, BlockSize(64, 64)), "triton")
     with pytest.raises(BlockFp8Error, match="wrong device"):
         backend._pack(weight, scale.to("meta"), grid)
     with pytest.raises(BlockFp8Error, match="32-bit"):

@@ -17,6 +17,7 @@ from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import operators, prefill
 from qwen3_fp8_ascend.backends.registry import PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import Activation, BlockGrid
 from tests.ascendc.test_backend import schemas  # noqa: F401
 from tests.support.npu_graph import FP8_VIEWS, Capture, GraphFault, falls_back_to_the_host
 
@@ -34,13 +35,13 @@ def fake() -> Iterator[FakeTensorMode]:
         yield mode
 
 
-def pack(chip: Chip, widths: tuple[int, ...], k: int, activation: str = "dynamic") -> PackedWeight:
+def pack(chip: Chip, widths: tuple[int, ...], k: int, activation: Activation = Activation.W8A8) -> PackedWeight:
     weight = torch.empty(sum(widths), k, dtype=torch.uint8).view(torch.float8_e4m3fn)
     scale = torch.empty(sum(-(-width // 128) for width in widths), -(-k // 128))
-    return ops.pack_weight(weight, scale, chip.backend, widths, activation=activation, check_values=False)
+    return ops.pack_weight(weight, scale, BlockGrid(widths, k), chip.backend, activation=activation, check_values=False)
 
 
-def capture(packed: PackedWeight, m: int, dtype: torch.dtype, activation: str = "dynamic") -> Capture:
+def capture(packed: PackedWeight, m: int, dtype: torch.dtype, activation: Activation = Activation.W8A8) -> Capture:
     """Capture a linear, then look at what it left behind: nothing, and so no scratch that another stream could get."""
     x, bias = torch.empty(m, packed.k, dtype=dtype), torch.empty(packed.n, dtype=dtype)
     with Capture() as graph:
@@ -71,9 +72,9 @@ def test_a_linear_can_be_captured(
 def test_weights_only_can_be_captured(chip: Chip, fake: FakeTensorMode, m: int) -> None:
     if chip.backend == "torch_npu":
         with pytest.raises(BlockFp8Error, match="computes w8a8, not w8a16"):
-            pack(chip, (256,), 512, "none")
+            pack(chip, (256,), 512, Activation.W8A16)
         return
-    graph = capture(pack(chip, (256,), 512, "none"), m, torch.bfloat16, "none")
+    graph = capture(pack(chip, (256,), 512, Activation.W8A16), m, torch.bfloat16, Activation.W8A16)
     assert graph.touched_fp8 == set()
 
 

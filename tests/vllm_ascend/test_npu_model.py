@@ -13,6 +13,7 @@ from vllm.config import set_current_vllm_config
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import prefill
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import BlockGrid
 from qwen3_fp8_ascend.testing.models import QWEN3_8B
 from qwen3_fp8_ascend.vllm_plugin import linear
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
@@ -158,6 +159,8 @@ def test_ragged_shards_and_columns(chip: Chip) -> None:
     with FakeTensorMode(), NPU:
         weight = torch.empty(960, 576, dtype=torch.uint8).view(torch.float8_e4m3fn)
         scale = torch.empty(5 + 2 + 2, 5)
-        packed = ops.pack_weight(weight, scale, chip.backend, (576, 192, 192), check_values=False)
+        packed = ops.pack_weight(
+            weight, scale, BlockGrid((576, 192, 192), weight.shape[1]), chip.backend, check_values=False
+        )
         out = ops.block_linear(torch.empty(7, 576, dtype=torch.bfloat16), packed)
         assert (out.shape, out.dtype) == ((7, 960), torch.bfloat16)

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm_ascend.quantization import AscendModelSlimConfig
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.serving import free_port
 from qwen3_fp8_ascend.testing.models import QWEN3_8B
 from qwen3_fp8_ascend.vllm_plugin import versions
@@ -307,8 +308,10 @@ def test_mixture_of_experts_is_refused_by_name(tmp_path: Path, build: Callable[[
         build(engine_config(folder))
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
-def test_settings_reach_the_layers(tmp_path: Path, build: Callable[[Any], torch.nn.Module], activation: str) -> None:
+@pytest.mark.parametrize("activation", list(Activation))
+def test_settings_reach_the_layers(
+    tmp_path: Path, build: Callable[[Any], torch.nn.Module], activation: Activation
+) -> None:
     """Through the flag that vLLM-Ascend lets pass: its 0.30.0rc2 refuses what it does not know in the other one."""
     settings = {"qwen3_fp8_ascend": {"activation": activation, "backend": "triton"}}
     folder = write_config(tmp_path / "m", quantization_config=BLOCK_FP8)

@@ -73,9 +73,9 @@ def test_packing_a_strided_weight(backend: str) -> None:
     strided = torch.cat([problem.weight.view(torch.uint8)] * 2, 1)[:, :384].view(torch.float8_e4m3fn)
     assert not strided.is_contiguous()
     with Watch() as watch:
-        packed = ops.pack_weight(strided, problem.scale, backend)
+        packed = ops.pack_weight(strided, problem.scale, backend=backend)
     assert watch.touched_fp8 <= FP8_VIEWS
-    expected = ops.pack_weight(problem.weight, problem.scale, backend)
+    expected = ops.pack_weight(problem.weight, problem.scale, backend=backend)
     assert all(torch.equal(*pair) for pair in zip(packed.tensors, expected.tensors, strict=True))
 
 

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.linear import (
 
 from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import BlockFp8Config, ShardGrid
+from qwen3_fp8_ascend.format import BlockFp8Config
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
 from qwen3_fp8_ascend.testing.models import qwen3_config
 from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
@@ -51,9 +51,8 @@ def qkv_layer(quantization: BlockFp8AscendConfig, **changes: Any) -> QKVParallel
 
 def split(problem: Problem) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The checkpoint's tensors: weight and scale of each shard."""
-    assert problem.widths
-    grid = ShardGrid(problem.widths, problem.weight.shape[1])
-    weights = problem.weight.view(torch.uint8).split(problem.widths)
+    grid = problem.grid
+    weights = problem.weight.view(torch.uint8).split(grid.widths)
     return [
         (w.view(torch.float8_e4m3fn), s) for w, s in zip(weights, problem.scale.split(grid.scale_rows), strict=True)
     ]
@@ -80,7 +79,7 @@ def loaded_qkv(problem: Problem, **changes: Any) -> torch.nn.Module:
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
 def test_ragged_qkv(scale_dtype: torch.dtype) -> None:
     problem = random_problem(7, (576, 192, 192), 576)
-    problem = Problem(problem.x, problem.weight, problem.scale.to(scale_dtype), widths=problem.widths)
+    problem = Problem(problem.x, problem.weight, problem.scale.to(scale_dtype), grid=problem.grid)
     layer = finish(loaded_qkv(problem))
     out, _ = layer(problem.x)
     assert_exact(out, problem)
@@ -270,7 +269,7 @@ def test_missing_tensors_are_named(skip_weight: bool, skip_scale: bool) -> None:
             layer.weight.weight_loader(layer.weight, weight, name)
         if not (skip_scale and name == "k"):
             layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale, name)
-    with pytest.raises(BlockFp8Error, match=r"missing from the checkpoint.*\n  where: .*k_proj"):
+    with pytest.raises(BlockFp8Error, match=r"a weight is missing.*\n  where: .*k_proj"):
         finish(layer)
 
 
@@ -298,8 +297,8 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 def test_tensor_parallel_shards_add_up(ranks: Callable[[int, int], None], size: int) -> None:
     """Query heads are split, the two key/value heads are split over two ranks and shared by four."""
     problem = random_problem(4, (1024, 256, 256), 512)
-    whole = reference.block_linear(problem.x, problem.weight, problem.scale, widths=problem.widths)
-    q, k, v = whole.split(problem.widths, dim=1)  # type: ignore[arg-type]
+    whole = reference.block_linear(problem.x, problem.weight, problem.scale, grid=problem.grid)
+    q, k, v = whole.split(problem.grid.widths, dim=1)  # type: ignore[arg-type]
     for rank in range(size):
         ranks(rank, size)
         layer = qkv_layer(config(), hidden_size=512, head_size=128, total_num_heads=8, total_num_kv_heads=2)

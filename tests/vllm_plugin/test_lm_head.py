@@ -6,7 +6,7 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_weight
-from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize
+from qwen3_fp8_ascend.format import Activation, BlockFp8Config, BlockSize
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact
 from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
 from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8LmHeadMethod, _quantize_in_pieces
@@ -42,7 +42,7 @@ def test_logits_are_exact_for_the_quantized_head(opted_in: BlockFp8AscendConfig)
     x = torch.randn(5, 200, generator=generator).bfloat16()
     logits = head.quant_method.apply(head, x)
     codes, scale = quantize_weight(weight)
-    assert_exact(logits, Problem(x, codes, scale), "none")
+    assert_exact(logits, Problem(x, codes, scale), Activation.W8A16)
     distance = (logits.double() - x.double() @ weight.double().T).norm() / logits.double().norm()
     assert 1e-3 < distance < 0.05
     assert head.packed_weight.nbytes < 1.1 * weight.numel()

@@ -16,6 +16,7 @@ from vllm.plugins import load_general_plugins
 
 from qwen3_fp8_ascend.backends import select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.models import qwen3_config
 from qwen3_fp8_ascend.vllm_plugin import versions
 
@@ -116,9 +117,13 @@ def test_settings_are_checked(given: dict, said: str, flag: str) -> None:
 def test_settings_come_from_either_flag_but_not_from_two() -> None:
     from qwen3_fp8_ascend.vllm_plugin.config import Settings
 
-    weights_only = {"qwen3_fp8_ascend": {"activation": "none"}}
-    assert Settings.from_flags(weights_only) == Settings.from_flags(None, weights_only) == Settings(activation="none")
-    assert Settings.from_flags(weights_only, weights_only) == Settings(activation="none")
+    weights_only = {"qwen3_fp8_ascend": {"activation": "w8a16"}}
+    assert (
+        Settings.from_flags(weights_only)
+        == Settings.from_flags(None, weights_only)
+        == Settings(activation=Activation.W8A16)
+    )
+    assert Settings.from_flags(weights_only, weights_only) == Settings(activation=Activation.W8A16)
     with pytest.raises(BlockFp8Error, match=r"(?s)different things.*use one of --hf-overrides, --additional-config"):
         Settings.from_flags(weights_only, {"qwen3_fp8_ascend": {"backend": "cpu"}})
     assert Settings.from_flags({}, lambda config: config) == Settings()
@@ -142,7 +147,7 @@ def test_compiled_graphs_are_kept_by_settings_and_backend(tmp_path: Path, monkey
         ("cpu", "cpu", {}),
         ("cpu again", "cpu", {}),
         ("reference", "reference", {}),
-        ("weights only", "cpu", {"qwen3_fp8_ascend": {"activation": "none"}}),
+        ("weights only", "cpu", {"qwen3_fp8_ascend": {"activation": "w8a16"}}),
     ]:
         monkeypatch.setenv("QWEN3_FP8_ASCEND_BACKEND", backend)
         select_backend.cache_clear()
@@ -150,7 +155,7 @@ def test_compiled_graphs_are_kept_by_settings_and_backend(tmp_path: Path, monkey
         with set_current_vllm_config(config):
             layer = ReplicatedLinear(128, 128, bias=False, quant_config=config.quant_config, prefix="model.layers.0.x")
             layer.quant_method.process_weights_after_loading(layer)
-            assert layer.quant_method.activation == ("none" if overrides else "dynamic")
+            assert layer.quant_method.activation == (Activation.W8A16 if overrides else Activation.W8A8)
         keys[name] = config.compute_hash()
     select_backend.cache_clear()
     assert keys["cpu"] == keys["cpu again"]

@@ -12,6 +12,7 @@ from rich.table import Table
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate import templates
 from qwen3_fp8_ascend.evaluate.precision.prompts import all_prompts
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.terminal import Json, check_choices, check_writable, err, out, progress, write_text
 
@@ -30,7 +31,7 @@ Model = Annotated[Path, typer.Argument(help="A checkpoint folder: block FP8, or 
 Backend = Annotated[
     str, typer.Option(help="Backend of block-FP8 linears; also reference-fp64, or dequantized (expanded to --dtype).")
 ]
-Activation = Annotated[str, typer.Option(help="dynamic (W8A8) or none (W8A16).")]
+ActivationFlag = Annotated[str, typer.Option("--activation", help="w8a8, or w8a16 to leave activations as they are.")]
 Dtype = Annotated[str, typer.Option(help="Dtype of everything but the FP8 weights.")]
 Device = Annotated[str | None, typer.Option(help="cpu (the default), cuda or npu; of a server: what it computes on.")]
 Prompts = Annotated[Path | None, typer.Option(help="A JSON list of texts instead of the package's own prompts.")]
@@ -52,7 +53,7 @@ def run(
     name: Annotated[str | None, typer.Option(help="What tables call this run.")] = None,
     model: Annotated[str | None, typer.Option(help="Served name, of a server; default: the first it lists.")] = None,
     backend: Backend = "cpu",
-    activation: Activation = "dynamic",
+    activation: ActivationFlag = "w8a8",
     dtype: Dtype = "float32",
     device: Device = None,
     prompts: Prompts = None,
@@ -70,6 +71,7 @@ def run(
     from qwen3_fp8_ascend.evaluate.precision.runs import save_run
 
     texts = _texts(prompts, limit)
+    arithmetic = Activation.parse(activation, "--activation")
     check_writable(output)
     with progress(err) as say:
         if source.startswith(("http://", "https://")):
@@ -88,17 +90,17 @@ def run(
             from qwen3_fp8_ascend.evaluate.precision.direct import describe, run_model
 
             device = device or "cpu"
-            loaded, tokenizer = _load(Path(source), backend, activation, dtype, device)
+            loaded, tokenizer = _load(Path(source), backend, arithmetic, dtype, device)
             made = run_model(
                 loaded,
                 tokenizer,
                 texts,
-                name or _default_name(loaded, backend, activation, dtype),
+                name or _default_name(loaded, backend, arithmetic, dtype),
                 Path(source).name,
                 greedy_tokens=greedy_tokens,
                 keep_logits=logits,
                 keep_layers=layers,
-                facts=provenance() | describe(loaded, backend, activation, dtype, device),
+                facts=provenance() | describe(loaded, backend, arithmetic, dtype, device),
                 progress=say,
             )
     save_run(made, output)
@@ -152,7 +154,7 @@ def compare(
 def linears(
     model: Model,
     backend: Backend = "cpu",
-    activation: Activation = "dynamic",
+    activation: ActivationFlag = "w8a8",
     dtype: Dtype = "float32",
     device: Annotated[str, typer.Option(help="What the backend computes on: cpu, cuda or npu.")] = "cpu",
     prompts: Prompts = None,
@@ -169,12 +171,13 @@ def linears(
     from qwen3_fp8_ascend.evaluate.precision import linears as judge
 
     texts = _texts(prompts, limit)
+    arithmetic = Activation.parse(activation, "--activation")
     check_writable(output)
     with progress(err) as say:
         _check_device(device)
-        loaded, tokenizer = _load(model, "reference", activation, dtype, "cpu")
+        loaded, tokenizer = _load(model, "reference", arithmetic, dtype, "cpu")
         judged = judge.judge_linears(loaded, tokenizer, texts, backend, device, say)
-    document = judge.document(model, activation, dtype, device, judged)
+    document = judge.document(model, arithmetic, dtype, device, judged)
     if output is not None:
         write_text(output, json.dumps(document, indent=2) + "\n")
     if as_json:
@@ -198,9 +201,8 @@ def _texts(prompts: Path | None, limit: int | None) -> list[str]:
     return texts[:limit]
 
 
-def _load(folder: Path, backend: str, activation: str, dtype: str, device: str) -> tuple[torch.nn.Module, Any]:
+def _load(folder: Path, backend: str, activation: Activation, dtype: str, device: str) -> tuple[torch.nn.Module, Any]:
     check_choices("--dtype", [dtype], DTYPES)
-    check_choices("--activation", [activation], ("dynamic", "none"))
     try:
         import torch
         from transformers import AutoTokenizer
@@ -235,12 +237,12 @@ def _check_device(device: str) -> None:
         raise BlockFp8Error("the device cannot be used", where=f"--device {device}", got=missing, fix=fix)
 
 
-def _default_name(model: torch.nn.Module, backend: str, activation: str, dtype: str) -> str:
+def _default_name(model: torch.nn.Module, backend: str, activation: Activation, dtype: str) -> str:
     from qwen3_fp8_ascend.evaluate.precision.direct import DEQUANTIZED, has_our_linears
 
     if not has_our_linears(model):
         return f"{DEQUANTIZED} {dtype}" if backend == DEQUANTIZED else dtype
-    return f"{backend} {'w8a8' if activation == 'dynamic' else 'w8a16'}"
+    return f"{backend} {activation}"
 
 
 def _print_table(header: list[str], rows: list[list[str]]) -> None:

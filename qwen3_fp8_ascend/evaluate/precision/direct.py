@@ -19,7 +19,7 @@ from qwen3_fp8_ascend.checkpoints.folder import Checkpoint, find_quantization, r
 from qwen3_fp8_ascend.checkpoints.tensors import WeightReader
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.precision.runs import TOP, Run
-from qwen3_fp8_ascend.format import BlockFp8Config
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockFp8Config, BlockGrid, BlockSize
 from qwen3_fp8_ascend.provenance import npu_name
 
 DEQUANTIZED = "dequantized"
@@ -45,15 +45,16 @@ class BlockFp8Linear(torch.nn.Module):
         self,
         weight: torch.Tensor,
         scale: torch.Tensor,
+        grid: BlockGrid,
         bias: torch.Tensor | None,
         backend: str,
-        activation: str,
+        activation: Activation,
         converted: bool = False,
     ) -> None:
         super().__init__()
-        self.bias, self.activation = bias, activation
+        self.grid, self.bias, self.activation = grid, bias, activation
         self.sums = SPECIFICATIONS.get(backend)
-        self.packed = None if self.sums else ops.pack_weight(weight, scale, backend)
+        self.packed = None if self.sums else ops.pack_weight(weight, scale, grid, backend)
         self.original = (weight, scale) if self.sums else None
         self.codes = weight.to(self.sums) if converted and self.sums else weight if self.sums else None
 
@@ -63,12 +64,12 @@ class BlockFp8Linear(torch.nn.Module):
         assert self.original and self.sums and self.codes is not None
         scale = self.original[1]
         out = reference.block_linear(
-            x, self.codes, scale, self.bias, activation=self.activation, compute_dtype=self.sums
+            x, self.codes, scale, self.bias, activation=self.activation, grid=self.grid, compute_dtype=self.sums
         )
         return out.to(x.dtype)
 
 
-def load_model(folder: Path, backend: str, activation: str, dtype: torch.dtype, device: str) -> torch.nn.Module:
+def load_model(folder: Path, backend: str, activation: Activation, dtype: torch.dtype, device: str) -> torch.nn.Module:
     """A checkpoint as a transformers model; block-FP8 linears are ours, or expanded if `backend` is "dequantized".
 
     Raises:
@@ -78,8 +79,7 @@ def load_model(folder: Path, backend: str, activation: str, dtype: torch.dtype, 
 
     checkpoint = read_checkpoint(folder)
     quantization = find_quantization(checkpoint.config)
-    if quantization is not None:
-        BlockFp8Config.from_dict(*quantization)
+    block = BlockFp8Config.from_dict(*quantization).block if quantization is not None else DEFAULT_BLOCK
     try:
         config = AutoConfig.from_pretrained(folder)
     except ValueError as error:
@@ -92,7 +92,7 @@ def load_model(folder: Path, backend: str, activation: str, dtype: torch.dtype, 
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     converted = device == "cpu" and _has_room(checkpoint, backend)
     with WeightReader(folder) as reader, torch.no_grad():
-        _fill(model, checkpoint, reader, backend, activation, dtype, device, converted)
+        _fill(model, checkpoint, reader, block, backend, activation, dtype, device, converted)
     _compute_buffers(model, config, device)
     return model.eval()
 
@@ -116,8 +116,9 @@ def _fill(
     model: torch.nn.Module,
     checkpoint: Checkpoint,
     reader: WeightReader,
+    block: BlockSize,
     backend: str,
-    activation: str,
+    activation: Activation,
     dtype: torch.dtype,
     device: str,
     converted: bool,
@@ -137,13 +138,15 @@ def _fill(
             fix = "look at the checkpoint with `qwen3-fp8-ascend inspect`"
             raise BlockFp8Error("an FP8 tensor has no block scales", where=name, expected=scale_name, fix=fix)
         scale = reader.read(tensors[scale_name]).float()
+        grid = BlockGrid((tensor.shape[0],), tensor.shape[1], block)
         if backend == DEQUANTIZED:
-            state[name] = ops.dequantize_weight(tensor, scale, dtype=dtype).to(device)
+            state[name] = ops.dequantize_weight(tensor, scale, grid, dtype).to(device)
             continue
         bias = tensors.get(f"{module}.bias")
         ours = BlockFp8Linear(
             tensor.to(device),
             scale.to(device),
+            grid,
             None if bias is None else reader.read(bias).to(device, dtype),
             backend,
             activation,
@@ -253,7 +256,7 @@ def has_our_linears(model: torch.nn.Module) -> bool:
     return any(isinstance(module, BlockFp8Linear) for module in model.modules())
 
 
-def describe(model: torch.nn.Module, backend: str, activation: str, dtype: str, device: str) -> dict[str, str]:
+def describe(model: torch.nn.Module, backend: str, activation: Activation, dtype: str, device: str) -> dict[str, str]:
     """How a run is computed, for its facts; a model without our linears has neither backend nor activation."""
     facts = {"device": device_name(device), "dtype": dtype}
     return facts | {"backend": backend, "activation": activation} if has_our_linears(model) else facts

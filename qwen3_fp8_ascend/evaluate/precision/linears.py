@@ -21,6 +21,7 @@ import torch
 from qwen3_fp8_ascend.evaluate.precision.compare import BOUND_COSINE
 from qwen3_fp8_ascend.evaluate.precision.direct import WIDE, BlockFp8Linear, device_name, encode
 from qwen3_fp8_ascend.evaluate.precision.metrics import Closeness, closeness
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.provenance import command, provenance
 
 LINEAR, LAYER = "linear", "decoder layer"
@@ -79,9 +80,9 @@ def judge_linears(
             assert linear.original is not None
             weight, scale = linear.original
             bias = None if linear.bias is None else linear.bias.to(device)
-            theirs = BlockFp8Linear(weight.to(device), scale.to(device), bias, backend, linear.activation)
+            theirs = BlockFp8Linear(weight.to(device), scale.to(device), linear.grid, bias, backend, linear.activation)
             ours[linear] = Elsewhere(theirs, device)
-            exact[linear] = BlockFp8Linear(weight, scale, linear.bias, WIDE, linear.activation)
+            exact[linear] = BlockFp8Linear(weight, scale, linear.grid, linear.bias, WIDE, linear.activation)
     layers = _decoder_layers(model)
     units = {LINEAR: len(ours), LAYER: len(layers)}
     found: dict[tuple[str, str], list[tuple[Closeness, np.ndarray, float | None]]] = {}
@@ -158,7 +159,7 @@ def _together(name: str, unit: str, units: int, found: list[tuple[Closeness, np.
     )
 
 
-def document(model: Path, activation: str, dtype: str, device: str, judged: Sequence[Judged]) -> dict[str, Any]:
+def document(model: Path, activation: Activation, dtype: str, device: str, judged: Sequence[Judged]) -> dict[str, Any]:
     """The JSON form that `report` reads."""
     return {
         "kind": "linears",

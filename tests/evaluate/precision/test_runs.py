@@ -24,6 +24,7 @@ from qwen3_fp8_ascend.evaluate.precision.direct import BlockFp8Linear, encode, l
 from qwen3_fp8_ascend.evaluate.precision.metrics import kl_divergence
 from qwen3_fp8_ascend.evaluate.precision.prompts import PROMPTS, all_prompts
 from qwen3_fp8_ascend.evaluate.precision.tables import METRICS
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.terminal import run as run_command
 from qwen3_fp8_ascend.testing.judges import FP32_REL_L2
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
@@ -73,14 +74,14 @@ def test_a_run_is_what_transformers_computes(model: Path, saved: Callable[..., P
 
 
 def test_every_linear_of_a_block_fp8_model_is_ours(model: Path) -> None:
-    loaded = load_model(model, "cpu", "dynamic", torch.float32, "cpu")
+    loaded = load_model(model, "cpu", Activation.W8A8, torch.float32, "cpu")
     ours = [name for name, module in loaded.named_modules() if isinstance(module, BlockFp8Linear)]
     assert len(ours) == 2 * 7
     assert not [name for name, tensor in loaded.named_parameters() if tensor.is_meta]
 
 
 def test_w8a16_of_a_backend_is_that_of_the_reference(saved: Callable[..., Path]) -> None:
-    options = ("--activation", "none")
+    options = ("--activation", "w8a16")
     reference, run = (runs.load_run(saved("--backend", name, *options)) for name in ("reference", "cpu"))
     row = compare(run, reference)
     assert row.cosine is not None and row.cosine > 1 - 1e-9
@@ -116,7 +117,7 @@ def test_w8a8_of_a_backend_moves_no_more_than_rounding_moves_it(model: Path) -> 
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     specified, ours, expanded = (
-        load_model(model, name, "dynamic", torch.float32, "cpu") for name in ("reference", "cpu", "dequantized")
+        load_model(model, name, Activation.W8A8, torch.float32, "cpu") for name in ("reference", "cpu", "dequantized")
     )
     with torch.inference_mode():
         reference = [specified(encode(tokenizer, text, specified)).logits[0].numpy() for text in all_prompts()]
@@ -135,14 +136,14 @@ def test_w8a8_of_a_backend_moves_no_more_than_rounding_moves_it(model: Path) -> 
     assert rank_sum_probability(divergence(ours, tokenizer, reference), noise) < FALSE_ALARMS
 
 
-@pytest.mark.parametrize("activation", ["dynamic", "none"])
-def test_the_specification_is_the_reference_backend_to_the_bit(model: Path, activation: str) -> None:
+@pytest.mark.parametrize("activation", list(Activation))
+def test_the_specification_is_the_reference_backend_to_the_bit(model: Path, activation: Activation) -> None:
     """Codes that were converted beforehand give what the backend gives, which converts them at every call."""
     tensors = load_file(model / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
     weight, scale = tensors[name], tensors[f"{name}_scale_inv"]
     x = torch.randn(3, 5, weight.shape[1], generator=torch.Generator().manual_seed(0))
-    packed = ops.pack_weight(weight, scale, "reference")
+    packed = ops.pack_weight(weight, scale, backend="reference")
     for dtype in (torch.float32, torch.bfloat16):
         expected = ops.block_linear(x.to(dtype), packed, None, activation)
         for converted in (False, True):
@@ -154,7 +155,7 @@ def test_the_specification_is_the_reference_backend_to_the_bit(model: Path, acti
 
 def test_a_comparison_notices_a_wrong_model(saved: Callable[..., Path]) -> None:
     """The negative control: one layer off by 3 %."""
-    reference = runs.load_run(saved("--backend", "reference", "--activation", "none"))
+    reference = runs.load_run(saved("--backend", "reference", "--activation", "w8a16"))
     wrong = dataclasses.replace(reference, logits=reference.logits * 1.03, layers=reference.layers.copy())
     wrong.layers[1] += 0.03 * np.abs(wrong.layers[1]).mean()
     row = compare(wrong, reference)
