@@ -72,4 +72,4 @@ wheel-aarch64: venv  ## the same for AArch64 hosts (needs g++-aarch64-linux-gnu)
 clean:
 	rm -rf build dist *.egg-info qwen3_fp8_ascend/*.so
 
-include triton.mk ascendc.mk vllm_ascend.mk torch_versions.mk aarch64.mk
+include $(wildcard make/*.mk)

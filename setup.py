@@ -3,7 +3,7 @@
 A native library holds torch operators and nothing of Python: it uses torch's stable ABI only, so that one file
 serves every Python and every torch that `qwen3_fp8_ascend/torch_range.py` names. CXX, CXXFLAGS and LDFLAGS work as
 usual (sanitizers, debugging). A CXX that compiles for another architecture makes a wheel for that one, from the headers
-of the torch that is found (aarch64.mk does so).
+of the torch that is found (make/aarch64.mk does so).
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def pack_weight(
     if check_values:
         _check_values(weight, scale, grid, names, chosen.max_scale)
     tensors = chosen.pack(_contiguous_codes(weight), scale.float().contiguous(), grid)
-    return PackedWeight(chosen.name, grid, tensors)
+    return PackedWeight(chosen.name, grid, tensors, chosen.layout())
 
 
 def block_linear(

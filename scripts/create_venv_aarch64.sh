@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates the environment of `make test-aarch64`, see aarch64.mk: an AArch64 Python with torch, to run under qemu.
+# Creates the environment of `make test-aarch64`, see make/aarch64.mk: an AArch64 Python with torch, to run under qemu.
 # Usage: scripts/create_venv_aarch64.sh VENV TORCH_VERSION        Environment: PYTHON (default python3), to make it with
 #
 # Nothing of it is installed into this machine, but for the cross-compiler and qemu where root may use apt-get:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates the environment of `make test-vllm-ascend`, see vllm_ascend.mk.
+# Creates the environment of `make test-vllm-ascend`, see make/vllm_ascend.mk.
 # Usage: scripts/create_venv_vllm_ascend.sh BASE_VENV VENV TORCH_NPU_VERSION VLLM_ASCEND=VLLM...
 #
 # For each release there is afterwards VENV/bin/python-RELEASE, a Python that imports that vLLM-Ascend with its vLLM,

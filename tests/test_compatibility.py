@@ -29,16 +29,16 @@ def quoted(file: str, pattern: str) -> set[str]:
 
 @pytest.mark.parametrize("text", [PAGE, *READMES.values()], ids=["compatibility.md", *READMES])
 def test_pairs_of_vllm_ascend_and_vllm(text: str) -> None:
-    releases = variable("vllm_ascend.mk", "VLLM_ASCEND_RELEASES")
+    releases = variable("make/vllm_ascend.mk", "VLLM_ASCEND_RELEASES")
     assert set(releases) == set(versions.TESTED_VLLM_ASCEND), "tested pairs and those that are not warned about differ"
     for ascend, vllm in versions.TESTED_VLLM_ASCEND.items():
-        assert variable("vllm_ascend.mk", f"VLLM_OF_{ascend}") == [vllm]
+        assert variable("make/vllm_ascend.mk", f"VLLM_OF_{ascend}") == [vllm]
         assert ascend in text and vllm in text
 
 
 def test_versions_of_what_is_compiled_with() -> None:
-    names = {"triton.mk": ("TRITON_ASCEND_VERSION", "TRITON_VERSION", "ASCENDNPU_IR_VERSIONS")}
-    names["vllm_ascend.mk"] = ("TORCH_NPU_VERSION",)
+    names = {"make/triton.mk": ("TRITON_ASCEND_VERSION", "TRITON_VERSION", "ASCENDNPU_IR_VERSIONS")}
+    names["make/vllm_ascend.mk"] = ("TORCH_NPU_VERSION",)
     for file, variables in names.items():
         for name in variables:
             for version in variable(file, name):

@@ -31,12 +31,15 @@ _MODULES = ("ascendc", "torch_npu", "triton", "cpu", "reference")
 class PackedWeight:
     """The one resident copy of a weight, in the layout of the backend that packed it.
 
-    `tensors` belongs to that backend alone. `grid` is the checkpoint's view: shards, k and block size.
+    grid: the checkpoint's view: shards, k and block size.
+    tensors: the backend's alone.
+    layout: which of its layouts they are in, where it has several.
     """
 
     backend: str
     grid: BlockGrid
     tensors: tuple[torch.Tensor, ...]
+    layout: str = ""
 
     @property
     def n(self) -> int:
@@ -69,6 +72,7 @@ class Backend:
     unsupported: the reason why it cannot serve this block size, or None.
     detail: what of it is in use on this machine (an instruction set, a chip), once it is usable.
     by_name_only: the reason why the automatic choice passes over it, or None.
+    layout: of what `pack` makes on this machine, where there are several.
     plan: what serves which number of rows on this machine, as pairs like ("m <= 64", "fused kernel"), once usable.
     max_scale: the largest block scale it can represent.
     """
@@ -85,6 +89,7 @@ class Backend:
     unsupported: Callable[[BlockSize], str | None] = lambda block: None
     detail: Callable[[], str] | None = None
     by_name_only: Callable[[], str | None] = lambda: None
+    layout: Callable[[], str] = lambda: ""
     plan: Callable[[], tuple[tuple[str, str], ...]] | None = None
     max_scale: float = math.inf
 

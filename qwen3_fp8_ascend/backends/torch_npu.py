@@ -31,6 +31,10 @@ NATIVE_OPERATORS = ("npu_dynamic_block_quant", "npu_quant_matmul")
 """What the path of A5 calls; torch_npu registers them for every chip."""
 
 
+NATIVE, SCRATCH = "native", "scratch"
+"""Layouts: for the chip's own block product, and for decoding into the scratch."""
+
+
 def _operators() -> Any:
     return torch.ops.npu
 
@@ -80,7 +84,7 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[t
 
 
 def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
-    if packed.tensors[0].shape[0] != packed.tensors[1].shape[0]:  # scales of blocks, not of rows
+    if packed.layout == NATIVE:
         codes, scale, *kept = packed.tensors
         return torch_npu_native_linear(x, codes, scale, kept[0] if kept else None, bias)
     return torch_npu_scratch_linear(x, *packed.tensors, bias)
@@ -232,5 +236,6 @@ BACKEND = Backend(
     unsupported=_unsupported,
     detail=lambda: soc.device_name() or "",
     by_name_only=_by_name_only,
+    layout=lambda: NATIVE if _has_fp8_matmul() else SCRATCH,
     plan=_plan,
 )

@@ -33,7 +33,7 @@ class Architecture:
 
     names: prefixes of the names under which the chip is known (`torch.npu.get_device_name`, `--target=`).
     keeps_subnormals: whether fp16 subnormals are known to survive arithmetic, which makes decoding cheaper;
-        None where nobody has looked, and then the device is asked once (`backends/triton.py`).
+        None where nobody has looked, and then the device is asked once (`backends/triton/launch.py`).
     large_rows: the largest BLOCK_M.
     bind_sub_block: whether the compiler may split a cube-and-vector kernel over both vector cores.
     wide_rows, wide_rows_subnormals: up to which BLOCK_M a tile is 256 weight rows wide instead of 128, without and

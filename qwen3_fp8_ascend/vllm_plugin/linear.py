@@ -152,7 +152,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
                 scale,
                 grid,
                 self.backend,
-                names=self.shard_names or (self.prefix,) * len(grid.widths),
+                names=self._names_of(grid),
                 activation=self.activation,
                 check_values=not self.dummy,
             )
@@ -200,6 +200,11 @@ class BlockFp8LinearMethod(LinearMethodBase):
             heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
             return [count * layer.head_size for count in heads]
         return [width * (output_size // grid.n) for width in grid.widths]
+
+    def _names_of(self, grid: BlockGrid) -> tuple[str, ...]:
+        """The checkpoint's module of each shard; the layer's own name where vLLM cuts one module into shards."""
+        shards = len(grid.widths)
+        return self.shard_names if len(self.shard_names) == shards else (self.prefix,) * shards
 
     def _mark_unwritten(self, codes: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> None:
         """Fill what was not loaded with "not written yet": parameters for loading again start as arbitrary memory."""

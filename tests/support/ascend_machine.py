@@ -13,7 +13,8 @@ import pytest
 from rich.console import Console
 
 from qwen3_fp8_ascend import doctor
-from qwen3_fp8_ascend.backends import ascendc, cpu, registry, soc, triton
+from qwen3_fp8_ascend.backends import ascendc, cpu, registry, soc
+from qwen3_fp8_ascend.backends.triton import backend as triton
 from qwen3_fp8_ascend.vllm_plugin import versions
 
 VERSIONS = {
@@ -51,7 +52,7 @@ class Machine:
         monkeypatch.setattr(doctor, "DEVICES", folder)
         monkeypatch.setattr(doctor, "DRIVER", folder / "version.info")
         monkeypatch.setattr(doctor, "_vllm_ascend_chip", lambda: self.image)
-        monkeypatch.setattr(triton, "_current_device_type", lambda: "npu")
+        monkeypatch.setattr(triton, "current_device_type", lambda: "npu")
         npu = SimpleNamespace(is_available=lambda: self.chip is not None, get_device_name=lambda: self.chip)
         monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(npu=npu, __spec__=SimpleNamespace()))  # type: ignore[arg-type]
         for module in (doctor, versions):

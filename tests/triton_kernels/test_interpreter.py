@@ -15,7 +15,7 @@ import triton.language as tl
 
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import prefill
-from qwen3_fp8_ascend.backends import triton as backend
+from qwen3_fp8_ascend.backends.triton import backend, launch
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
 from qwen3_fp8_ascend.testing import nonfinite
@@ -39,10 +39,10 @@ def seed():
 @pytest.fixture(params=["subnormals", "no-subnormals"])
 def form(request, monkeypatch):
     """Both forms of decoding."""
-    monkeypatch.setenv(backend.KEEPS_SUBNORMALS_VARIABLE, "1" if request.param == "subnormals" else "0")
-    backend.keeps_subnormals.cache_clear()
+    monkeypatch.setenv(launch.KEEPS_SUBNORMALS_VARIABLE, "1" if request.param == "subnormals" else "0")
+    launch.keeps_subnormals.cache_clear()
     yield request.param == "subnormals"
-    backend.keeps_subnormals.cache_clear()
+    launch.keeps_subnormals.cache_clear()
 
 
 def wide_range(m, k, dtype):
@@ -118,7 +118,7 @@ def test_without_the_two_limits_these_cases_fail(monkeypatch):
     patterns = {"quiet-all", "signalling-all", "overflow"}
     assert wrong == patterns | {f"negative-{name}" for name in patterns}
     monkeypatch.setattr(group_quantize, "_FP16_MAX", tl.constexpr(float("inf")))
-    values, _ = backend._values(torch.tensor([[float("inf")]]), 2, 1, 16)
+    values, _ = launch.group_values(torch.tensor([[float("inf")]]), 2, 1, 16)
     assert values[0, 0].isnan()
 
 
@@ -131,7 +131,7 @@ def test_linear_of_any_nan_and_infinity(dtype, activation, through):
     oracle = reference.block_linear(x, weight, scale, activation=activation, compute_dtype=torch.float64)
     packed = ops.pack_weight(weight, scale, backend="triton")
     if through == "scratch":
-        out = backend._through_scratch(x, *packed.tensors, 40, activation == Activation.W8A8, None)
+        out = backend.through_scratch(x, *packed.tensors, 40, activation == Activation.W8A8, None)
     else:
         out = ops.block_linear(x, packed, activation=activation)
     parts = zip(found, out.split(6), oracle.split(6), strict=True)
@@ -153,7 +153,7 @@ def test_quantize_ties_and_every_code():
 def test_values_match_their_specification(kind):
     x = wide_range(21, 384, torch.float32 if kind == 2 else torch.bfloat16)
     x[4], x[5, 3], x[6, 200] = 0.0, float("inf"), float("-inf")
-    values, scale = backend._values(x, kind, 4, 32)
+    values, scale = launch.group_values(x, kind, 4, 32)
     expected, expected_scale = group_quantize.group_values_specification(x, 32, 4, kind)
     assert nonfinite.same_numbers(values, expected) and torch.equal(scale, expected_scale)
 
@@ -217,17 +217,17 @@ def test_fp32_activations_keep_their_precision_in_w8a16():
 def test_split_k_adds_up_to_the_same():
     weight, scale = random_weight((256,), 1024)
     a, a_scale = group_quantize.group_values_specification(torch.randn(16, 1024), 16, 8, 0)
-    packed, w_scale, _ = backend._pack(weight, scale, BlockGrid((256,), 1024))
+    packed, w_scale, _ = backend.pack(weight, scale, BlockGrid((256,), 1024))
     expected = block_linear.block_linear_specification(a, a_scale, packed, w_scale, 3)
-    cut = backend.LinearShape(16, 128, 3, 16)
-    out = backend._launch_linear(a, a_scale, packed, w_scale, cut, torch.float32, True)
+    cut = launch.LinearShape(16, 128, 3, 16)
+    out = launch.launch_linear(a, a_scale, packed, w_scale, cut, torch.float32, True)
     assert out.shape == (3, 16, 256) and (out - expected).norm() / expected.norm() <= 1e-6
 
 
 def test_folded_kernel_matches_its_specification_and_the_oracle_less_well():
     weight, scale = random_weight((128,), 512)
     a, a_scale = group_quantize.group_values_specification(torch.randn(16, 512), 16, 4, 0)
-    packed, w_scale, _ = backend._pack(weight[:128], scale, BlockGrid((128,), 512))
+    packed, w_scale, _ = backend.pack(weight[:128], scale, BlockGrid((128,), 512))
     packed, w_scale = packed[:, :128].contiguous(), w_scale[:, :128].contiguous()
     out = torch.empty(16, 128)
     block_linear.block_linear_folded_kernel[(1,)](
@@ -246,7 +246,7 @@ def test_packed_weight_is_one_byte_a_weight_and_a_scale_per_row():
     lanes_there, w_scale, powers = packed.tensors
     for dtype in (torch.float32, torch.float16):
         scratch = torch.empty(512, 1024, dtype=dtype)
-        backend._unpack_dequantize(lanes_there, w_scale * powers[0], scratch)
+        launch.launch_packed_dequantize(lanes_there, w_scale * powers[0], scratch)
         # A power of two moves no rounding, but for fp16's subnormals, to which the scratch rounds once as well.
         assert torch.equal(
             scratch, (reference.dequantize_weight(weight, scale, dtype=torch.float32) * powers[0]).to(dtype)
@@ -262,7 +262,7 @@ def test_prefill_through_the_scratch(m, widths, k, dtype, activation, monkeypatc
     packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "triton")
     monkeypatch.setattr(prefill, "stock_product", lambda x, w: (x.float() @ w.float().T).to(x.dtype))
     for bias in (None, problem.bias):
-        got = backend._through_scratch(problem.x, *packed.tensors, sum(widths), activation == Activation.W8A8, bias)
+        got = backend.through_scratch(problem.x, *packed.tensors, sum(widths), activation == Activation.W8A8, bias)
         assert_prefill(got, dataclasses.replace(problem, bias=bias), activation)
 
 
@@ -277,19 +277,19 @@ def test_operator_is_traceable():
 
 
 def test_probe_finds_subnormals_kept_here():
-    assert backend._probe_subnormals(torch.device("cpu"))
+    assert launch.probe_subnormals(torch.device("cpu"))
 
 
 def test_probe_notices_a_device_that_flushes(monkeypatch):
     """A device whose decoded subnormals come out as zero must fail the probe."""
-    honest = backend._launch_linear
+    honest = launch.launch_linear
 
     def flushing(*arguments, **named):
         out = honest(*arguments, **named)
         return torch.where(out.abs() < 2.0**-6, 0.0, out)
 
-    monkeypatch.setattr(backend, "_launch_linear", flushing)
-    assert not backend._probe_subnormals(torch.device("cpu"))
+    monkeypatch.setattr(launch, "launch_linear", flushing)
+    assert not launch.probe_subnormals(torch.device("cpu"))
 
 
 def test_bad_input_is_refused_before_any_launch(monkeypatch):
@@ -300,7 +300,7 @@ def test_bad_input_is_refused_before_any_launch(monkeypatch):
     def launched(*_, **__):
         raise AssertionError("a kernel was launched")
 
-    monkeypatch.setattr(backend, "_launch_linear", launched)
+    monkeypatch.setattr(backend, "launch_linear", launched)
     x = torch.randn(2, 256)
     with pytest.raises(BlockFp8Error, match="wrong dtype"):
         backend.triton_block_linear(x.double(), *packed.tensors, 128, True)
@@ -322,11 +322,11 @@ def test_bad_input_is_refused_before_any_launch(monkeypatch):
     with pytest.raises(BlockFp8Error, match="blocks of 128x128"):
         ops.pack_weight(weight, torch.rand(2, 4), BlockGrid((128,), 256, BlockSize(64, 64)), "triton")
     with pytest.raises(BlockFp8Error, match="wrong device"):
-        backend._pack(weight, scale.to("meta"), grid)
+        backend.pack(weight, scale.to("meta"), grid)
     with pytest.raises(BlockFp8Error, match="32-bit"):
-        backend._check_operand("x", torch.empty(1 << 16, 1 << 16, device="meta"), DTYPES, torch.device("meta"))
-    monkeypatch.setenv(backend.KEEPS_SUBNORMALS_VARIABLE, "perhaps")
-    backend.keeps_subnormals.cache_clear()
+        launch.check_operand("x", torch.empty(1 << 16, 1 << 16, device="meta"), DTYPES, torch.device("meta"))
+    monkeypatch.setenv(launch.KEEPS_SUBNORMALS_VARIABLE, "perhaps")
+    launch.keeps_subnormals.cache_clear()
     with pytest.raises(BlockFp8Error, match="0 or 1"):
-        backend.keeps_subnormals("cpu", None)
-    backend.keeps_subnormals.cache_clear()
+        launch.keeps_subnormals("cpu", None)
+    launch.keeps_subnormals.cache_clear()

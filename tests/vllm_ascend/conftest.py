@@ -173,7 +173,7 @@ class Launch:
 
 def pretend_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton backend without Triton, which has an environment of its own: everything but the kernels is real."""
-    from qwen3_fp8_ascend.backends import triton
+    from qwen3_fp8_ascend.backends.triton import backend, device, launch
     from qwen3_fp8_ascend.triton_kernels.configuration import architecture
 
     language = ModuleType("triton.language")
@@ -187,8 +187,13 @@ def pretend_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         imports.delitem(sys.modules, "qwen3_fp8_ascend.triton_kernels.lanes")
     kernels = dict.fromkeys(("quantize", "values", "dequantize", "packed_dequantize", "linear"), Launch())
     kernels |= {"pack_lanes": pack_lanes, "dot_type": None}
-    monkeypatch.setattr(triton, "_kernels", lambda: SimpleNamespace(**kernels))
-    monkeypatch.setattr(triton, "_chip", lambda device_type: architecture(name))
-    monkeypatch.setattr(triton, "_cores", lambda device_type, index: (20, 40))
-    monkeypatch.setattr(triton, "_device_module", lambda device_type: SimpleNamespace(current_device=lambda: 0))
-    monkeypatch.setattr(triton, "keeps_subnormals", lambda device_type, index: True)
+    pretended = {
+        "kernels": lambda: SimpleNamespace(**kernels),
+        "chip_of": lambda device_type: architecture(name),
+        "cores_of": lambda device_type, index: (20, 40),
+        "device_module": lambda device_type: SimpleNamespace(current_device=lambda: 0),
+        "keeps_subnormals": lambda device_type, index: True,
+    }
+    for module in (device, launch, backend):
+        for function in pretended.keys() & vars(module).keys():
+            monkeypatch.setattr(module, function, pretended[function])

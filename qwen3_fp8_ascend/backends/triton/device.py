@@ -1,0 +1,86 @@
+"""The device that Triton launches on: which one it is, its configuration and its cores."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.triton_kernels.configuration import (
+    INTERPRETER,
+    Architecture,
+    architecture,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def unusable() -> str | None:
+    # A folder that happens to be called `triton` on sys.path is a package too, but an empty one.
+    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.language") is None:
+        return "triton is not installed (triton-ascend on an NPU)"
+    if INTERPRETED:
+        return None
+    try:
+        chip_of(current_device_type())
+    except BlockFp8Error as error:
+        return str(error).replace("\n", ";")
+    return None
+
+
+def device_module(device_type: str) -> Any:
+    """torch.cuda or torch.npu; the latter is there once torch_npu has been imported."""
+    if device_type == "npu":
+        importlib.import_module("torch_npu")
+    return getattr(torch, device_type)
+
+
+def _has_npu() -> bool:
+    return importlib.util.find_spec("torch_npu") is not None and device_module("npu").is_available()
+
+
+def current_device_type() -> str:
+    if INTERPRETED:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if _has_npu():
+        return "npu"
+    raise BlockFp8Error("there is neither an NVIDIA GPU nor an Ascend NPU that torch can see")
+
+
+@functools.cache
+def chip_of(device_type: str) -> Architecture:
+    if device_type == "cpu":
+        return INTERPRETER
+    if device_type == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return architecture(f"cuda:{major}{minor}")
+    return architecture(device_module(device_type).get_device_name())
+
+
+@functools.cache
+def cores_of(device_type: str, index: int | None) -> tuple[int, int]:
+    """How many programs the persistent grids of cube and of vector kernels have: one per core."""
+    if device_type == "cpu":
+        return 2, 2
+    if device_type == "cuda":
+        count = torch.cuda.get_device_properties(index).multi_processor_count
+        return count, 4 * count
+    from triton.runtime.driver import driver
+
+    properties = driver.active.utils.get_device_properties(index)
+    return properties["num_aicore"], properties["num_vectorcore"]
+
+
+def linear_options(chip: Architecture, device_type: str) -> dict[str, Any]:
+    options: dict[str, Any] = dict(chip.linear_options)
+    if device_type == "npu":
+        options["enable_auto_bind_sub_block"] = chip.bind_sub_block
+    return options

@@ -1,0 +1,243 @@
+"""Launches of the Triton kernels: operands checked, padded to whole tiles, and cut for the device.
+
+A launch allocates, computes shapes on the host and never waits for the device, so it can be captured in a CUDA or ACL
+graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from qwen3_fp8_ascend.backends.triton.device import (
+    INTERPRETED,
+    chip_of,
+    cores_of,
+    device_module,
+    linear_options,
+)
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockGrid, ceil_div
+from qwen3_fp8_ascend.triton_kernels.configuration import (
+    LinearShape,
+    check_index_range,
+    linear_shape,
+)
+
+KEEPS_SUBNORMALS_VARIABLE = "QWEN3_FP8_ASCEND_TRITON_SUBNORMALS"
+"""1 or 0: whether the device's fp16 arithmetic keeps subnormals; unset, each device is asked once, when first used."""
+
+
+BLOCK = DEFAULT_BLOCK.k
+
+
+CODE_VALUES, SCALED, RESIDUAL = 0, 1, 2  # `triton_kernels.group_quantize`, which needs Triton to be imported
+
+
+ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def kernels() -> Any:
+    """The kernel modules, imported when something is launched, since they need Triton."""
+
+    from qwen3_fp8_ascend.triton_kernels import block_dequantize, block_linear, group_quantize, lanes
+
+    return SimpleNamespace(
+        quantize=group_quantize.group_quantize_kernel,
+        values=group_quantize.group_values_kernel,
+        dequantize=block_dequantize.block_dequantize_kernel,
+        packed_dequantize=block_dequantize.packed_dequantize_kernel,
+        linear=block_linear.block_linear_kernel,
+        pack_lanes=lanes.pack_lanes,
+        dot_type=block_linear.tl.float32 if INTERPRETED else block_linear.tl.float16,
+    )
+
+
+def check_operand(what: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    if tensor.dtype not in dtypes:
+        raise BlockFp8Error(f"{what} has the wrong dtype", expected=" or ".join(map(str, dtypes)), got=tensor.dtype)
+    if tensor.device != device:
+        raise BlockFp8Error(f"{what} is on the wrong device", expected=device, got=tensor.device)
+    if device.type in ("cuda", "npu") and device.index != (current := device_module(device.type).current_device()):
+        raise BlockFp8Error(
+            f"{what} is not on the current device, on which Triton launches",
+            expected=f"{device.type}:{current}",
+            got=device,
+            fix=f"call it within torch.{device.type}.device({device.index})",
+        )
+    if tensor.dim() != 2:
+        raise BlockFp8Error(f"{what} has two dimensions", got=tuple(tensor.shape))
+    check_index_range(what, tensor.numel())
+
+
+def as_int8(codes: torch.Tensor) -> torch.Tensor:
+    return codes.view(torch.int8)
+
+
+def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    check_operand("the activation", x, ACTIVATIONS, x.device)
+    if block_k != BLOCK:
+        raise BlockFp8Error(
+            "the Triton kernels quantize groups of one size",
+            expected=BLOCK,
+            got=block_k,
+            fix="choose the backend `cpu` or `reference`",
+        )
+    m, k = x.shape
+    groups = ceil_div(k, BLOCK)
+    padded = torch.nn.functional.pad(x, (0, groups * BLOCK - k)).contiguous()
+    check_index_range("the activation", padded.numel())
+    codes = torch.empty(padded.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(m, groups, dtype=torch.float32, device=x.device)
+    if m * groups:
+        rows = chip_of(x.device.type).quantize_rows
+        cores = min(cores_of(x.device.type, x.device.index)[1], ceil_div(m * groups, rows))
+        kernels().quantize[(cores,)](padded, codes, scale, m * groups, ROWS=rows, CORES=cores)
+    return codes[:, :k].contiguous().view(torch.float8_e4m3fn), scale
+
+
+def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, dtype: torch.dtype) -> torch.Tensor:
+    codes = as_int8(weight)
+    check_operand("the weight", codes, (torch.int8,), weight.device)
+    check_operand("the weight's scale", scale, (torch.float32,), weight.device)
+    k_blocks = ceil_div(grid.k, BLOCK)
+    padded = torch.nn.functional.pad(codes, (0, k_blocks * BLOCK - grid.k)).contiguous()
+    check_index_range("the weight", padded.numel())
+    out = torch.empty(padded.shape, dtype=dtype, device=weight.device)
+    chip, device = chip_of(weight.device.type), weight.device
+    vector_cores = cores_of(device.type, device.index)[1]
+    row = scale_row = 0
+    for width, scale_rows in zip(grid.widths, grid.scale_rows, strict=True):
+        tiles = ceil_div(width, chip.dequantize_rows) * k_blocks
+        if tiles:
+            cores = min(vector_cores, tiles)
+            kernels().dequantize[(cores,)](
+                padded[row : row + width],
+                scale[scale_row : scale_row + scale_rows].contiguous(),
+                out[row : row + width],
+                width,
+                k_blocks,
+                ROWS=chip.dequantize_rows,
+                KEEPS_SUBNORMALS=keeps_subnormals(device.type, device.index),
+                CORES=cores,
+            )
+        row += width
+        scale_row += scale_rows
+    return out[:, : grid.k].contiguous()
+
+
+def launch_packed_dequantize(lanes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """Write a packed weight's values into a scratch.
+
+    Shapes: lanes and scale as `pack` returns them, out (n_padded, k_padded), bf16, fp16 or fp32, contiguous.
+    Semantics: code * scale, rounded once to out's dtype.
+    """
+    pairs, n, _ = lanes.shape
+    chip, device = chip_of(lanes.device.type), lanes.device
+    cores = min(cores_of(device.type, device.index)[1], n // chip.packed_rows * pairs)
+    kernels().packed_dequantize[(cores,)](
+        lanes,
+        scale,
+        out,
+        n,
+        2 * pairs,
+        ROWS=chip.packed_rows,
+        KEEPS_SUBNORMALS=keeps_subnormals(device.type, device.index),
+        CORES=cores,
+    )
+
+
+def group_values(x: torch.Tensor, kind: int, k_blocks: int, m_padded: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp16 values and scales of an activation, padded as the linear kernel wants them."""
+    m, k = x.shape
+    chip = chip_of(x.device.type)
+    padded = torch.nn.functional.pad(x, (0, -k % BLOCK)).contiguous()
+    values = torch.empty(m_padded, k_blocks * BLOCK, dtype=torch.float16, device=x.device)
+    scale = torch.empty(k_blocks, m_padded, dtype=torch.float32, device=x.device)
+    check_index_range("the activation", values.numel())
+    rows = chip.value_rows
+    cores = min(cores_of(x.device.type, x.device.index)[1], m_padded // rows * k_blocks)
+    kernels().values[(cores,)](
+        padded, values, scale, m, m_padded, padded.shape[1] // BLOCK, k_blocks, KIND=kind, ROWS=rows, CORES=cores
+    )
+    return values, scale
+
+
+def launch_linear(
+    values: torch.Tensor,
+    a_scale: torch.Tensor,
+    lanes: torch.Tensor,
+    w_scale: torch.Tensor,
+    cut: LinearShape,
+    dtype: torch.dtype,
+    subnormals: bool,
+) -> torch.Tensor:
+    """Partial sums of x @ W.T over `cut.split_k` stretches of K.
+
+    Shapes: values, a_scale, lanes and w_scale as the kernel's -> (split_k, m_padded, n_padded), in `dtype` if that is
+        all there is to add up, else in fp32.
+    """
+    k_blocks, n = w_scale.shape
+    # The interpreter truncates where a device rounds, so it writes fp32.
+    stored = torch.float32 if cut.split_k > 1 or INTERPRETED else dtype
+    check_index_range("the output", cut.split_k * cut.m_padded * n)
+    out = torch.empty(cut.split_k, cut.m_padded, n, dtype=stored, device=values.device)
+    device = values.device
+    tiles = cut.m_padded // cut.block_m * (n // cut.block_n) * cut.split_k
+    cores = min(cores_of(device.type, device.index)[0], tiles)
+    kernels().linear[(cores,)](
+        values,
+        a_scale,
+        lanes,
+        w_scale,
+        out,
+        cut.m_padded,
+        n,
+        k_blocks,
+        BLOCK_M=cut.block_m,
+        BLOCK_N=cut.block_n,
+        SPLIT_K=cut.split_k,
+        KEEPS_SUBNORMALS=subnormals,
+        DOT=kernels().dot_type,
+        CORES=cores,
+        **linear_options(chip_of(device.type), device.type),
+    )
+    return out
+
+
+@functools.cache
+def keeps_subnormals(device_type: str, index: int | None) -> bool:
+    """Whether this device decodes e4m3 subnormals exactly in the cheaper form.
+
+    What a device is known to do is in its configuration; otherwise the cheaper form decodes all codes on it once,
+    through the cube as well, and is used only if every one comes out right. The variable
+    `QWEN3_FP8_ASCEND_TRITON_SUBNORMALS` decides instead of either.
+    """
+    forced = os.environ.get(KEEPS_SUBNORMALS_VARIABLE)
+    if forced is not None:
+        if forced not in ("0", "1"):
+            raise BlockFp8Error(f"{KEEPS_SUBNORMALS_VARIABLE} is 0 or 1", got=repr(forced))
+        return forced == "1"
+    known = chip_of(device_type).keeps_subnormals
+    if known is not None:
+        return known
+    return probe_subnormals(torch.device(device_type if index is None else f"{device_type}:{index}"))
+
+
+def probe_subnormals(device: torch.device) -> bool:
+    """Multiply all finite codes by 1 with the cheaper form, in both halves of the lanes, and compare on the host."""
+    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
+    codes[(codes & 0x7F) == 0x7F] = 0
+    weight = codes.view(torch.int8).repeat(2 * BLOCK, 1)  # (256, 256): each row holds every code once
+    values = torch.eye(2 * BLOCK, dtype=torch.float16, device=device)
+    ones = torch.ones(2, 2 * BLOCK, device=device)
+    lanes = kernels().pack_lanes(weight).to(device)
+    chip = chip_of(device.type)
+    cut = linear_shape(2 * BLOCK, 2 * BLOCK, 2, cores_of(device.type, device.index)[0], chip, True)
+    out = launch_linear(values, ones, lanes, ones, cut, torch.float32, subnormals=True)
+    return torch.equal(out[0].cpu(), codes.view(torch.float8_e4m3fn).float()[:, None].expand(-1, 2 * BLOCK))
