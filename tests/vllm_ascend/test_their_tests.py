@@ -1,8 +1,10 @@
 """vLLM-Ascend's own quantization tests, without and with this package registered: outcomes must be the same ones."""
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
@@ -13,8 +15,14 @@ SOURCE = Path(os.environ["ASCEND_SOURCE"])
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
-def outcomes(registered: bool, report: Path, tree: Path = SOURCE) -> dict[str, str]:
-    """Outcome of each quantization test in a tree of vLLM-Ascend, by name."""
+@functools.cache
+def outcomes(registered: bool, tree: Path = SOURCE) -> dict[str, str]:
+    """Outcome of each quantization test in a tree of vLLM-Ascend, by name; a minute, so each run is made once."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _outcomes(registered, Path(folder) / "report.xml", tree)
+
+
+def _outcomes(registered: bool, report: Path, tree: Path) -> dict[str, str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "vllm_ascend_unit_tests", "-p", "no:cacheprovider"]
     environment = os.environ | {
         "PYTHONPATH": f"{SUPPORT}{os.pathsep}{os.environ['PYTHONPATH']}",
@@ -36,8 +44,8 @@ def outcomes(registered: bool, report: Path, tree: Path = SOURCE) -> dict[str, s
     return found
 
 
-def test_outcomes_are_those_without_this_package(tmp_path: Path) -> None:
-    without, with_ours = outcomes(False, tmp_path / "without.xml"), outcomes(True, tmp_path / "with.xml")
+def test_outcomes_are_those_without_this_package() -> None:
+    without, with_ours = outcomes(False), outcomes(True)
     counts = (dict(sorted(Counter(found.values()).items())) for found in (without, with_ours))
     FIGURES.append("{}'s own quantization tests: without this package {}, with it {}".format(SOURCE.name, *counts))
     assert with_ours == without

@@ -1,8 +1,8 @@
 // How a kernel says which cores it runs on, and that all its blocks must start together.
 //
 // CANN 9 reads the cores from qualifiers, 8.5 from a line in the kernel's body. From 9.1 on, kernels that wait for all
-// cores ask for batch mode (`__schedmode__(1)`): two of them on two streams could otherwise each hold some cores and wait for
-// the rest. These are macros because they stand where keywords stand.
+// cores ask for batch mode (`__schedmode__(1)`): two of them on two streams could otherwise each hold some cores and
+// wait for the rest. These are macros because they stand where keywords stand.
 #pragma once
 
 #ifndef QWEN3_FP8_CANN_VERSION  // major * 100 + minor; CMakeLists.txt reads it from the toolkit
