@@ -263,7 +263,9 @@ def _check_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid | N
         raise BlockFp8Error("the weight is not block FP8", expected="float8_e4m3fn", got=weight.dtype)
     if weight.dim() != 2:
         raise BlockFp8Error("a weight has two dimensions", expected="(n, k)", got=tuple(weight.shape))
-    grid = grid or BlockGrid((weight.shape[0],), weight.shape[1])
+    grid = BlockGrid((weight.shape[0],), weight.shape[1]) if grid is None else grid
+    if not isinstance(grid, BlockGrid):
+        raise BlockFp8Error("the weight's block grid is no BlockGrid", expected="BlockGrid(widths, k)", got=repr(grid))
     if (grid.n, grid.k) != tuple(weight.shape):
         raise BlockFp8Error(
             f"the block grid is not the weight's: its shards are {grid.widths}, of {grid.k} columns",

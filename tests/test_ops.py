@@ -152,6 +152,7 @@ def _with_scale(value: float) -> torch.Tensor:
         ({"scale": _with_scale(float("inf"))}, r"\(0, 1\): inf"),
         ({"scale": _with_scale(-1.0)}, r"\(0, 1\): -1"),
         ({"grid": BlockGrid((30, 11), 130)}, r"block grid is not the weight's: its shards are \(30, 11\)"),
+        ({"grid": "cpu"}, "no BlockGrid"),
         ({"grid": BlockGrid((40,), 128)}, r"expected: \(40, 130\)"),
         ({"names": ["q", "k"]}, "each shard has one name"),
         ({"names": ["model.q"], "weight": _with_code(0xFF)}, r"where:\s+model.q.weight\b"),

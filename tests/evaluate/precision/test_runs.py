@@ -147,10 +147,10 @@ def test_the_specification_is_the_reference_backend_to_the_bit(model: Path, acti
     for dtype in (torch.float32, torch.bfloat16):
         expected = ops.block_linear(x.to(dtype), packed, None, activation)
         for converted in (False, True):
-            linear = BlockFp8Linear(weight, scale, None, "reference", activation, converted)
+            linear = BlockFp8Linear(weight, scale, packed.grid, None, "reference", activation, converted)
             assert torch.equal(linear(x.to(dtype)), expected)
-            wide = BlockFp8Linear(weight, scale, None, "reference-fp64", activation, converted)(x.to(dtype))
-            torch.testing.assert_close(wide, expected)
+            fp64 = BlockFp8Linear(weight, scale, packed.grid, None, "reference-fp64", activation, converted)
+            torch.testing.assert_close(fp64(x.to(dtype)), expected)
 
 
 def test_a_comparison_notices_a_wrong_model(saved: Callable[..., Path]) -> None:
