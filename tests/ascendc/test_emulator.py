@@ -88,13 +88,13 @@ def test_one_flag_for_two_stages_is_right_only_where_every_core_is_waited_for(de
 MUTATIONS = {
     "decode without its last barrier": (
         "kernels/decode.h",
-        "static_cast<int32_t>(kLanes));\n    vector_barrier();\n    and_with_mask",
-        "static_cast<int32_t>(kLanes));\n    and_with_mask",
+        "static_cast<int32_t>(kLanes));\n  vector_barrier();\n  and_with_mask",
+        "static_cast<int32_t>(kLanes));\n  and_with_mask",
         {"missing-barrier"},
     ),
     "vector cores that do not wait for the products": (
         "kernels/block_linear.cpp",
-        "        CrossCoreWaitFlag(kPartial);\n",
+        "    CrossCoreWaitFlag(kPartial);\n",
         "",
         {"cross-core-race", "uninitialised-read"},
     ),
@@ -106,13 +106,13 @@ MUTATIONS = {
     ),
     "a slot that is reused while its products are read": (
         "kernels/block_linear.cpp",
-        "        order<HardEvent::V_MTE3>(*pipe_);\n    }\n\n    __aicore__ inline void multiply_scales",
-        "    }\n\n    __aicore__ inline void multiply_scales",
+        "    order<HardEvent::V_MTE3>(*pipe_);\n  }\n\n  __aicore__ inline void multiply_scales",
+        "  }\n\n  __aicore__ inline void multiply_scales",
         {"cross-core-race"},
     ),
     "a cube core that never reports": (
         "kernels/block_linear.cpp",
-        "            AscendC::CrossCoreSetFlag<kWithinCore, PIPE_FIX>(kPartial);\n",
+        "      AscendC::CrossCoreSetFlag<kWithinCore, PIPE_FIX>(kPartial);\n",
         "",
         {"deadlock"},
     ),
@@ -124,8 +124,8 @@ MUTATIONS = {
     ),
     "a NaN that is rounded without a limit": (
         "kernels/activation.h",
-        "        Mins(bits, bits, kQuietNan, count);",
-        "        ",
+        "    Mins(bits, bits, kQuietNan, count);",
+        "    ",
         {"integer-overflow"},
     ),
 }
