@@ -130,9 +130,9 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
     "a tile load behind the activations": (
         ADDRESS,
         Edit(
-            "linear.cpp",
-            "prepared.rows < kTileRows ? prepared.rows : round_up(prepared.rows, kTileRows)",
-            "prepared.rows",
+            "prepare.cpp",
+            "rows < kTileRows ? rows : round_up(rows, kTileRows)",
+            "rows",
         ),
         "tests/test_cpu_backend.py::test_linear_of_ragged_edges[amx-widths0-1-19-w8a16]",
         "AddressSanitizer: heap-buffer-overflow",
