@@ -284,6 +284,8 @@ const Kernels kAmxKernels = {
     quantize_codes,
     split_values,
     dequantize,
+    silu_product,
+    weighted_sum,
     ArithmeticDecoder::kExponent,
     linear,
     sizeof(AmxScratch),

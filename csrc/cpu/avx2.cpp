@@ -211,6 +211,8 @@ const Kernels kAvx2Kernels = {
     quantize_codes,
     split_values,
     dequantize,
+    silu_product,
+    weighted_sum,
     0,
     linear,
     sizeof(Scratch),

@@ -27,6 +27,8 @@ const Kernels kAvx512Kernels = {
     quantize_codes,
     split_values,
     dequantize,
+    silu_product,
+    weighted_sum,
     0,
     linear,
     sizeof(Avx512Scratch),

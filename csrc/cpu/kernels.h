@@ -83,10 +83,11 @@ struct Activation {
 
 struct Output {
   void* y;           // (rows / terms, n), row stride n
-  const void* bias;  // (n) or null
+  const void* bias;  // null, or (n) for the weight rows from 0 on
   Dtype dtype;
   Dtype bias_dtype;
   std::int64_t n;
+  std::int64_t first_row = 0;  // the weight row that y's first column is for
 };
 
 // Where `linear` puts decoded weights: few rows use them at once, many share them.
@@ -113,6 +114,12 @@ struct Kernels {
                        std::uint16_t* values, std::int64_t term_stride);
   // code * scale, rounded once to dtype.
   void (*dequantize)(const std::uint8_t* codes, std::int64_t count, float scale, Dtype dtype, void* out);
+  // silu(gate) * up in fp32, rounded once to dtype; the same bits on every instruction set.
+  void (*silu_product)(const void* gate, const void* up, Dtype dtype, std::int64_t count, void* out);
+  // The sum of `count` rows, each times its weight, in their order in fp32, rounded once to dtype; the same bits on
+  // every instruction set.
+  void (*weighted_sum)(const float* const* rows, const float* weights, std::int64_t count, std::int64_t columns,
+                       Dtype dtype, void* out);
   // `linear` decodes weights as code * 2^weight_exponent: activations or their scales must make up for it.
   int weight_exponent;
   // y for the weight rows of panels [begin, end); `scratch` is 64-byte aligned.

@@ -55,6 +55,8 @@ const Kernels kNeonKernels = {
     quantize_codes,
     split_values,
     dequantize,
+    silu_product,
+    weighted_sum,
     0,
     linear<Fp32Arithmetic>,
     sizeof(NeonScratch<Fp32Arithmetic>),

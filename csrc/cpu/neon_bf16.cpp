@@ -76,6 +76,8 @@ const Kernels kNeonBf16Kernels = {
     quantize_codes,
     split_values,
     dequantize,
+    silu_product,
+    weighted_sum,
     kExponent,
     linear<Bf16Arithmetic>,
     sizeof(NeonScratch<Bf16Arithmetic>),

@@ -7,95 +7,20 @@
 #include <optional>
 #include <tuple>
 
-#include "checks.h"
 #include "isa.h"
 #include "linear.h"
+#include "operands.h"
 #include "pack.h"
 #include "parallel.h"
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void require_contiguous(const Tensor& tensor, const char* name, std::int64_t dim, ScalarType dtype,
-                        const char* dtype_name) {
-  require_cpu(tensor, name, dim);
-  require(tensor.scalar_type() == dtype, name, " must be ", dtype_name);
-  require(tensor.is_contiguous(), name, " must be contiguous");
-  require_memory(tensor, name, tensor.numel());
-  const auto address = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
-  require(address % tensor.element_size() == 0, name, " must start at a multiple of its elements' size");
-}
-
-std::optional<Dtype> float_dtype(ScalarType type) {
-  switch (type) {
-    case ScalarType::BFloat16: return Dtype::bf16;
-    case ScalarType::Half: return Dtype::fp16;
-    case ScalarType::Float: return Dtype::fp32;
-    default: return std::nullopt;
-  }
-}
-
-Dtype require_float(ScalarType type, const char* name) {
-  const std::optional<Dtype> dtype = float_dtype(type);
-  require(dtype.has_value(), name, " must be bfloat16, float16 or float32");
-  return *dtype;
-}
-
-// e4m3 codes, as such or as bytes.
-void require_codes(const Tensor& tensor, const char* name, std::int64_t dim) {
-  require_cpu(tensor, name, dim);
-  const ScalarType type = tensor.scalar_type();
-  require(type == ScalarType::Float8_e4m3fn || type == ScalarType::Byte, name, " must be float8_e4m3fn or uint8");
-  require(tensor.is_contiguous(), name, " must be contiguous");
-  require_memory(tensor, name, tensor.numel());
-}
-
-Rows rows_of(const Tensor& x) {
-  require_cpu(x, "x", 2);
-  const Dtype dtype = require_float(x.scalar_type(), "x");
-  require(x.size(1) <= 1 || x.stride(1) == 1, "x must be contiguous in its last dimension");
-  require_memory(x, "x", x.numel() == 0 ? 0 : (x.size(0) - 1) * x.stride(0) + x.size(1));
-  return {x.const_data_ptr(), dtype, x.size(0), x.stride(0)};
-}
-
-// The panels cover rows 0..n-1 in order, each within the bounds of the codes and scales that go with it.
-const Panel* require_panels(const Tensor& panels, std::int64_t n, std::int64_t scale_rows) {
-  static_assert(sizeof(Panel) == 4 * sizeof(std::int32_t));
-  require_contiguous(panels, "panels", 2, ScalarType::Int, "int32");
-  require(panels.size(1) == 4, "panels must have shape (panels, 4), got ", panels.size(1), " columns");
-  const auto* table = reinterpret_cast<const Panel*>(panels.const_data_ptr<std::int32_t>());
-  std::int64_t row = 0;
-  for (std::int64_t i = 0; i < panels.size(0); ++i) {
-    const Panel& panel = table[i];
-    require(panel.first_row == row && panel.rows >= 1 && panel.rows <= kPanelRows, "panel ", i, " is wrong: first row ",
-            panel.first_row, " (expected ", row, "), rows ", panel.rows);
-    require(panel.scale_row >= 0 && panel.scale_row < scale_rows, "panel ", i, " names scale row ", panel.scale_row,
-            " of ", scale_rows);
-    row += panel.rows;
-  }
-  require(row == n, "the panels hold ", row, " rows, expected ", n);
-  return table;
-}
-
-void require_packed_shape(const Tensor& codes, std::int64_t panels, const Depth& depth) {
-  require_contiguous(codes, "codes", 3, ScalarType::Byte, "uint8");
-  require(codes.size(0) == panels && codes.size(1) == depth.padded() && codes.size(2) == kPanelRows,
-          "codes must have shape (", panels, ", ", depth.padded(), ", ", kPanelRows, "), got (", codes.size(0), ", ",
-          codes.size(1), ", ", codes.size(2), ")");
-}
-
 bool overlap(const Tensor& a, const Tensor& b) {
   const auto bytes = [](const Tensor& t) { return static_cast<std::uintptr_t>(t.numel()) * t.element_size(); };
   const auto first = reinterpret_cast<std::uintptr_t>(a.const_data_ptr());
   const auto second = reinterpret_cast<std::uintptr_t>(b.const_data_ptr());
   return first < second + bytes(b) && second < first + bytes(a);
-}
-
-void require_columns(std::int64_t k) {
-  require(k <= kMostColumns, "a weight has at most ", kMostColumns, " columns, got ", k);
 }
 
 void cpu_pack(Tensor weight, Tensor panels, Tensor codes) {
@@ -118,7 +43,7 @@ Tensor cpu_block_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, st
   require(n >= 0 && k >= 0, "n and k must not be negative, got ", n, " and ", k);
   require(x.size(1) == k, "x must have shape (m, ", k, "), got (", x.size(0), ", ", x.size(1), ")");
   require_columns(k);
-  require(block_k >= 4 && block_k % 4 == 0, "block_k must be a positive multiple of 4, got ", block_k);
+  require_block_k(block_k);
   const Depth depth = make_depth(k, block_k);
   require_contiguous(scales, "scales", 2, ScalarType::Float, "float32");
   require(scales.size(1) == depth.blocks, "scales must have ", depth.blocks, " columns, got ", scales.size(1));

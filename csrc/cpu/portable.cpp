@@ -75,6 +75,8 @@ const Kernels kPortableKernels = {
     quantize_codes,
     split_values,
     dequantize,
+    silu_product,
+    weighted_sum,
     0,
     linear,
     sizeof(Scratch) + kMaxRows * kPanelRows * sizeof(float),

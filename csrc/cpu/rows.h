@@ -1,4 +1,4 @@
-// Work on runs of numbers (quantize, split, dequantize, store), written as plain loops that the compiler
+// Work on runs of numbers (quantize, split, dequantize, silu, sums, store), written as plain loops that the compiler
 // vectorises for the instruction set of the file that includes this. Internal linkage: see numbers.h.
 #pragma once
 
@@ -185,6 +185,59 @@ inline void dequantize(const std::uint8_t* codes, std::int64_t count, float scal
   }
 }
 
+// e^x to about an ulp, by operations that round alike on every instruction set. Below -80 it is e^-80, which nobody
+// sees beside 1; a NaN stays one.
+inline float exp_for_sigmoid(float x) {
+  constexpr float kLog2E = 1.44269504f;
+  constexpr float kLn2High = 0.693359375f;  // 9 bits: its products with the whole numbers below are exact
+  constexpr float kLn2Low = -2.12194440e-4f;
+  constexpr float kAnchor = 12582912.0f;  // 1.5 * 2^23, whose last bit is 1: adding it rounds to a whole number
+  float bounded = x > 89.0f ? 89.0f : x;
+  bounded = bounded < -80.0f ? -80.0f : bounded;
+  const float anchored = bounded * kLog2E + kAnchor;
+  const float exponent = anchored - kAnchor;
+  const float rest = (bounded - exponent * kLn2High) - exponent * kLn2Low;  // within +-0.35
+  float power = rest * (1.0f / 5040.0f) + (1.0f / 720.0f);  // the Taylor series, which is off by at most 5.2e-9
+  power = power * rest + (1.0f / 120.0f);
+  power = power * rest + (1.0f / 24.0f);
+  power = power * rest + (1.0f / 6.0f);
+  power = power * rest + 0.5f;
+  power = power * rest + 1.0f;
+  power = power * rest + 1.0f;
+  // 2^128 is no fp32 number: half of the power of two first, which may be 2^127 at most.
+  const std::uint32_t half = (bits_of(anchored) - bits_of(kAnchor)) - 1u;
+  return power * float_of((half + 127u) << 23) * 2.0f;
+}
+
+// silu(gate) * up, computed in fp32 and rounded once to dtype. silu(x) = x / (1 + e^-x).
+inline void silu_product(const void* gate, const void* up, Dtype dtype, std::int64_t count, void* out) {
+  float gates[kRun];
+  float ups[kRun];
+  for (std::int64_t start = 0; start < count; start += kRun) {
+    const std::int64_t length = count - start < kRun ? count - start : kRun;
+    load_run(gate, dtype, start, length, gates);
+    load_run(up, dtype, start, length, ups);
+    for_each(length, [&](int i) { ups[i] *= gates[i] / (1.0f + exp_for_sigmoid(-gates[i])); });
+    store_run(ups, length, dtype, out, start);
+  }
+}
+
+// The sum of `count` rows, each times its weight, one after the other in fp32; rounded once to dtype.
+inline void weighted_sum(const float* const* rows, const float* weights, std::int64_t count, std::int64_t columns,
+                         Dtype dtype, void* out) {
+  float sums[kRun];
+  for (std::int64_t start = 0; start < columns; start += kRun) {
+    const std::int64_t length = columns - start < kRun ? columns - start : kRun;
+    for_each(length, [&](int i) { sums[i] = 0.0f; });
+    for (std::int64_t row = 0; row < count; ++row) {
+      const float* values = rows[row] + start;
+      const float weight = weights[row];
+      for_each(length, [&](int i) { sums[i] += weight * values[i]; });
+    }
+    store_run(sums, length, dtype, out, start);
+  }
+}
+
 // Adds up the terms of each output row and the bias, and rounds once.
 // sums: (rows, ld) fp32, the panel's 32 columns first; row_begin counts rows of the activation.
 inline void store_panel(const Problem& problem, std::int64_t panel, const float* sums, std::int64_t ld,
@@ -201,7 +254,7 @@ inline void store_panel(const Problem& problem, std::int64_t panel, const float*
     for (int term = terms - 2; term >= 0; --term) {
       for (int i = 0; i < kPanelRows; ++i) values[i] += sums[(row + term) * ld + i];
     }
-    const std::int64_t offset = (row_begin + row) / terms * output.n + target.first_row;
+    const std::int64_t offset = (row_begin + row) / terms * output.n + target.first_row - output.first_row;
     if (output.bias != nullptr) {
       for (std::int64_t i = 0; i < target.rows; ++i) values[i] += bias[i];
     }
