@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from qwen3_fp8_ascend.backends import grouped
 from qwen3_fp8_ascend.backends.gradients import refuse_gradients
 from qwen3_fp8_ascend.backends.registry import LOADED, PackedWeight, select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
@@ -25,7 +27,16 @@ DAMAGED = "the checkpoint does not fit the model or is damaged; look at it with 
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-__all__ = ["PackedWeight", "block_linear", "dequantize_weight", "pack_weight", "quantize_activation"]
+__all__ = [
+    "PackedWeight",
+    "block_experts",
+    "block_linear",
+    "dequantize_weight",
+    "grouped_linear",
+    "pack_experts",
+    "pack_weight",
+    "quantize_activation",
+]
 
 
 def quantize_activation(
@@ -149,6 +160,140 @@ def block_linear(
     return out.reshape(*x.shape[:-1], packed.n)
 
 
+def pack_experts(
+    weights: torch.Tensor | Iterable[torch.Tensor],
+    scales: torch.Tensor,
+    grid: BlockGrid | None = None,
+    backend: str | None = None,
+    *,
+    names: Sequence[str] = (),
+    activation: Activation | str = Activation.W8A8,
+    check_values: bool = True,
+) -> PackedWeight:
+    """`pack_weight` for one weight of each expert of a layer: all in one piece of memory, checked and laid out in turn.
+
+    Shapes: weights (E, n, k) float8_e4m3fn, or E of (n, k) that come one by one, so that none has to stay; scales
+        (E, *grid.scale_shape) fp32 or bf16. The gate and up projections together are a grid of two shards, the gate
+        first; without a grid, one shard in blocks of 128 x 128.
+    names, activation, check_values: as for `pack_weight`; errors say which expert's shard it is.
+    Raises:
+        BlockFp8Error: as `pack_weight`, a number of weights other than that of scales, or a backend without experts.
+    """
+    _check_dense("the experts' scales", scales)
+    if scales.dim() != 3 or not scales.shape[0]:
+        raise BlockFp8Error(
+            "the scales of experts have three dimensions, and there is at least one expert",
+            expected="(experts, scale rows, scale columns)",
+            got=tuple(scales.shape),
+        )
+    if isinstance(weights, torch.Tensor) and weights.dim() != 3:
+        raise BlockFp8Error("weights of experts have three dimensions", expected="(E, n, k)", got=tuple(weights.shape))
+    experts = iter(weights)
+    first = next(experts, None)
+    if first is None:
+        raise BlockFp8Error("there are fewer weights than scales", expected=scales.shape[0], got=0)
+    grid = _check_weight(first, scales[0], grid)
+    chosen = select_backend(backend, scales.device.type, _activation(activation), grid.block, experts=True)
+    assert chosen.pack_experts is not None
+
+    def checked() -> Iterator[torch.Tensor]:
+        count = 0
+        for count, weight in enumerate(itertools.chain((first,), experts), start=1):
+            if count > scales.shape[0]:
+                break
+            _check_weight(weight, scales[count - 1], grid)
+            if check_values:
+                shards = names or [f"shard {number}" for number in range(len(grid.widths))]
+                of_expert = [f"experts.{count - 1}.{name}" for name in shards]
+                _check_values(weight, scales[count - 1], grid, of_expert, chosen.max_scale)
+            yield _contiguous_codes(weight)
+        if count != scales.shape[0]:
+            more = "more" if count > scales.shape[0] else "fewer"
+            raise BlockFp8Error(f"there are {more} weights than scales", expected=scales.shape[0], got=count)
+
+    tensors = chosen.pack_experts(checked(), scales.float().contiguous(), grid)
+    groups = scales.shape[0]
+    return PackedWeight(
+        chosen.name, grid, tensors if groups > 1 else tuple(t[0] for t in tensors), chosen.layout(), groups
+    )
+
+
+def grouped_linear(
+    x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation | str = Activation.W8A8
+) -> torch.Tensor:
+    """`block_linear` of each expert for its own rows of x, which are sorted by expert.
+
+    Shapes: x (m, k) bf16/fp16/fp32, ends (E,) int64 on x's device: rows [ends[e - 1], ends[e]) are expert e's
+        -> (m, n) in x.dtype. Rows behind the last end are nobody's, and what is in their outputs is not specified.
+    Raises:
+        BlockFp8Error: shapes, dtypes, layouts or devices that do not fit, a backend that has no grouped linear, or a
+            gradient is wanted (`refuse_gradients`).
+        BlockFp8Error or RuntimeError, on a CPU: ends that decrease or lie behind the last row. A device would have to
+            wait for a look.
+    Semantics and source: `qwen3_fp8_ascend.reference.grouped_linear`, up to the order of fp32 additions.
+    """
+    _check_tokens(x, packed)
+    activation = _activation(activation)
+    _check_operand("ends", ends, (packed.groups,), (torch.int64,), x.device)
+    backend = LOADED[packed.backend]
+    if backend.grouped_linear is None:
+        raise BlockFp8Error(f"the backend {packed.backend!r} has no grouped linear", fix="use block_experts")
+    refuse_gradients("grouped_linear", x)
+    if not (x.shape[0] and packed.n and packed.k):
+        return x.new_zeros(x.shape[0], packed.n)
+    return backend.grouped_linear(_as_rows(x), packed, ends.contiguous(), activation)
+
+
+def block_experts(
+    x: torch.Tensor,
+    w13: PackedWeight,
+    w2: PackedWeight,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: Activation | str = Activation.W8A8,
+) -> torch.Tensor:
+    """A layer of experts behind its router: each token's weighted sum over the experts that it is sent to.
+
+    Shapes: x (m, hidden) bf16/fp16/fp32; w13 of two shards (gate, up) of `intermediate` rows; topk_weights (m, top_k)
+        floating point, topk_ids (m, top_k) int32 or int64 -> (m, hidden) in x.dtype. An id of -1 adds nothing.
+    Raises:
+        BlockFp8Error: shapes, dtypes, layouts or devices that do not fit, or a gradient is wanted (`refuse_gradients`).
+        BlockFp8Error or RuntimeError, on a CPU: an id below -1, or not below the number of experts. On a device, which
+            would have to wait for a look, such an id adds nothing.
+    Semantics and source: `qwen3_fp8_ascend.reference.block_experts`, up to the order of fp32 additions in its linears.
+    """
+    _check_tokens(x, w13)
+    activation = _activation(activation)
+    if len(w13.grid.widths) != 2 or w13.grid.widths != (w2.k, w2.k):
+        raise BlockFp8Error(
+            "the gate and up projections do not fit the down projection",
+            expected=f"two shards of {w2.k} rows",
+            got=w13.grid.widths,
+        )
+    same = {
+        "backend": (w13.backend, w2.backend),
+        "experts": (w13.groups, w2.groups),
+        "block": (w13.grid.block, w2.grid.block),
+    }
+    same["device"] = (w13.device, w2.device)
+    for what, (one, other) in same.items():
+        if one != other:
+            raise BlockFp8Error(f"w13 and w2 differ in their {what}", expected=str(one), got=str(other))
+    if w2.n != x.shape[1]:
+        raise BlockFp8Error("the down projection does not fit the activation", expected=x.shape[1], got=w2.n)
+    _check_operand("topk_ids", topk_ids, (x.shape[0], None), (torch.int32, torch.int64), x.device)
+    _check_operand("topk_weights", topk_weights, tuple(topk_ids.shape), ACTIVATION_DTYPES, x.device)
+    refuse_gradients("block_experts", x, topk_weights)
+    if not (x.shape[0] and topk_ids.shape[1] and w13.k and w2.k):
+        return torch.zeros_like(x)
+    backend = LOADED[w13.backend]
+    operands = _as_rows(x), w13, w2, topk_weights.float().contiguous(), topk_ids.contiguous(), activation
+    if backend.block_experts is not None:
+        return backend.block_experts(*operands)
+    assert backend.grouped_linear is not None
+    return grouped.block_experts(backend.grouped_linear, *operands)
+
+
 def count_nan_codes(weight: torch.Tensor) -> int:
     """Number of e4m3 NaN codes (0x7F, 0xFF) in a tensor, on bytes, since devices without FP8 cannot say isnan."""
     codes, count = weight.view(torch.uint8), 0
@@ -254,6 +399,35 @@ def _check_activation(x: torch.Tensor) -> None:
         raise BlockFp8Error("an activation has at least one dimension", got="a scalar")
     if x.dtype not in ACTIVATION_DTYPES:
         raise BlockFp8Error("unsupported activation dtype", expected=_names(ACTIVATION_DTYPES), got=x.dtype)
+
+
+def _check_tokens(x: torch.Tensor, packed: PackedWeight) -> None:
+    """What the operations on experts want of x, which are never asked for more than two dimensions."""
+    _check_activation(x)
+    if x.dim() != 2 or x.shape[1] != packed.k:
+        raise BlockFp8Error("the activation does not fit the experts", expected=f"(m, {packed.k})", got=tuple(x.shape))
+    if x.device != packed.device:
+        raise BlockFp8Error("activation and experts are on different devices", expected=packed.device, got=x.device)
+
+
+def _check_operand(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    _check_dense(name, tensor)
+    fits = tensor.dim() == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        described = ", ".join("top_k" if size is None else str(size) for size in shape)
+        raise BlockFp8Error(f"{name} has another shape", expected=f"({described})", got=tuple(tensor.shape))
+    if tensor.dtype not in dtypes:
+        raise BlockFp8Error(f"{name} has another dtype", expected=_names(dtypes), got=tensor.dtype)
+    if tensor.device != device:
+        raise BlockFp8Error(f"{name} is on another device", expected=device, got=tensor.device)
 
 
 def _check_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid | None) -> BlockGrid:

@@ -1,16 +1,19 @@
 """THE SPECIFICATION: what every backend must compute, in plain torch, readable in one sitting.
 
 Slow on purpose. A backend is right when it agrees with these functions: bit for bit in quantization and
-dequantization, and in `block_linear` up to the order of fp32 additions.
+dequantization, and in the linears up to the order of fp32 additions.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 
 import torch
+from torch.nn.functional import silu
 
-from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, Activation, BlockGrid, ceil_div
+from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, Activation, BlockGrid, BlockSize, ceil_div
 
 NAN_CODE = 0x7F
 """The one NaN code that quantization produces, whatever the sign of the NaN."""
@@ -108,3 +111,79 @@ def block_linear(
     if compute_dtype != torch.float64:
         out = out.to(x.dtype)
     return out.reshape(*x.shape[:-1], n)
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    activation: Activation = Activation.W8A8,
+    grid: BlockGrid | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """`block_linear` of each expert for its own rows of x, which are sorted by expert.
+
+    Shapes: x (m, k), weights (E, n, k) float8_e4m3fn, scales (E, *grid.scale_shape), ends (E,) int64
+        -> (m, n) in x.dtype.
+    Semantics: rows [ends[e - 1], ends[e]) of x are expert e's, the first expert's from 0 on. Rows behind the last end
+        are nobody's, and what is in their outputs is not specified (here: zeros).
+    Source: the grouped matrix product of inference engines: ``npu_grouped_matmul`` with a cumulative group list.
+    """
+    out = torch.zeros(x.shape[0], weights.shape[1], device=x.device, dtype=x.dtype)
+    out = out.double() if compute_dtype == torch.float64 else out
+    for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+        out[start:end] = block_linear(
+            x[start:end],
+            weights[expert],
+            scales[expert],
+            activation=activation,
+            grid=grid,
+            compute_dtype=compute_dtype,
+        )
+    return out
+
+
+def block_experts(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: Activation = Activation.W8A8,
+    block: BlockSize = DEFAULT_BLOCK,
+    compute_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """A layer of experts behind its router: each token's weighted sum over the experts that it is sent to.
+
+    Shapes: x (m, hidden), w13 (E, 2 * intermediate, hidden) with the gate's rows first, w2 (E, hidden, intermediate),
+        both float8_e4m3fn; gate, up and down have block grids of their own, so w13_scale is
+        (E, 2 * ceil(intermediate / block.n), ceil(hidden / block.k)); topk_weights (m, top_k) fp32, topk_ids (m, top_k)
+        -> (m, hidden) in x.dtype.
+    Semantics: two linears of this file with silu between. h = x.dtype(block_linear(x, w13));
+        a = x.dtype(silu(gate) * up), computed in fp32; y = block_linear(a, w2) in fp32, not rounded;
+        out = x.dtype(the sum of weight * y in fp32, in the order of the slots). An id of -1 adds nothing, an expert that is named twice adds twice. Weights are used as
+        they are: normalising and scaling them is the router's. `compute_dtype=torch.float64` gives the oracle, which
+        rounds h and a as well and returns float64.
+    Source: vLLM's Triton experts (``fused_experts_impl`` with block FP8), which round y * weight once more, to bf16.
+    """
+    experts, hidden, half = w2.shape
+    gate_up, down = BlockGrid((half, half), hidden, block), BlockGrid((hidden,), half, block)
+    y = torch.zeros(*topk_ids.shape, hidden, device=x.device, dtype=compute_dtype)
+    linear = functools.partial(block_linear, activation=activation, compute_dtype=compute_dtype)
+    for expert in range(experts):
+        token, slot = (topk_ids == expert).nonzero(as_tuple=True)
+        h = linear(x[token], w13[expert], w13_scale[expert], grid=gate_up).to(x.dtype)
+        gate, up = h.to(compute_dtype).split(half, dim=1)
+        a = (silu(gate) * up).to(x.dtype)
+        # As fp32, a has the same codes, and what comes out is not rounded.
+        y[token, slot] = linear(a.float(), w2[expert], w2_scale[expert], grid=down)
+    out = torch.zeros(x.shape[0], hidden, device=x.device, dtype=compute_dtype)
+    for slot_weights, slot_ids, slot_y in zip(topk_weights.T, topk_ids.T, y.unbind(1), strict=True):
+        chosen = slot_ids >= 0
+        out[chosen] += slot_weights[chosen, None].to(compute_dtype) * slot_y[chosen]
+    return out if compute_dtype == torch.float64 else out.to(x.dtype)

@@ -45,7 +45,8 @@ std::int64_t cpu_read(torch::stable::Tensor bytes, std::int64_t ahead) {
   const std::int64_t chunks = bytes.numel() / kChunk;
   std::atomic<std::uint64_t> all{0};
   parallel(chunks, 64, [&](std::int64_t begin, std::int64_t end) {
-    all.fetch_xor(xor_words(data + begin * kChunk, (end - begin) * kChunk, ahead), std::memory_order_relaxed);
+    const std::uint64_t sum = xor_words(data + begin * kChunk, (end - begin) * kChunk, ahead);
+    all.fetch_xor(sum, std::memory_order_relaxed);
   });
   return static_cast<std::int64_t>(all.load());
 }

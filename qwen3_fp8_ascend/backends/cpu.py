@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import mmap
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -152,6 +154,39 @@ def _register_fakes() -> None:
         torch._check(bias is None or bias.shape == (n,), lambda: f"bias must have {n} elements")
         return x.new_empty((x.shape[0], n))
 
+    def grouped_linear(
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        panels: torch.Tensor,
+        ends: torch.Tensor,
+        n: int,
+        k: int,
+        block_k: int,
+        quantize_activation: bool,
+    ) -> torch.Tensor:
+        same_device(x, codes, scales, panels, ends)
+        torch._check(x.dim() == 2 and x.shape[1] == k, lambda: f"x must have shape (m, {k}), got {tuple(x.shape)}")
+        return x.new_empty((x.shape[0], n))
+
+    def block_experts(
+        x: torch.Tensor,
+        w13_codes: torch.Tensor,
+        w13_scales: torch.Tensor,
+        w13_panels: torch.Tensor,
+        w2_codes: torch.Tensor,
+        w2_scales: torch.Tensor,
+        w2_panels: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        intermediate: int,
+        block_k: int,
+        quantize_activation: bool,
+    ) -> torch.Tensor:
+        same_device(x, w13_codes, w13_scales, w13_panels, w2_codes, w2_scales, w2_panels, topk_weights, topk_ids)
+        torch._check(x.dim() == 2, lambda: f"x must have 2 dimensions, got {x.dim()}")
+        return x.new_empty(x.shape)
+
     def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         torch._check(x.dim() == 2, lambda: f"x must have 2 dimensions, got {x.dim()}")
         torch._check(block_k >= 1, lambda: f"block_k must be positive, got {block_k}")
@@ -168,13 +203,13 @@ def _register_fakes() -> None:
     def pack(weight: torch.Tensor, panels: torch.Tensor, codes: torch.Tensor) -> None:
         same_device(weight, panels, codes)
 
-    for function in (block_linear, quantize_activation, dequantize_weight, pack):
+    for function in (block_linear, grouped_linear, block_experts, quantize_activation, dequantize_weight, pack):
         torch.library.register_fake(f"qwen3_fp8_ascend::cpu_{function.__name__}", function)
 
 
-def _empty_codes(shape: tuple[int, int, int]) -> torch.Tensor:
+def _empty_codes(shape: tuple[int, ...]) -> torch.Tensor:
     """Uninitialised bytes on 2 MiB pages where the system has them: without, reading weights is half as fast."""
-    size = shape[0] * shape[1] * shape[2]
+    size = math.prod(shape)
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=torch.uint8)
     # Only whole, aligned 2 MiB ranges become huge pages, so the codes start at one; what lies before is never touched.
@@ -206,6 +241,35 @@ def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ac
     grid = packed.grid
     w8a8 = activation is Activation.W8A8
     return _OPS.cpu_block_linear(x, codes, scales, panels, bias, grid.n, grid.k, grid.block.k, w8a8)
+
+
+def _pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
+    """All experts in one piece of memory, filled one by one."""
+    panels = _panel_table(grid).repeat(scales.shape[0], 1, 1)
+    codes = _empty_codes((*panels.shape[:2], ceil_div(grid.k, 4) * 4, PANEL_ROWS))
+    for expert, weight in enumerate(weights):
+        _OPS.cpu_pack(weight, panels[expert], codes[expert])
+    return codes, scales.clone(), panels
+
+
+def _grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+    grid = packed.grid
+    w8a8 = activation is Activation.W8A8
+    return _OPS.cpu_grouped_linear(x, *packed.grouped_tensors, ends, grid.n, grid.k, grid.block.k, w8a8)
+
+
+def _block_experts(
+    x: torch.Tensor,
+    w13: PackedWeight,
+    w2: PackedWeight,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: Activation,
+) -> torch.Tensor:
+    w8a8 = activation is Activation.W8A8
+    return _OPS.cpu_block_experts(
+        x, *w13.grouped_tensors, *w2.grouped_tensors, topk_weights, topk_ids, w2.k, w2.grid.block.k, w8a8
+    )
 
 
 def _quantize(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,6 +306,9 @@ BACKEND = Backend(
     linear=_linear,
     quantize_activation=_quantize,
     dequantize_weight=_dequantize,
+    pack_experts=_pack_experts,
+    grouped_linear=_grouped_linear,
+    block_experts=_block_experts,
     unsupported=_unsupported,
     detail=isa,
     plan=_plan,

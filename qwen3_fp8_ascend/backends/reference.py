@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
+from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid
 
 
@@ -18,6 +21,52 @@ def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, ac
     return reference.block_linear(x, weight, scale, bias, activation=activation, grid=packed.grid)
 
 
+def _pack_experts(
+    weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.stack([weight.view(torch.uint8) for weight in weights]).view(torch.float8_e4m3fn), scales.clone()
+
+
+def _grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+    weights, scales = packed.grouped_tensors
+    if x.device.type == "cpu" and bool((torch.diff(ends, prepend=ends.new_zeros(1)) < 0).any() or ends[-1] > len(x)):
+        raise BlockFp8Error(
+            "the ends of the experts' rows decrease, or lie behind the last row",
+            expected=f"numbers from 0 to {len(x)} in order",
+            got=ends.tolist(),
+        )
+    return reference.grouped_linear(x, weights, scales, ends, activation=activation, grid=packed.grid)
+
+
+def _block_experts(
+    x: torch.Tensor,
+    w13: PackedWeight,
+    w2: PackedWeight,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: Activation,
+) -> torch.Tensor:
+    outside = (topk_ids < -1) | (topk_ids >= w13.groups)
+    if x.device.type == "cpu" and bool(outside.any()):
+        raise BlockFp8Error(
+            "a token is sent to an expert that there is not",
+            expected=f"ids from 0 to {w13.groups - 1}, or -1 for none",
+            got=int(topk_ids[outside][0]),
+        )
+    (w13_codes, w13_scale), (w2_codes, w2_scale) = w13.grouped_tensors, w2.grouped_tensors
+    return reference.block_experts(
+        x,
+        w13_codes,
+        w13_scale,
+        w2_codes,
+        w2_scale,
+        topk_weights,
+        topk_ids,
+        activation=activation,
+        block=w13.grid.block,
+    )
+
+
 BACKEND = Backend(
     name="reference",
     summary="the specification in plain torch; slow",
@@ -28,5 +77,8 @@ BACKEND = Backend(
     linear=_linear,
     quantize_activation=reference.quantize_activation,
     dequantize_weight=reference.dequantize_weight,
+    pack_experts=_pack_experts,
+    grouped_linear=_grouped_linear,
+    block_experts=_block_experts,
     by_name_only=lambda: "only when asked for by name: it is the slow specification",
 )

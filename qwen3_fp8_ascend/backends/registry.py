@@ -12,7 +12,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,12 +34,15 @@ class PackedWeight:
     grid: the checkpoint's view: shards, k and block size.
     tensors: the backend's alone.
     layout: which of its layouts they are in, where it has several.
+    groups: the weights of one grid that it holds, as of a layer of experts: the leading dimension of every tensor when
+        there are several.
     """
 
     backend: str
     grid: BlockGrid
     tensors: tuple[torch.Tensor, ...]
     layout: str = ""
+    groups: int = 1
 
     @property
     def n(self) -> int:
@@ -52,6 +55,11 @@ class PackedWeight:
     @property
     def device(self) -> torch.device:
         return self.tensors[0].device
+
+    @property
+    def grouped_tensors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors with their leading dimension, whatever the number of groups."""
+        return self.tensors if self.groups > 1 else tuple(t[None] for t in self.tensors)
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +75,10 @@ class Backend:
     `qwen3_fp8_ascend.ops`, which validates before it calls them: codes (n, k) float8_e4m3fn without NaN, scale
     `grid.scale_shape` fp32 contiguous, x (m, k) two-dimensional and contiguous in its last dimension. None of them is
     called with an empty x or weight: `ops` answers that itself.
+
+    `pack_experts`, `grouped_linear` and `block_experts` are `ops`' too. A backend may have none of the three, or
+    `pack_experts` with either of the others: `grouped.block_experts` makes a layer of a grouped linear.
+    `pack_experts` gets the experts' weights one by one, and gives tensors with a leading dimension of experts.
 
     unusable: the reason why this backend cannot run on this machine, or None.
     unsupported: the reason why it cannot serve this block size, or None.
@@ -86,6 +98,12 @@ class Backend:
     linear: Callable[[torch.Tensor, PackedWeight, torch.Tensor | None, Activation], torch.Tensor]
     quantize_activation: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
     dequantize_weight: Callable[[torch.Tensor, torch.Tensor, BlockGrid, torch.dtype], torch.Tensor]
+    pack_experts: Callable[[Iterable[torch.Tensor], torch.Tensor, BlockGrid], tuple[torch.Tensor, ...]] | None = None
+    grouped_linear: Callable[[torch.Tensor, PackedWeight, torch.Tensor, Activation], torch.Tensor] | None = None
+    block_experts: (
+        Callable[[torch.Tensor, PackedWeight, PackedWeight, torch.Tensor, torch.Tensor, Activation], torch.Tensor]
+        | None
+    ) = None
     unsupported: Callable[[BlockSize], str | None] = lambda block: None
     detail: Callable[[], str] | None = None
     by_name_only: Callable[[], str | None] = lambda: None
@@ -158,11 +176,15 @@ def _described(backend: Backend) -> str:
     return f"{backend.name} ({backend.detail()})" if backend.detail else backend.name
 
 
-def _objection(backend: Backend, device_type: str, computes: Activation | None, block: BlockSize) -> str | None:
+def _objection(
+    backend: Backend, device_type: str, computes: Activation | None, block: BlockSize, experts: bool
+) -> str | None:
     if device_type not in backend.device_types:
         return f"runs on {'/'.join(sorted(backend.device_types))}, not on {device_type}"
     if computes is not None and computes not in backend.computes:
         return f"computes {'/'.join(sorted(backend.computes))}, not {computes}"
+    if experts and backend.pack_experts is None:
+        return "has no kernels for experts"
     return backend.unusable() or backend.unsupported(block)
 
 
@@ -173,9 +195,15 @@ def _by_reason(rejected: dict[str, list[str]]) -> str:
 
 @functools.cache
 def select_backend(
-    name: str | None, device_type: str, computes: Activation | None = None, block: BlockSize = DEFAULT_BLOCK
+    name: str | None,
+    device_type: str,
+    computes: Activation | None = None,
+    block: BlockSize = DEFAULT_BLOCK,
+    experts: bool = False,
 ) -> Backend:
     """The backend to use: `name`, else $QWEN3_FP8_ASCEND_BACKEND, else the first that fits.
+
+    experts: whether it has to serve layers of experts.
 
     An explicit choice that cannot run raises with the reason. The automatic choice is logged once, with what
     was rejected and why; it never ends at a backend that is far too slow to be anybody's accident.
@@ -183,24 +211,26 @@ def select_backend(
     Raises:
         BlockFp8Error: unknown name, the named backend cannot run here, or none can.
     """
+    what = "block-FP8 experts" if experts else "block FP8"
     explicit = name or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if explicit is not None and explicit != "auto":
         backend = load_backend(explicit)
-        if reason := _objection(backend, device_type, computes, block):
+        if reason := _objection(backend, device_type, computes, block, experts):
             raise BlockFp8Error(
-                f"the backend {explicit!r} cannot be used here",
+                f"the backend {explicit!r} cannot be used here{' for experts' if experts else ''}",
                 got=reason,
                 fix="choose another one; `qwen3-fp8-ascend doctor` lists them with reasons",
             )
-        logger.info("block FP8 on %s: backend %s, asked for by name", device_type, _described(backend))
+        logger.info("%s on %s: backend %s, asked for by name", what, device_type, _described(backend))
         return backend
     rejected: dict[str, list[str]] = {}
     for candidate in _MODULES:
         backend = load_backend(candidate)
-        reason = _objection(backend, device_type, computes, block) or backend.by_name_only()
+        reason = _objection(backend, device_type, computes, block, experts) or backend.by_name_only()
         if reason is None:
             logger.info(
-                "block FP8 on %s: backend %s; rejected: %s",
+                "%s on %s: backend %s; rejected: %s",
+                what,
                 device_type,
                 _described(backend),
                 _by_reason(rejected) or "none",
@@ -208,7 +238,7 @@ def select_backend(
             return backend
         rejected.setdefault(reason, []).append(candidate)
     raise BlockFp8Error(
-        f"no backend can run block FP8 on {device_type}",
+        f"no backend can run {what} on {device_type}",
         got=_by_reason(rejected),
         fix="see `qwen3-fp8-ascend doctor`; slow backends that run anyway must be asked for by name",
     )
