@@ -166,9 +166,9 @@ def block_experts(
         -> (m, hidden) in x.dtype.
     Semantics: two linears of this file with silu between. h = x.dtype(block_linear(x, w13));
         a = x.dtype(silu(gate) * up), computed in fp32; y = block_linear(a, w2) in fp32, not rounded;
-        out = x.dtype(the sum of weight * y in fp32, in the order of the slots). An id of -1 adds nothing, an expert that is named twice adds twice. Weights are used as
-        they are: normalising and scaling them is the router's. `compute_dtype=torch.float64` gives the oracle, which
-        rounds h and a as well and returns float64.
+        out = x.dtype(the sum of weight * y in fp32, in the order of the slots). An id of -1 adds nothing, an expert
+        that is named twice adds twice. Weights are used as they are: normalising and scaling them is the router's.
+        `compute_dtype=torch.float64` gives the oracle, which rounds h and a as well and returns float64.
     Source: vLLM's Triton experts (``fused_experts_impl`` with block FP8), which round y * weight once more, to bf16.
     """
     experts, hidden, half = w2.shape
