@@ -70,24 +70,20 @@ def _torch_bf16(weights: Weights) -> Prepared:
     return lambda x: lambda i: torch.nn.functional.linear(x, copies[i % len(copies)])
 
 
-def _vllm_operator(name: str) -> Callable[[], str | None]:
-    """Why one of vLLM's CPU operators is not there, or None.
+def vllm_operator_missing(name: str) -> str | None:
+    """Why one of vLLM's CPU operators is not there, or None; if there, it is loaded.
 
     vLLM has one library for each instruction set and chooses by itself; they do not hold the same operators, and
     importing one that the processor cannot run ends the process.
     """
-
-    def missing() -> str | None:
-        try:
-            from vllm.platforms import current_platform
-        except ImportError as error:
-            return f"vLLM cannot be loaded: {error}"
-        current_platform.import_kernels()
-        if hasattr(torch.ops._C, name):
-            return None
-        return f"vLLM's library for this processor has no {name}"
-
-    return missing
+    try:
+        from vllm.platforms import current_platform
+    except ImportError as error:
+        return f"vLLM cannot be loaded: {error}"
+    current_platform.import_kernels()
+    if hasattr(torch.ops._C, name):
+        return None
+    return f"vLLM's library for this processor has no {name}"
 
 
 def _vllm_bf16(weights: Weights) -> Prepared:
@@ -140,8 +136,8 @@ PEERS = (
     Peer("w8a16", 1, "w8a16", _ours(Activation.W8A16)),
     Peer("read", 1, "reads the same bytes", _read),
     Peer("torch bf16", 2, "bf16", _torch_bf16),
-    Peer("vllm bf16", 2, "bf16", _vllm_bf16, _vllm_operator("weight_packed_linear")),
-    Peer("vllm fp8", 1, "w8a16", _vllm_fp8, _vllm_operator("fp8_scaled_mm_cpu")),
+    Peer("vllm bf16", 2, "bf16", _vllm_bf16, lambda: vllm_operator_missing("weight_packed_linear")),
+    Peer("vllm fp8", 1, "w8a16", _vllm_fp8, lambda: vllm_operator_missing("fp8_scaled_mm_cpu")),
     Peer("fbgemm int8", 1, "int8 per channel", _fbgemm_int8, _fbgemm_missing),
 )
 """Ours first, then the limit, then the others."""

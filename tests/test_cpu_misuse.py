@@ -19,6 +19,7 @@ from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import cpu
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation
+from qwen3_fp8_ascend.testing.experts import random_experts
 from qwen3_fp8_ascend.testing.judges import random_problem
 from tests.support.cpu_levels import needs_cpu_backend, same_bits
 
@@ -26,6 +27,7 @@ pytestmark = needs_cpu_backend
 
 OPERATORS = torch.ops.qwen3_fp8_ascend
 N, K, BLOCK = 70, 292, 128
+INTERMEDIATE = 140
 HUGE = 2**63 - 4
 
 Arguments = dict[str, Any]
@@ -36,6 +38,8 @@ def good_arguments(name: str) -> Arguments:
     problem = random_problem(3, (N,), K, bias=True)
     codes, scales, panels = ops.pack_weight(problem.weight, problem.scale, backend="cpu").tensors
     weight = problem.weight.view(torch.uint8)
+    experts = random_experts(3, 3, 2, K, INTERMEDIATE)
+    w13, w2 = (packed.tensors for packed in experts.pack("cpu"))
     return {
         "cpu_pack": lambda: {"weight": weight, "panels": panels, "codes": torch.zeros_like(codes)},
         "cpu_block_linear": lambda: {
@@ -48,10 +52,22 @@ def good_arguments(name: str) -> Arguments:
             **{"block_k": BLOCK, "dtype": torch.float32},
         },
         "cpu_read": lambda: {"bytes": weight},
+        "cpu_grouped_linear": lambda: {
+            **{"x": experts.x, "codes": w13[0], "scales": w13[1], "panels": w13[2], "ends": torch.tensor([1, 1, 3])},
+            **{"n": 2 * INTERMEDIATE, "k": K, "block_k": BLOCK, "quantize_activation": True},
+        },
+        "cpu_block_experts": lambda: {
+            **{"x": experts.x, "w13_codes": w13[0], "w13_scales": w13[1], "w13_panels": w13[2], "w2_codes": w2[0]},
+            **{"w2_scales": w2[1], "w2_panels": w2[2], "topk_weights": experts.topk_weights},
+            **{"topk_ids": torch.tensor([[0, -1], [2, 2], [1, 0]])},
+            **{"intermediate": INTERMEDIATE, "block_k": BLOCK, "quantize_activation": True},
+        },
     }[name]()
 
 
-NAMES = ("cpu_pack", "cpu_block_linear", "cpu_quantize_activation", "cpu_dequantize_weight", "cpu_read")
+LINEARS = ("cpu_pack", "cpu_block_linear", "cpu_quantize_activation", "cpu_dequantize_weight")
+EXPERTS = ("cpu_grouped_linear", "cpu_block_experts")
+NAMES = (*LINEARS, *EXPERTS, "cpu_read")
 TENSORS = {name: [key for key, value in good_arguments(name).items() if torch.is_tensor(value)] for name in NAMES}
 
 
@@ -189,6 +205,8 @@ def test_every_change_of_every_tensor(name: str, key: str) -> None:
         never_right = {"float64", "int64", "complex", "sparse", "shrunk", "emptied"}
     elif len(TENSORS[name]) > 1:
         never_right.add("meta")
+    if key in ("ends", "topk_ids"):  # which are int64
+        never_right.remove("int64")
     assert never_right <= set(refused)
 
 
@@ -220,7 +238,7 @@ def test_several_changes_at_once(name: str, data: st.DataObject) -> None:
     check(name, arguments)
 
 
-@pytest.mark.parametrize("name", ["cpu_block_linear", "cpu_quantize_activation", "cpu_dequantize_weight"])
+@pytest.mark.parametrize("name", [*LINEARS[1:], *EXPERTS])
 @pytest.mark.parametrize("number", [n for n in NUMBERS if n < 1 or n > 2**30])
 def test_sizes_that_overflow(name: str, number: int) -> None:
     """A block wider than the weight is one block, whatever its width; no other size may be wrong."""
@@ -228,9 +246,10 @@ def test_sizes_that_overflow(name: str, number: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int):
             continue
         arguments = good_arguments(name) | {key: number}
-        one_block = key == "block_k" and number > K and (name != "cpu_block_linear" or number % 4 == 0)
-        if one_block and "scales" in arguments:
-            arguments["scales"] = arguments["scales"][:, :1].contiguous()
+        any_size = name in ("cpu_quantize_activation", "cpu_dequantize_weight")
+        one_block = key == "block_k" and number > K and (any_size or number % 4 == 0)
+        for scales in (other for other in arguments if one_block and other.endswith("scales")):
+            arguments[scales] = arguments[scales][..., :1].contiguous()
         assert check(name, arguments) == one_block, key
         if one_block:
             got = call(name, arguments)
@@ -254,6 +273,58 @@ def test_panel_tables_that_lie(column: int, value: int) -> None:
                 call("cpu_block_linear", arguments | {"panels": panels})
 
 
+@pytest.mark.parametrize("which", ["w13_panels", "w2_panels"])
+@pytest.mark.parametrize("column", range(4))
+@pytest.mark.parametrize("value", [-1, 1, 31, 33, 64, 2**31 - 1, -(2**31)])
+def test_panel_tables_of_experts_that_lie(which: str, column: int, value: int) -> None:
+    """Those of every expert that a token is sent to; what an expert that is not used says is never looked at."""
+    for expert in range(3):
+        arguments = good_arguments("cpu_block_experts")
+        panels = arguments[which].clone()
+        panels[expert, 1, column] = value
+        right = column == 3 or torch.equal(panels, arguments[which])
+        if right:
+            assert check("cpu_block_experts", arguments | {which: panels})
+            continue
+        with pytest.raises(RuntimeError, match=r"panel|cut"):
+            call("cpu_block_experts", arguments | {which: panels})
+        if expert > 0:
+            arguments["topk_ids"][arguments["topk_ids"] == expert] = -1
+            assert check("cpu_block_experts", arguments | {which: panels})
+
+
+def test_gate_and_up_must_be_cut_alike() -> None:
+    """A table that covers all rows, but has a panel across the border of gate and up."""
+    arguments = good_arguments("cpu_block_experts")
+    panels = arguments["w13_panels"].clone()
+    half = panels.shape[1] // 2
+    panels[:, half - 1, 1] -= 4
+    panels[:, half, 0] -= 4
+    panels[:, half, 1] = 32
+    panels[:, half + 1 :, 0] -= 4
+    panels[:, -1, 1] += 4
+    with pytest.raises(RuntimeError, match=r"panel|cut"):
+        call("cpu_block_experts", arguments | {"w13_panels": panels})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("id_", [3, -2, 2**31 - 1, -(2**31), 2**62, -(2**63)])
+def test_experts_that_there_are_not(id_: int, dtype: torch.dtype) -> None:
+    if dtype == torch.int32 and not -(2**31) <= id_ < 2**31:
+        return
+    arguments = good_arguments("cpu_block_experts")
+    ids = arguments["topk_ids"].to(dtype)
+    ids[1, 1] = id_
+    with pytest.raises(RuntimeError, match=f"topk_ids.*one is {id_}"):
+        call("cpu_block_experts", arguments | {"topk_ids": ids})
+
+
+@pytest.mark.parametrize("ends", [(0, 2, 1), (0, 0, 4), (-1, 2, 3), (2**62, 2**62, 2**62), (3, 3, -(2**63))])
+def test_ends_that_lead_nowhere(ends: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match="ends must not decrease or exceed"):
+        call("cpu_grouped_linear", good_arguments("cpu_grouped_linear") | {"ends": torch.tensor(ends)})
+
+
 def test_packing_in_place_is_refused() -> None:
     """The table is read while codes are written: shared memory would let codes become addresses."""
     arguments = good_arguments("cpu_pack")
@@ -266,7 +337,7 @@ def test_packing_in_place_is_refused() -> None:
             call("cpu_pack", arguments | shared)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES[:4] if len(TENSORS[name]) > 1])
+@pytest.mark.parametrize("name", [name for name in (*LINEARS, *EXPERTS) if len(TENSORS[name]) > 1])
 @pytest.mark.parametrize("real", ["first", "others"])
 def test_tensors_on_different_devices_are_refused(name: str, real: str) -> None:
     """One tensor on the meta device sends a call to the function that knows shapes only."""

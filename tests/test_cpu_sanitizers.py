@@ -19,14 +19,16 @@ from tests.support.sanitizers import ADDRESS, THREAD, Edit, Outcome, Variant
 REASON = sanitizers.missing()
 pytestmark = [needs_cpu_backend, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
-PROPERTIES = ("tests/test_cpu_backend.py", "tests/test_ops.py", "tests/test_cpu_determinism.py")
+EXPERTS = "tests/test_cpu_experts.py"
+PROPERTIES = ("tests/test_cpu_backend.py", "tests/test_ops.py", "tests/test_cpu_determinism.py", EXPERTS)
 MISUSE = "tests/test_cpu_misuse.py"
 THREADS = "tests/test_cpu_threads.py"
 
 OURS = "(cpu or three_dimensions)"
 NOT_OF_THE_KERNELS = "not document and not compiles_whole and not environment_variable and not only_torch"
 # Everything that needs no more than a second: what a sanitizer looks for shows at any size.
-SHORT = "not depend_neither and not hundred_thousand and not merged_ragged and not several_python"
+SHORT = "not depend_neither and not hundred_thousand and not merged_ragged and not several_python and not 30b_a3b"
+SHORT += " and not exponential"
 # The emulated AMX is the only level here whose bits change with the path.
 SHORT += " and (amx or not stated_limit)"
 # ThreadSanitizer cannot follow threads that are started after a fork.
@@ -112,6 +114,7 @@ def test_long_under_thread_sanitizer(variant: Variant, tmp_path: Path) -> None:
 
 
 LINEAR = "tests/test_ops.py::test_linear[{}-cpu]"
+EXPERTS_THREADS = f"{EXPERTS}::test_bits_do_not_depend_on_the_number_of_threads[avx2-w8a8-torch.bfloat16]"
 TWO_THREADS = f"{THREADS}::test_several_python_threads_share_a_weight[avx2]"
 
 DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
@@ -178,6 +181,36 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
         ),
         f"{MISUSE}::test_good_arguments_are_accepted[cpu_read]",
         "ThreadSanitizer: data race",
+    ),
+    "rows of experts beyond their share": (
+        ADDRESS,
+        Edit("experts.cpp", "capacity_of(share.rows * terms)", "capacity_of(share.rows * terms) - 1"),
+        f"{EXPERTS}::test_layer_of_any_shape[avx2-w8a8]",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "panels of experts that nobody looked at": (
+        ADDRESS,
+        Edit("expert_operators.cpp", '    require_same_panels(w2, expert, "w2_");\n', ""),
+        f"{MISUSE}::test_panel_tables_of_experts_that_lie[{2**31 - 1}-0-w2_panels]",
+        "AddressSanitizer",
+    ),
+    "memory of a task shared by the threads of a layer": (
+        THREAD,
+        Edit("experts.cpp", "thread_local Scratch task_memory;", "Scratch task_memory;"),
+        EXPERTS_THREADS,
+        "ThreadSanitizer: data race",
+    ),
+    "a task taken by two threads": (
+        THREAD,
+        Edit("experts.cpp", "next.fetch_add(1, std::memory_order_relaxed)", "reinterpret_cast<std::int64_t&>(next)++"),
+        EXPERTS_THREADS,
+        "ThreadSanitizer: data race",
+    ),
+    "a path chosen for each expert": (
+        ADDRESS,
+        Edit("experts.cpp", "    if (!kernels.paths_agree) return batch_path;\n", ""),
+        f"{EXPERTS}::test_bits_change_at_the_stated_limit_and_nowhere_else[amx-w8a8]",
+        "AssertionError",
     ),
     "a path chosen for each pass of a batch": (
         ADDRESS,
