@@ -112,7 +112,7 @@ def bench(
         insert_table(DOCUMENT, f"experts {cpu.isa()}", markdown(frame, path))
 
 
-def lay_out(problem: ExpertsProblem) -> tuple[list[Packed], list[tuple[torch.Tensor, ...]], torch.Tensor]:
+def lay_out(problem: ExpertsProblem) -> tuple[list[Packed], list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
     """Copies of the layer in FP8 and bf16, each set larger than the caches, and as many bytes to read."""
     layer_bytes = problem.w13.numel() + problem.w2.numel()
     least = 2 * cache_bytes()
@@ -179,7 +179,7 @@ def route(x: torch.Tensor, shape: ExpertsShape) -> Tokens:
 
 def implementations(
     packed: list[Packed],
-    bf16: list[tuple[torch.Tensor, ...]],
+    bf16: list[tuple[torch.Tensor, torch.Tensor]],
     memory: torch.Tensor,
     ahead: int,
     tokens: Tokens,
