@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from qwen3_fp8_ascend.format import Activation, BlockSize
 from qwen3_fp8_ascend.testing.expert_strategies import expert_problems
 from qwen3_fp8_ascend.testing.experts import ExpertsProblem, Interval, assert_layer_exact, oracle, random_experts
 from tests.support.cpu_levels import ACTIVATIONS, DTYPES, ISAS, instruction_set, needs_cpu_backend, same_bits, threads
+from tests.test_cpu_determinism import OTHERS, terms
 
 pytestmark = needs_cpu_backend
 
@@ -188,18 +188,8 @@ def same_path(isa: str, experts: int, activation: Activation, dtype: torch.dtype
     """Numbers of rows (tokens times slots) that take one path, and the other: any where the bits are the same."""
     if cpu.paths_agree(isa):
         return list(range(1, 40)), list(range(1, 40))
-    terms = 1 if activation is Activation.W8A8 else {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
-    limit = cpu.register_rows(isa) // terms * experts
+    limit = cpu.register_rows(isa) // terms(dtype, activation) * experts
     return list(range(1, limit + 1)), list(range(limit + 1, limit + 40))
-
-
-OTHERS: dict[str, Callable[[tuple[int, int]], torch.Tensor]] = {
-    "noise": torch.randn,
-    "NaN": lambda shape: torch.full(shape, float("nan")),
-    "infinite": lambda shape: torch.full(shape, -float("inf")),
-    "huge": lambda shape: torch.full(shape, 3e38),
-    "zero": torch.zeros,
-}
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -219,7 +209,7 @@ def test_a_token_does_not_depend_on_its_batch(isa: str, activation: Activation, 
     with instruction_set(isa), threads(data.draw(st.sampled_from([1, 2]))):
         for _ in range(2):
             m = data.draw(st.sampled_from(possible))
-            x = OTHERS[data.draw(st.sampled_from(sorted(OTHERS)))]((m, hidden)).to(dtype)
+            x = OTHERS[data.draw(st.sampled_from(sorted(OTHERS)))]((m, hidden), generator).to(dtype)
             ids = torch.randint(0, data.draw(st.integers(1, experts)), (m, 1), generator=generator)
             weights = torch.rand(m, 1, generator=generator)
             at = data.draw(st.integers(0, m - 1))
