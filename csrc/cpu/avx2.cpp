@@ -12,10 +12,7 @@ namespace {
 constexpr float kDecodeFactor = 256.0f;  // undoes the 2^-8 of the decoded numbers
 constexpr int kGroups = kPanelRows / 4;  // registers of one panel: four rows each
 constexpr std::int64_t kMaxRows = 256;
-constexpr int kRegisterRows = 4;
-
-// Groups of a panel that two or more rows of x are multiplied with at a time: what sums leave room for.
-constexpr int groups_beside(int rows) { return rows == 2 ? 4 : 2; }
+constexpr std::int64_t kMaxRegisterRows = 1;
 
 // Four rows at (k, k + 1) and at (k + 2, k + 3).
 struct Lane {
@@ -56,6 +53,7 @@ TwoLanes decode(const std::uint8_t* codes) {
 inline void prefetch(const std::uint8_t* codes) {
   constexpr int kAhead = 4096;
   _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead), _MM_HINT_T0);
+  _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead + 64), _MM_HINT_T0);
 }
 
 // Four consecutive activations, repeated to match Lane.
@@ -92,17 +90,15 @@ inline void widen_chunk(const Activation& x, std::int64_t chunk, std::int64_t le
   }
 }
 
-// One row: decoded in registers. By itself, since g++ 12 finds registers for all sums only where nothing around the
-// loop wants any.
+// One row: decoded in registers.
 template <bool HasNan>
-[[gnu::noinline]] void multiply_row(const std::uint8_t* codes, const float* x, std::int64_t quads, float x_scale, float w_scale,
+void multiply_row(const std::uint8_t* codes, const float* x, std::int64_t quads, float x_scale, float w_scale,
                   float* sums) {
   __m256 partial[kGroups];
 #pragma GCC unroll 8
   for (int g = 0; g < kGroups; ++g) partial[g] = _mm256_setzero_ps();
   for (std::int64_t quad = 0; quad < quads; ++quad) {
     prefetch(codes + quad * kQuadBytes);
-    prefetch(codes + quad * kQuadBytes + kQuadBytes / 2);
     const Lane value = repeat(x + quad * 4);
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; g += 2) {
@@ -117,59 +113,10 @@ template <bool HasNan>
   for (int g = 0; g < kGroups; ++g) scale_and_add(partial[g], x_scale, w_scale, sums + g * 4);
 }
 
-// `Rows` rows times `Groups` of the eight groups from `group` on: decoded in registers.
-template <bool HasNan, int Rows, int Groups>
-void multiply_groups(const std::uint8_t* codes, int group, const float (*x)[kChunk], std::int64_t quads,
-                     const float* x_scale, float w_scale, float (*sums)[kPanelRows]) {
-  __m256 partial[Rows][Groups];
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int g = 0; g < Groups; ++g) partial[r][g] = _mm256_setzero_ps();
-  }
-  for (std::int64_t quad = 0; quad < quads; ++quad) {
-    const std::uint8_t* source = codes + quad * kQuadBytes + group * 16;
-    if (group % 4 == 0) prefetch(source);  // every cache line once: it holds four groups
-#pragma GCC unroll 2
-    for (int g = 0; g < Groups; g += 2) {
-      const TwoLanes w = decode<HasNan>(source + g * 16);
-#pragma GCC unroll 4
-      for (int r = 0; r < Rows; ++r) {
-        const Lane value = repeat(x[r] + quad * 4);
-        partial[r][g] = _mm256_fmadd_ps(w.first.pair0, value.pair0, partial[r][g]);
-        partial[r][g + 1] = _mm256_fmadd_ps(w.second.pair0, value.pair0, partial[r][g + 1]);
-        partial[r][g] = _mm256_fmadd_ps(w.first.pair1, value.pair1, partial[r][g]);
-        partial[r][g + 1] = _mm256_fmadd_ps(w.second.pair1, value.pair1, partial[r][g + 1]);
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int g = 0; g < Groups; ++g) scale_and_add(partial[r][g], x_scale[r], w_scale, sums[r] + (group + g) * 4);
-  }
-}
-
-// At most `Rows` rows, decoded in registers.
-template <bool HasNan, int Rows>
-void multiply_in_registers(const std::uint8_t* codes, std::int64_t rows, const float (*x)[kChunk], std::int64_t quads,
-                           const float* x_scale, float w_scale, float (*sums)[kPanelRows]) {
-  if constexpr (Rows == 1) {
-    multiply_row<HasNan>(codes, x[0], quads, x_scale[0], w_scale, sums[0]);
-  } else if (rows < Rows) {
-    multiply_in_registers<HasNan, Rows - 1>(codes, rows, x, quads, x_scale, w_scale, sums);
-  } else {
-    for (int group = 0; group < kGroups; group += groups_beside(Rows)) {
-      multiply_groups<HasNan, Rows, groups_beside(Rows)>(codes, group, x, quads, x_scale, w_scale, sums);
-    }
-  }
-}
-
 template <bool HasNan>
 void decode_chunk(const std::uint8_t* codes, std::int64_t quads, float (*out)[kGroups][16]) {
   for (std::int64_t quad = 0; quad < quads; ++quad) {
     prefetch(codes + quad * kQuadBytes);
-    prefetch(codes + quad * kQuadBytes + kQuadBytes / 2);
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; g += 2) {
       const TwoLanes w = decode<HasNan>(codes + quad * kQuadBytes + g * 16);
@@ -236,7 +183,7 @@ void linear_panel(const Problem& problem, std::int64_t panel, Scratch& scratch) 
     const float* x_scale = x.scales_of(chunk, 0);
     widen_chunk(x, chunk, length, scratch.x);
     if (problem.path == Path::registers) {
-      multiply_in_registers<HasNan, kRegisterRows>(codes, x.rows, scratch.x, quads, x_scale, w_scale, scratch.sums);
+      multiply_row<HasNan>(codes, scratch.x[0], quads, x_scale[0], w_scale, scratch.sums[0]);
     } else {
       decode_chunk<HasNan>(codes, quads, scratch.weights);
       multiply_rows(scratch, x.rows, quads, x_scale, w_scale, scratch.sums);
@@ -270,7 +217,7 @@ const Kernels kAvx2Kernels = {
     linear,
     sizeof(Scratch),
     kMaxRows,
-    kRegisterRows,
+    kMaxRegisterRows,
     true,
 };
 
