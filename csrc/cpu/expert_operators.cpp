@@ -13,8 +13,8 @@ namespace qwen3_fp8_ascend::cpu {
 namespace {
 
 // Weights of experts (n, k) in blocks of block_k columns. The table of panels is looked at for those that are used.
-ExpertWeights require_experts(const Tensor& codes, const Tensor& scales, const Tensor& panels, const std::string& prefix,
-                              std::int64_t k, std::int64_t block_k) {
+ExpertWeights require_experts(const Tensor& codes, const Tensor& scales, const Tensor& panels,
+                              const std::string& prefix, std::int64_t k, std::int64_t block_k) {
   require_columns(k);
   require_block_k(block_k);
   const Depth depth = make_depth(k, block_k);
@@ -32,8 +32,13 @@ ExpertWeights require_experts(const Tensor& codes, const Tensor& scales, const T
   require_contiguous(scales, scales_name.c_str(), 3, ScalarType::Float, "float32");
   require(scales.size(0) == experts && scales.size(2) == depth.blocks, scales_name, " must have shape (", experts,
           ", scale rows, ", depth.blocks, "), got (", scales.size(0), ", ", scales.size(1), ", ", scales.size(2), ")");
-  return {codes.const_data_ptr<std::uint8_t>(), scales.const_data_ptr<float>(), table, experts, panel_count,
-          scales.size(1), depth};
+  return {codes.const_data_ptr<std::uint8_t>(),
+          scales.const_data_ptr<float>(),
+          table,
+          experts,
+          panel_count,
+          scales.size(1),
+          depth};
 }
 
 // Every expert's panels are those of the first, which were looked at; only what they say of NaN may differ.
@@ -133,8 +138,8 @@ Tensor cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
   m.def(
-      "cpu_grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, Tensor ends, int n, int k, int block_k, "
-      "bool quantize_activation) -> Tensor");
+      "cpu_grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, Tensor ends, int n, int k, "
+      "int block_k, bool quantize_activation) -> Tensor");
   m.def(
       "cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w13_panels, Tensor w2_codes, "
       "Tensor w2_scales, Tensor w2_panels, Tensor topk_weights, Tensor topk_ids, int intermediate, int block_k, "

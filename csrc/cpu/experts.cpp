@@ -25,7 +25,8 @@ constexpr std::int64_t kTaskBytes = 1 << 18;
 constexpr std::int64_t kLeastTasksPerThread = 8;
 constexpr std::int64_t kPanelsAtOnce = 2;  // the most that a kernel takes at a time
 
-// What lies between the parts of a layer is bounded by this, whatever the batch; more tokens are taken in several passes.
+// What lies between the parts of a layer is bounded by this, whatever the batch; more tokens are taken in several
+// passes.
 constexpr std::int64_t kMostBytes = 256 << 20;
 
 // Kernels that read tiles of 16 rows take shares in parts of whole tiles.
@@ -36,7 +37,7 @@ std::int64_t size_of(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : 2; }
 // The rows of one expert.
 struct Share {
   std::int64_t expert;
-  std::int64_t first;     // its first row among those of all shares
+  std::int64_t first;  // its first row among those of all shares
   std::int64_t rows;
   std::int64_t capacity;  // of its prepared activations
   std::int64_t before;    // capacity of the shares before it
@@ -63,9 +64,9 @@ struct PreparedShares {
 struct Plan {
   std::vector<Share> shares;
   std::vector<Task> tasks;
-  std::vector<std::int64_t> counts;     // rows of each expert, then where its next row goes
-  std::vector<std::int64_t> share_of;   // expert -> its share
-  std::vector<std::int64_t> places;     // [token][slot] -> row among those of all shares, or -1
+  std::vector<std::int64_t> counts;    // rows of each expert, then where its next row goes
+  std::vector<std::int64_t> share_of;  // expert -> its share
+  std::vector<std::int64_t> places;    // [token][slot] -> row among those of all shares, or -1
   std::int64_t rows = 0;
   std::int64_t capacity = 0;
 };

@@ -1,8 +1,8 @@
 // Linears of many experts, and a layer of experts, over torch's threads.
 //
 // A token's row is computed once for each expert that it is routed to. The rows of one expert are a share of the work;
-// shares are cut into tasks by weight rows, which threads take from a common counter, those of the largest shares first.
-// No sum is cut, so that a result's bits depend on no number of threads.
+// shares are cut into tasks by weight rows, which threads take from a common counter, those of the largest shares
+// first. No sum is cut, so that a result's bits depend on no number of threads.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,9 @@ namespace qwen3_fp8_ascend::cpu {
 
 // The weights of all experts, which have one shape and one grid of panels.
 struct ExpertWeights {
-  const std::uint8_t* codes;   // [experts][panel_count][depth.padded()][kPanelRows]
-  const float* scales;         // [experts][scale_rows][depth.blocks]
-  const Panel* panels;         // [experts][panel_count]
+  const std::uint8_t* codes;  // [experts][panel_count][depth.padded()][kPanelRows]
+  const float* scales;        // [experts][scale_rows][depth.blocks]
+  const Panel* panels;        // [experts][panel_count]
   std::int64_t experts;
   std::int64_t panel_count;
   std::int64_t scale_rows;
@@ -53,11 +53,13 @@ struct Routing {
   std::int64_t top_k;
 };
 
-// y (x.rows, n) of x.dtype: rows [ends[e - 1], ends[e]) of x times the weight of expert e; rows behind the last end zero.
+// y (x.rows, n) of x.dtype: rows [ends[e - 1], ends[e]) of x times the weight of expert e; rows behind the last end
+// zero.
 void grouped_linear(const Rows& x, const ExpertWeights& weights, const std::int64_t* ends, bool quantize, void* y,
                     std::int64_t n);
 
-// out (x.rows, n) of x.dtype: the sum over a token's experts, in their order, of w2(silu(gate) * up) times their weight.
+// out (x.rows, n) of x.dtype: the sum over a token's experts, in their order, of w2(silu(gate) * up) times their
+// weight.
 void block_experts(const Rows& x, const ExpertWeights& w13, const ExpertWeights& w2,
                    const std::vector<Segment>& segments, const Routing& routing, bool quantize, void* out,
                    std::int64_t n);

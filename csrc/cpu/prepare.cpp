@@ -57,8 +57,7 @@ void prepare_block(const Kernels& kernels, const void* x, Dtype dtype, bool quan
   const std::int64_t begin = block * depth.block_k;
   const std::int64_t count = std::min(depth.block_k, depth.k - begin);
   const float amax = kernels.amax(x, dtype, count);
-  const PowerScale power =
-      quantize ? PowerScale{1.0f, group_scale(amax)} : power_scale(amax, kernels.weight_exponent);
+  const PowerScale power = quantize ? PowerScale{1.0f, group_scale(amax)} : power_scale(amax, kernels.weight_exponent);
   const float code_factor = std::ldexp(1.0f, -kernels.weight_exponent);
   const std::int64_t first = block * depth.chunks_per_block;
   for (std::int64_t chunk = first; chunk < first + ceil_div(count, kChunk); ++chunk) {

@@ -34,8 +34,8 @@ std::uint64_t xor_words(const std::uint8_t* bytes, std::int64_t size, std::int64
   return all;
 }
 
-// The xor of the words of all whole chunks, read by all threads. `ahead` is how many bytes ahead they are prefetched: the
-// processor's own prefetching ends with a page, and what is best beside it differs between processors.
+// The xor of the words of all whole chunks, read by all threads. `ahead` is how many bytes ahead they are prefetched:
+// the processor's own prefetching ends with a page, and what is best beside it differs between processors.
 std::int64_t cpu_read(torch::stable::Tensor bytes, std::int64_t ahead) {
   require(ahead >= 0 && ahead <= kMostAhead, "ahead must be within 0..", kMostAhead, ", got ", ahead);
   require(bytes.is_cpu() && bytes.is_contiguous() && bytes.element_size() == 1,
@@ -54,10 +54,6 @@ std::int64_t cpu_read(torch::stable::Tensor bytes, std::int64_t ahead) {
 }  // namespace
 }  // namespace qwen3_fp8_ascend::cpu
 
-STABLE_TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
-  m.def("cpu_read(Tensor bytes, int ahead=8192) -> int");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) { m.def("cpu_read(Tensor bytes, int ahead=8192) -> int"); }
 
-STABLE_TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, CPU, m) {
-  m.impl("cpu_read", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_read));
-}
+STABLE_TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, CPU, m) { m.impl("cpu_read", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_read)); }
