@@ -8,11 +8,12 @@ kernel does. So on those chips this backend is used only when asked for by name.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from qwen3_fp8_ascend.backends import e4m3, prefill, soc
+from qwen3_fp8_ascend.backends import e4m3, grouped, prefill, soc
 from qwen3_fp8_ascend.backends.operators import torch_operator
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
@@ -27,9 +28,15 @@ DECODE_PIECE = 1 << 22
 """Weights decoded at a time: the fp32 and int32 temporaries of a piece take about 80 MB."""
 
 
-NATIVE_OPERATORS = ("npu_dynamic_block_quant", "npu_quant_matmul")
+NATIVE_OPERATORS = ("npu_dynamic_block_quant", "npu_quant_matmul", "npu_grouped_matmul")
 """What the path of A5 calls; torch_npu registers them for every chip."""
 
+
+MAX_EXPERTS = 1024
+"""Longest list of groups that `npu_grouped_matmul` takes."""
+
+CUMULATIVE, BY_ROWS, ONE_RESULT = 0, 0, 3
+"""For `npu_grouped_matmul`: group_list_type, group_type and split_item of what `ends` is."""
 
 NATIVE, SCRATCH = "native", "scratch"
 """Layouts: for the chip's own block product, and for decoding into the scratch."""
@@ -119,16 +126,8 @@ def torch_npu_native_linear(
     """
     _check_activation(x)
     _check_packed(codes, scale, x.shape[1], rows=_BLOCK, where="npu_quant_matmul")
-    npu = _operators()
-    padded = torch.nn.functional.pad(x, (0, codes.shape[1] - x.shape[1])) if x.shape[1] != codes.shape[1] else x
-    x_codes, x_scale = npu.npu_dynamic_block_quant(
-        padded.contiguous(),
-        min_scale=MIN_SCALE,
-        dst_type=torch.float8_e4m3fn,
-        row_block_size=1,
-        col_block_size=_BLOCK,
-    )
-    out = npu.npu_quant_matmul(
+    x_codes, x_scale = _native_quantize(x, codes.shape[1])
+    out = _operators().npu_quant_matmul(
         x_codes,
         codes.view(torch.float8_e4m3fn).t(),
         scale.t(),
@@ -138,6 +137,137 @@ def torch_npu_native_linear(
     )
     out = out if kept is None else out.index_select(1, kept)
     return out if bias is None else (out + bias.float()).to(x.dtype)
+
+
+def _native_quantize(x: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 codes (m, columns), zeros behind x's own, and scales (m, columns / 128)."""
+    padded = torch.nn.functional.pad(x, (0, columns - x.shape[1])) if x.shape[1] != columns else x
+    codes, scale = _operators().npu_dynamic_block_quant(
+        padded.contiguous(),
+        min_scale=MIN_SCALE,
+        dst_type=torch.float8_e4m3fn,
+        row_block_size=1,
+        col_block_size=_BLOCK,
+    )
+    return codes, scale
+
+
+def _pack_experts(
+    weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes as bytes, every shard in whole blocks of rows, and the scales as they are.
+
+    Shapes: -> codes (E, n', k') uint8, scale (E, n' / 128, k' / 128) fp32.
+    Raises:
+        BlockFp8Error: the chip has no FP8 product (A2, A3), or there are too many experts for the grouped one.
+    """
+    if not _has_fp8_matmul():
+        raise BlockFp8Error(
+            "this backend serves experts on Ascend 950 alone",
+            expected="a chip that multiplies e4m3",
+            got=soc.device_name(),
+            fix="choose the backend `ascendc`",
+        )
+    experts, blocks = scales.shape[0], scales.shape[1]
+    if experts > MAX_EXPERTS:
+        raise BlockFp8Error("too many experts for npu_grouped_matmul", expected=f"at most {MAX_EXPERTS}", got=experts)
+    codes = torch.zeros(experts, blocks * _BLOCK, scales.shape[2] * _BLOCK, dtype=torch.uint8, device=scales.device)
+    for expert, weight in enumerate(weights):
+        of_rows = weight.view(torch.uint8)
+        for padded, rows in zip(_shards(codes[expert], grid.widths, 0), of_rows.split(grid.widths), strict=True):
+            padded[:, : grid.k] = rows
+    return codes, scales.contiguous()
+
+
+def _shards(padded: torch.Tensor, widths: Sequence[int], dim: int) -> list[torch.Tensor]:
+    """The shards' own rows (or columns) of what holds every shard in whole blocks."""
+    out, start = [], 0
+    for width in widths:
+        out.append(padded.narrow(dim, start, width))
+        start += ceil_div(width, _BLOCK) * _BLOCK
+    return out
+
+
+def _grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+    return torch_npu_native_grouped_linear(x, *packed.grouped_tensors, ends, list(packed.grid.widths), x.dtype)
+
+
+def _block_experts(
+    x: torch.Tensor,
+    w13: PackedWeight,
+    w2: PackedWeight,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: Activation,
+) -> torch.Tensor:
+    """`grouped.block_experts`, whose second linear is asked for fp32 results by fp32 activations.
+
+    Those are numbers of x's dtype, and so the quantization, which takes no fp32, loses nothing.
+    """
+
+    def linear(rows: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+        widths = list(packed.grid.widths)
+        return torch_npu_native_grouped_linear(rows.to(x.dtype), *packed.grouped_tensors, ends, widths, rows.dtype)
+
+    return grouped.block_experts(linear, x, w13, w2, topk_weights, topk_ids, activation)
+
+
+def _fake_native_grouped_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    ends: torch.Tensor,
+    widths: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], sum(widths), dtype=dtype)
+
+
+@torch_operator(_fake_native_grouped_linear)
+def torch_npu_native_grouped_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    ends: torch.Tensor,
+    widths: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """W8A8 of rows sorted by expert in the chip's own grouped block-scaled product (A5).
+
+    Shapes: x (m, k) bf16/fp16; codes and scale as `_pack_experts` returns them, ends (E,) int64, widths of the shards
+        -> (m, sum of widths) `dtype`: x's, or fp32. Rows behind the last end are not written.
+    Raises:
+        BlockFp8Error: operands that do not fit each other. The operator's own shape function accepts almost anything.
+    Semantics: the operator knows 1x128 and 128x128 scales by their shapes. A weight that is transposed, as the
+        checkpoint's is, comes as a strided view, and its scales likewise, as for `npu_quant_matmul`.
+    Source: CANN's documentation of aclnnGroupedMatmulV5, constraints of G-B quantization on Ascend 950.
+    """
+    _check_activation(x)
+    _check_packed(codes[0], scale[0], x.shape[1], rows=_BLOCK, where="npu_grouped_matmul")
+    blocks = sum(ceil_div(width, _BLOCK) for width in widths)
+    if codes.shape[:2] != (scale.shape[0], blocks * _BLOCK) or ends.shape != scale.shape[:1]:
+        raise BlockFp8Error(
+            "the experts' codes, scales and list of rows do not fit each other",
+            where="npu_grouped_matmul",
+            expected=f"codes (E, {blocks * _BLOCK}, k'), scale (E, {blocks}, k' / 128), ends (E,)",
+            got=f"{tuple(codes.shape)}, {tuple(scale.shape)}, {tuple(ends.shape)}",
+            fix="pass the tensors of ops.pack_experts(..., backend='torch_npu')",
+        )
+    x_codes, x_scale = _native_quantize(x, codes.shape[2])
+    (out,) = _operators().npu_grouped_matmul(
+        [x_codes],
+        [codes.view(torch.float8_e4m3fn).transpose(1, 2)],
+        scale=[scale.transpose(1, 2)],
+        per_token_scale=[x_scale],
+        group_list=ends,
+        split_item=ONE_RESULT,
+        group_type=BY_ROWS,
+        group_list_type=CUMULATIVE,
+        output_dtype=dtype,
+    )
+    if out.shape[1] == sum(widths):
+        return out
+    return torch.cat(_shards(out, widths, 1), dim=1)
 
 
 def _fake_scratch_linear(
@@ -233,6 +363,9 @@ BACKEND = Backend(
     linear=_linear,
     quantize_activation=_quantize_activation,
     dequantize_weight=_dequantize_weight,
+    pack_experts=_pack_experts,
+    grouped_linear=_grouped_linear,
+    block_experts=_block_experts,
     unsupported=_unsupported,
     detail=lambda: soc.device_name() or "",
     by_name_only=_by_name_only,
