@@ -17,7 +17,8 @@ constexpr uint32_t kStageSlots = kStageLag + 1;
 constexpr uint32_t kChunk = 2048;  // activations that the vector core works on at once
 constexpr uint32_t kChunkGroups = kChunk / kBlock;
 constexpr uint32_t kVectorCores = 2;         // vector cores beside one cube core, in a mixed kernel
-constexpr uint32_t kMaxRows = 64;            // rows of x that block_linear takes: see docs/ascendc.md, "hand-over"
+constexpr uint32_t kMaxRows = 64;            // rows of x in a pass over a weight: see docs/ascendc.md, "hand-over"
+constexpr uint32_t kMaxGroupedRows = 4096;   // rows of x in a launch of block_grouped_linear: bounds its workspace
 constexpr uint32_t kMaxColumns = 65408;      // k, padded: the row stride of an ND matrix is a 16-bit field
 constexpr uint32_t kMaxGemvColumns = 16384;  // k that block_gemv keeps on chip
 
@@ -48,9 +49,11 @@ struct DequantizeTiling {
 // tile may be computed by several cores; each leaves a partial result, and the parts are added in a fixed order.
 struct LinearTiling {
   uint32_t m, n, k, tiles, k_blocks;
-  uint32_t rows_padded;   // of the prepared activations: m up to a multiple of 16 (block_gemv: 1)
-  uint32_t parts;         // most cores that share a tile
-  uint32_t cores;         // that hold a range: AI cores (block_linear) or vector cores (block_gemv)
+  uint32_t rows_padded;   // of the prepared activations: whole fractals from any row on (block_gemv: 1)
+  uint32_t pass_rows;     // most rows of x that a block of weights is multiplied with at once
+  uint32_t groups;        // weights of that shape; block_grouped_linear alone has several
+  uint32_t parts;         // most cores that share a tile; block_grouped_linear shares none
+  uint32_t cores;         // that hold a range: AI cores, or vector cores (block_gemv)
   uint32_t vector_cores;  // launched, for the phases that are dealt out to all of them
   uint32_t activation, dtype;
   uint32_t bias_dtype;  // dtype, kFloat32 or kNoBias

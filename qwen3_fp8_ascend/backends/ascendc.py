@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -37,6 +38,9 @@ SINGLE_ROW_KERNELS = ("linear", "gemv")
 "gemv" keeps the weights on the vector cores. The estimate prefers "linear" (docs/ascendc.md), but rests on assumed
 latencies of L2 and of flags between cores, on which "gemv" does not depend: measure both where there is an NPU.
 """
+
+MAX_GROUPED_ROWS = 4096
+"""Most rows of x for a launch of the grouped kernel, whose workspace holds them as operands (`kMaxGroupedRows`)."""
 
 MAX_GEMV_COLUMNS = 16384
 MAX_COLUMNS = 65408
@@ -78,6 +82,17 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[to
     table = torch.tensor(rows_of_tiles, dtype=torch.int32, device=weight.device).view(-1, 8)
     table[:, 2:4] = prefill.powers_of_weight(scale).view(torch.int32)
     return lanes.contiguous(), scales, table
+
+
+def pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
+    """`pack` for one expert after the other, into tensors with a leading dimension of experts."""
+    layer: tuple[torch.Tensor, ...] = ()
+    for expert, weight in enumerate(weights):
+        tensors = pack(weight, scales[expert], grid)
+        layer = layer or tuple(t.new_empty((scales.shape[0], *t.shape)) for t in tensors)
+        for whole, part in zip(layer, tensors, strict=True):
+            whole[expert] = part
+    return layer
 
 
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
@@ -130,6 +145,50 @@ def ascendc_linear(
         operators.ascendc_block_linear(part, codes, scales, spans, bias, n, w8a8) for part in x.split(HAND_OVER_ROWS)
     ]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+    return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, activation is Activation.W8A8)
+
+
+def _fake_grouped_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    spans: torch.Tensor,
+    ends: torch.Tensor,
+    n: int,
+    w8a8: bool,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], n)
+
+
+@torch_operator(_fake_grouped_linear)
+def ascendc_grouped_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    spans: torch.Tensor,
+    ends: torch.Tensor,
+    n: int,
+    w8a8: bool,
+) -> torch.Tensor:
+    """The fused kernel for rows sorted by expert.
+
+    Shapes: x (m, k), codes, scales and spans as `pack_experts` returns them, ends (E,) int64 -> (m, n) in x.dtype.
+    Semantics: an expert's rows go through its weight `HAND_OVER_ROWS` at a time. Only the device knows how many it has:
+        nothing here asks. Beyond `MAX_GROUPED_ROWS` rows there are several launches, each of which finds its part of
+        the list: an expert whose rows lie in two of them is decoded for both.
+    """
+    x = x.contiguous()
+    out = []
+    for first in range(0, x.shape[0], MAX_GROUPED_ROWS):
+        part = x[first : first + MAX_GROUPED_ROWS]
+        of_part = ends if part.shape[0] == x.shape[0] else ends.clamp(first, first + part.shape[0]) - first
+        out.append(
+            torch.ops.qwen3_fp8_ascend.ascendc_block_grouped_linear(part, codes, scales, spans, of_part, n, w8a8)
+        )
+    return out[0] if len(out) == 1 else torch.cat(out)
 
 
 @functools.cache
@@ -230,6 +289,8 @@ BACKEND = Backend(
     linear=linear,
     quantize_activation=quantize_activation,
     dequantize_weight=dequantize_weight,
+    pack_experts=pack_experts,
+    grouped_linear=grouped_linear,
     unsupported=unsupported,
     detail=lambda: soc.device_name() or "",
     plan=_plan,

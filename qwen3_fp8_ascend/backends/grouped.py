@@ -29,15 +29,15 @@ def block_experts(
     (m, top_k), experts = topk_ids.shape, w13.groups
     flat = topk_ids.reshape(-1).long()
     chosen = (flat >= 0) & (flat < experts)
-    sorted_ids, order = torch.where(chosen, flat, experts).sort(stable=True)
+    sorted_ids, order = flat.clone().masked_fill_(~chosen, experts).sort(stable=True)
     ends = torch.searchsorted(sorted_ids, torch.arange(experts, device=x.device), right=True)
-    h = grouped_linear(x[order // top_k], w13, ends, activation)
+    h = grouped_linear(x.index_select(0, order // top_k), w13, ends, activation)
     gate, up = h.float().split(w2.k, dim=1)
     a = (silu(gate) * up).to(x.dtype)
     # As fp32, a has the same codes, and what comes out is not rounded.
     y = torch.empty(m * top_k, w2.n, device=x.device, dtype=torch.float32)
-    y[order] = grouped_linear(a.float(), w2, ends, activation)
-    y = torch.where(chosen[:, None], y * topk_weights.reshape(-1, 1), 0).view(m, top_k, w2.n)
+    y.index_copy_(0, order, grouped_linear(a.float(), w2, ends, activation))
+    y = (y * topk_weights.reshape(-1, 1)).masked_fill_(~chosen[:, None], 0).view(m, top_k, w2.n)
     out = torch.zeros(m, w2.n, device=x.device, dtype=torch.float32)
     for slot in range(top_k):
         out = out + y[:, slot]

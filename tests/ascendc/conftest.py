@@ -24,7 +24,7 @@ SOURCES = ROOT / "csrc" / "ascend"
 EMULATOR = ROOT / "tests" / "support" / "ascendc_emulator"
 CACHE = ROOT / ".cache" / "ascendc"
 
-KERNELS = ("group_quantize", "block_dequantize", "block_linear", "block_gemv")
+KERNELS = ("group_quantize", "block_dequantize", "block_linear", "block_grouped_linear", "block_gemv")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
 SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -158,6 +158,18 @@ class Emulator:
             kernel, {"out": ((x.shape[0], n), x.dtype)},
             m=x.shape[0], n=n, k=x.shape[1], dtype=DTYPES[x.dtype], cores=cores, chip=chip, flags=self.flags,
             activation=0 if dynamic else 1, x=x, packed=packed, scale=scale, spans=spans, **given,
+        )  # fmt: skip
+        return out["out"], out["counters"]
+
+    def grouped_linear(
+        self, x: torch.Tensor, tensors: Sequence[torch.Tensor], ends: torch.Tensor, n: int, *,
+        dynamic: bool = True, cores: int = 3, chip: str = "910B3",
+    ) -> tuple[torch.Tensor, dict]:  # fmt: skip
+        packed, scale, spans = tensors
+        out = self.run(
+            "block_grouped_linear", {"out": ((x.shape[0], n), x.dtype)},
+            m=x.shape[0], n=n, k=x.shape[1], dtype=DTYPES[x.dtype], cores=cores, chip=chip, flags=self.flags,
+            activation=0 if dynamic else 1, x=x, packed=packed, scale=scale, spans=spans, ends=ends,
         )  # fmt: skip
         return out["out"], out["counters"]
 

@@ -80,6 +80,10 @@ void launch_block_dequantize(uint32_t blocks, void *stream, void *, void *, void
 void launch_block_linear(uint32_t blocks, void *stream, void *, void *, void *, void *, void *, void *, void *, const LinearTiling &) {
     launched("block_linear", blocks, stream);
 }
+void launch_block_grouped_linear(uint32_t blocks, void *stream, void *, void *, void *, void *, void *, void *, void *,
+                                 const LinearTiling &) {
+    launched("block_grouped_linear", blocks, stream);
+}
 void launch_block_gemv(uint32_t blocks, void *stream, void *, void *, void *, void *, void *, void *, void *, const LinearTiling &) {
     launched("block_gemv", blocks, stream);
 }

@@ -16,6 +16,7 @@ extern "C" {
 void qwen3_fp8_group_quantize(GM_ADDR, GM_ADDR, GM_ADDR, qwen3_fp8_ascend::QuantizeTiling);
 void qwen3_fp8_block_dequantize(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, qwen3_fp8_ascend::DequantizeTiling);
 void qwen3_fp8_block_linear(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, qwen3_fp8_ascend::LinearTiling);
+void qwen3_fp8_block_grouped_linear(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, qwen3_fp8_ascend::LinearTiling);
 void qwen3_fp8_block_gemv(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, qwen3_fp8_ascend::LinearTiling);
 }
 
@@ -84,6 +85,14 @@ void launch_block_linear(uint32_t blocks, void *, void *x, void *packed, void *s
     });
 }
 
+void launch_block_grouped_linear(uint32_t blocks, void *, void *x, void *packed, void *scale, void *spans, void *ends, void *out,
+                                 void *workspace, const LinearTiling &tiling) {
+    counters = machine->run(AscendC::KERNEL_TYPE_MIX_AIC_1_2, static_cast<int>(blocks), [=] {
+        qwen3_fp8_block_grouped_linear(device(x), device(packed), device(scale), device(spans), device(ends), device(out),
+                                       device(workspace), tiling);
+    });
+}
+
 void launch_block_gemv(uint32_t blocks, void *, void *x, void *packed, void *scale, void *spans, void *bias, void *out, void *workspace,
                        const LinearTiling &tiling) {
     counters = machine->run(AscendC::KERNEL_TYPE_MIX_AIV_1_0, static_cast<int>(blocks), [=] {
@@ -143,6 +152,27 @@ void linear(const Arguments &args, bool gemv) {
     args.save("out", out);
 }
 
+void grouped_linear(const Arguments &args) {
+    const uint32_t m = args.number("m"), n = args.number("n"), k = args.number("k"), dtype = args.number("dtype");
+    std::vector<uint8_t> x = args.load("x"), packed = args.load("packed"), scale = args.load("scale"), spans = args.load("spans"),
+                         ends = args.load("ends");
+    const uint32_t groups = static_cast<uint32_t>(ends.size() / sizeof(int64_t));
+    const uint32_t tiles = static_cast<uint32_t>(spans.size() / sizeof(TileSpan)) / groups;
+    const LinearPlan plan = plan_grouped_linear(m, n, k, tiles, groups, static_cast<Activation>(args.number("activation")),
+                                                static_cast<Dtype>(dtype), args.number("cores"));
+    std::vector<uint8_t> out(size_t{m} * n * element_size(dtype)), workspace(plan.workspace_bytes);
+    machine->map("x", x.data(), x.size(), Storage::input);
+    machine->map("packed", packed.data(), packed.size(), Storage::input, true);
+    machine->map("scale", scale.data(), scale.size(), Storage::input, true);
+    machine->map("spans", spans.data(), spans.size(), Storage::input);
+    machine->map("ends", ends.data(), ends.size(), Storage::input);
+    machine->map("out", out.data(), out.size(), Storage::output);
+    machine->map("workspace", workspace.data(), workspace.size(), Storage::workspace);
+    launch_block_grouped_linear(plan.blocks, nullptr, x.data(), packed.data(), scale.data(), spans.data(), ends.data(), out.data(),
+                                workspace.data(), plan.tiling);
+    args.save("out", out);
+}
+
 }  // namespace
 
 int main(int count, char **values) {
@@ -159,6 +189,8 @@ int main(int count, char **values) {
             block_dequantize(args);
         } else if (kernel == "block_linear" || kernel == "block_gemv") {
             linear(args, kernel == "block_gemv");
+        } else if (kernel == "block_grouped_linear") {
+            grouped_linear(args);
         } else {
             throw std::invalid_argument("no kernel " + kernel);
         }

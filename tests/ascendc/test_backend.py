@@ -64,7 +64,11 @@ def on_cpu(schemas: None, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -
     def block_gemv(x, packed, scale, spans, bias, n, dynamic):
         return emulator.linear("block_gemv", x, (packed, scale, spans), n, bias=bias, dynamic=dynamic)[0]
 
-    for function in (group_quantize, block_dequantize, block_dequantize_out, block_linear, block_gemv):
+    def block_grouped_linear(x, packed, scale, spans, ends, n, dynamic):
+        return emulator.grouped_linear(x, (packed, scale, spans), ends, n, dynamic=dynamic)[0]
+
+    every = (group_quantize, block_dequantize, block_dequantize_out, block_linear, block_gemv, block_grouped_linear)
+    for function in every:
         library.impl(f"ascendc_{function.__name__}", function, "CPU")
     backend = dataclasses.replace(ascendc.BACKEND, device_types=frozenset({"cpu"}), unusable=lambda: None)
     monkeypatch.setitem(registry.LOADED, "ascendc", backend)
@@ -186,6 +190,9 @@ def test_meta_shapes_and_symbolic_sizes(schemas: None) -> None:
         for shape, dtype in (((2, 3, 16384), torch.uint8), ((2, 3, 8), torch.float32), ((2, 8), torch.int32))
     )
     out = operators.ascendc_block_linear(x, packed, w_scale, spans, None, 200, True)
+    assert (out.shape, out.dtype) == ((5, 200), torch.bfloat16)
+    experts, ends = (tensor[None].expand(4, *tensor.shape) for tensor in (packed, w_scale, spans)), x.new_empty(4)
+    out = operators.ascendc_block_grouped_linear(x, *experts, ends.long(), 200, True)
     assert (out.shape, out.dtype) == ((5, 200), torch.bfloat16)
     dense = operators.ascendc_block_dequantize(packed, w_scale, spans, 200, 300, torch.float16)
     assert (dense.shape, dense.dtype) == ((200, 300), torch.float16)

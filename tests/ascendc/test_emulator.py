@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+from qwen3_fp8_ascend import reference
+from qwen3_fp8_ascend.backends import ascendc
 
 from .conftest import (
     EMULATOR,
@@ -20,6 +25,7 @@ from .conftest import (
     machine_flags,
     random_activation,
     random_weight,
+    relative_error,
 )
 
 DEFECTS = {
@@ -84,111 +90,195 @@ def test_one_flag_for_two_stages_is_right_only_where_every_core_is_waited_for(de
     assert outcome("sound", "every-core") == "sound"
 
 
-# What is taken out of the project's own kernels, and what the emulator must call it.
-MUTATIONS = {
+Edit = tuple[str, str, str]
+"""A file of csrc/ascend/kernels, a text in it, and what stands there instead."""
+
+# Faults in the project's own kernels. All are compiled at once, each behind a condition, PLANTED; a run says in its
+# environment which of them it has. Later edits find what earlier ones left.
+PLANTS: dict[str, tuple[Edit, ...]] = {
     "decode without its last barrier": (
-        "kernels/decode.h",
-        "static_cast<int32_t>(kLanes));\n  vector_barrier();\n  and_with_mask",
-        "static_cast<int32_t>(kLanes));\n  and_with_mask",
-        {"missing-barrier"},
-    ),
-    "vector cores that do not wait for the products": (
-        "kernels/block_linear.cpp",
-        "    CrossCoreWaitFlag(kPartial);\n",
-        "",
-        {"cross-core-race", "uninitialised-read"},
-    ),
-    "vector cores that announce weights too early": (
-        "kernels/block_linear.cpp",
-        "CrossCoreSetFlag<kWithinCore, PIPE_MTE3>(static_cast<uint16_t>(kReady + slot))",
-        "CrossCoreSetFlag<kWithinCore, PIPE_V>(static_cast<uint16_t>(kReady + slot))",
-        {"cross-core-race"},
-    ),
-    "a slot that is reused while its products are read": (
-        "kernels/block_linear.cpp",
-        "    order<HardEvent::V_MTE3>(*pipe_);\n  }\n\n  __aicore__ inline void multiply_scales",
-        "  }\n\n  __aicore__ inline void multiply_scales",
-        {"cross-core-race"},
-    ),
-    "a cube core that never reports": (
-        "kernels/block_linear.cpp",
-        "      AscendC::CrossCoreSetFlag<kWithinCore, PIPE_FIX>(kPartial);\n",
-        "",
-        {"deadlock"},
+        ("decode.h", "vector_barrier();\n  and_with_mask", "if (!PLANTED) vector_barrier();\n  and_with_mask"),
     ),
     "lanes that are shifted left with their sign": (
-        "kernels/decode.h",
-        "low.ReinterpretCast<uint16_t>(), lanes.ReinterpretCast<uint16_t>(), static_cast<uint16_t>(8)",
-        "low, lanes, static_cast<int16_t>(8)",
-        {"signed-shift"},
+        (
+            "decode.h",
+            "  AscendC::ShiftLeft(",
+            "  if (PLANTED) AscendC::ShiftLeft(low, lanes, static_cast<int16_t>(8), static_cast<int32_t>(kLanes));\n"
+            "  else AscendC::ShiftLeft(",
+        ),
     ),
     "a NaN that is rounded without a limit": (
-        "kernels/activation.h",
-        "    Mins(bits, bits, kQuietNan, count);",
-        "    ",
-        {"integer-overflow"},
+        ("activation.h", "Mins(bits, bits, kQuietNan, count);", "if (!PLANTED) Mins(bits, bits, kQuietNan, count);"),
     ),
+    "vector cores that do not wait for the products": (
+        ("pipeline.h", "    CrossCoreWaitFlag(kPartial);", "    if (!PLANTED) CrossCoreWaitFlag(kPartial);"),
+    ),
+    "vector cores that announce weights too early": (
+        (
+            "pipeline.h",
+            "AscendC::CrossCoreSetFlag<kWithinCore, PIPE_MTE3>(static_cast",
+            "(PLANTED ? &AscendC::CrossCoreSetFlag<kWithinCore, PIPE_V>\n"
+            "                 : &AscendC::CrossCoreSetFlag<kWithinCore, PIPE_MTE3>)(static_cast",
+        ),
+    ),
+    "a slot that is reused while its products are read": (
+        ("pipeline.h", "    order<HardEvent::V_MTE3>(*pipe_);", "    if (!PLANTED) order<HardEvent::V_MTE3>(*pipe_);"),
+    ),
+    "a cube core that never reports": (
+        (
+            "pipeline.h",
+            "      AscendC::CrossCoreSetFlag<kWithinCore, PIPE_FIX>(kPartial);",
+            "      if (!PLANTED) AscendC::CrossCoreSetFlag<kWithinCore, PIPE_FIX>(kPartial);",
+        ),
+    ),
+    "one ready flag for all stages": (
+        ("pipeline.h", "(kReady + slot));\n        ++", "(kReady + (PLANTED ? 0 : 1) * slot));\n        ++"),
+        ("pipeline.h", "(kReady + slot));\n      load", "(kReady + (PLANTED ? 0 : 1) * slot));\n      load"),
+    ),
+    "ready flags that begin anew with every tile": (
+        (
+            "pipeline.h",
+            "* slot));\n        ++",
+            "* (PLANTED ? stages[slot].k_block / kStageUnits : slot)));\n        ++",
+        ),
+        ("pipeline.h", "* slot));\n      load", "* (PLANTED ? stage.k_block / kStageUnits : slot)));\n      load"),
+    ),
+    "the first expert's scales": (
+        (
+            "pipeline.h",
+            "w_scale_[(static_cast<uint64_t>(stage.weights)",
+            "w_scale_[(static_cast<uint64_t>(PLANTED ? stage.tile : stage.weights)",
+        ),
+    ),
+    "an end that is off by one": (
+        ("groups.h", "end = ends_.GetValue(group)", "end = ends_.GetValue(group) + (PLANTED ? 1 : 0)"),
+    ),
+    "rows behind an expert's first pass that are lost": (
+        ("groups.h", "row_ += pass.rows;", "row_ = PLANTED ? end_ : row_ + pass.rows;"),
+    ),
+    "a list of ends that is trusted": (("groups.h", "end > last ? last : end", "end > last && !PLANTED ? last : end"),),
 }
+SOUND = "no fault"
 
 
 @pytest.fixture(scope="module")
-def around_the_linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program that runs kernels, with the linear missing and the other kernels empty; every mutant is linked to it.
+def planted_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both kernels of the pipeline with every fault planted, beside empty ones in place of the others.
 
-    Without optimization or sanitizers, as the mutants: this is about the emulator's own checks.
+    Without optimization or sanitizers: this is about the emulator's own checks.
     """
-    others = tmp_path_factory.mktemp("others") / "others.cpp"
+    folder = tmp_path_factory.mktemp("planted")
+    sources = folder / "ascend"
+    shutil.copytree(SOURCES, sources)
+    for number, edits in enumerate(PLANTS.values()):
+        for name, old, new in edits:
+            text = (sources / "kernels" / name).read_text()
+            assert text.count(old) == 1, f"the kernel has changed: bring this fault up to date: {old!r} in {name}"
+            (sources / "kernels" / name).write_text(text.replace(old, new.replace("PLANTED", f"planted({number})")))
+    tiling = sources / "tiling.h"
+    tiling.write_text(
+        "#pragma once\n#include <cstdlib>\ninline bool planted(int fault) {\n"
+        '  static const int asked = std::atoi(std::getenv("PLANTED"));\n  return asked == fault;\n}\n'
+        + tiling.read_text()
+    )
+    others = folder / "others.cpp"
     others.write_text(
         '#include "kernel_operator.h"\n#include "tiling.h"\nusing namespace qwen3_fp8_ascend;\nextern "C" {\n'
         "void qwen3_fp8_group_quantize(GM_ADDR, GM_ADDR, GM_ADDR, QuantizeTiling) {}\n"
         "void qwen3_fp8_block_dequantize(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, DequantizeTiling) {}\n"
         "void qwen3_fp8_block_gemv(GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, GM_ADDR, LinearTiling) {}\n}\n"
     )
-    run_kernel = Path(__file__).parent / "run_kernel.cpp"
-    flags = (*WARNINGS, "-O0", *machine_flags(), "-r", "-nostdlib")  # one object file of both
-    return build("around_the_linear.o", [run_kernel, others], flags=flags, include=(EMULATOR, SOURCES))
-
-
-def mutant(folder: Path, rest: Path, file: str, old: str, new: str, places: int = 1) -> Path:
-    """The linear kernel with a text replaced, compiled for the emulator."""
-    sources = folder / "ascend"
-    shutil.copytree(SOURCES, sources)
-    text = (sources / file).read_text()
-    assert text.count(old) == places, "the kernel has changed: bring this mutation up to date"
-    (sources / file).write_text(text.replace(old, new))
+    kernels = [sources / "kernels" / f"{name}.cpp" for name in ("block_linear", "block_grouped_linear")]
     return build(
-        "run_mutant",
-        [sources / "kernels" / "block_linear.cpp"],
+        "planted",
+        [*kernels, others, Path(__file__).parent / "run_kernel.cpp"],
         flags=(*WARNINGS, "-O0", *machine_flags()),
         include=(EMULATOR, sources),
         root=sources,
-        objects=[rest],
     )
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_real_kernel_with_a_step_taken_out_is_caught(name: str, around_the_linear: Path, tmp_path: Path) -> None:
-    file, old, new, expected = MUTATIONS[name]
-    executable = mutant(tmp_path, around_the_linear, file, old, new)
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Says which fault the runs of `planted_kernels` have from now on."""
+    numbers = {name: number for number, name in enumerate((*PLANTS, SOUND))}
+    return lambda name: monkeypatch.setenv("PLANTED", str(numbers[name]))
+
+
+def dense_outcome(executable: Path, folder: Path, flags: str = "every-core") -> str:
     # Nine blocks of k are stages of 4, 4 and 1: the last leaves the second vector core without a block to decode.
     weight, x = random_weight((640,), 1152), random_activation(9, 1152, torch.bfloat16)
     x.view(torch.int16)[8, 1151] = 0x7FFF  # a NaN with every bit set
-    with pytest.raises(EmulatorFault) as fault:
-        Emulator(executable, tmp_path).linear("block_linear", x, weight.tensors, 640, cores=1)
-    assert fault.value.name in expected, str(fault.value)
+    try:
+        Emulator(executable, folder, flags).linear("block_linear", x, weight.tensors, 640, cores=1)
+    except EmulatorFault as fault:
+        return fault.name
+    return "sound"
+
+
+RACES = {"cross-core-race", "uninitialised-read"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (SOUND, {"sound"}),
+        ("decode without its last barrier", {"missing-barrier"}),
+        ("lanes that are shifted left with their sign", {"signed-shift"}),
+        ("a NaN that is rounded without a limit", {"integer-overflow"}),
+        ("vector cores that do not wait for the products", RACES),
+        ("vector cores that announce weights too early", {"cross-core-race"}),
+        ("a slot that is reused while its products are read", {"cross-core-race"}),
+        ("a cube core that never reports", {"deadlock"}),
+    ],
+)
+def test_a_real_kernel_with_a_step_taken_out_is_caught(
+    planted_kernels: Path, plant: Callable[[str], None], tmp_path: Path, name: str, expected: set[str]
+) -> None:
+    plant(name)
+    assert dense_outcome(planted_kernels, tmp_path) in expected
 
 
 def test_one_ready_flag_for_all_stages_is_caught_where_flags_count_arrivals(
-    around_the_linear: Path, tmp_path: Path
+    planted_kernels: Path, plant: Callable[[str], None], tmp_path: Path
 ) -> None:
     """As the linear was before every stage slot had its own: right as documented, wrong if sets are only counted."""
-    flag = "static_cast<uint16_t>(kReady + slot)"
-    executable = mutant(tmp_path, around_the_linear, "kernels/block_linear.cpp", flag, "kReady", places=2)
-    weight, x = random_weight((640,), 1152), random_activation(9, 1152, torch.bfloat16)
-    Emulator(executable, tmp_path, "every-core").linear("block_linear", x, weight.tensors, 640, cores=1)
-    with pytest.raises(EmulatorFault) as fault:
-        Emulator(executable, tmp_path, "arrivals").linear("block_linear", x, weight.tensors, 640, cores=1)
-    assert fault.value.name in {"cross-core-race", "uninitialised-read"}, str(fault.value)
+    plant("one ready flag for all stages")
+    assert dense_outcome(planted_kernels, tmp_path, "every-core") == "sound"
+    assert dense_outcome(planted_kernels, tmp_path, "arrivals") in RACES
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (SOUND, {"exact"}),
+        ("the first expert's scales", {"wrong"}),
+        ("an end that is off by one", {"wrong"}),
+        ("rows behind an expert's first pass that are lost", {"wrong"}),
+        ("a list of ends that is trusted", {"gm-out-of-range"}),
+        ("ready flags that begin anew with every tile", RACES),
+    ],
+)
+def test_faults_of_the_grouped_linear_are_caught(
+    planted_kernels: Path, plant: Callable[[str], None], tmp_path: Path, name: str, expected: set[str]
+) -> None:
+    """By the emulator, or by the gate that tests/ascendc/test_grouped_linear.py has for every group."""
+    plant(name)
+    counts, n, k = (2, 0, 67, 1), 256, 640
+    weights = [random_weight((n,), k, seed=group) for group in range(len(counts))]
+    packed = ascendc.pack_experts((w.codes for w in weights), torch.stack([w.scale for w in weights]), weights[0].grid)
+    x = random_activation(sum(counts), k, torch.float32)
+    ends = torch.tensor(list(itertools.accumulate(counts)))
+    if name == "a list of ends that is trusted":
+        ends[-1] += 1
+    try:
+        got, _ = Emulator(planted_kernels, tmp_path, "arrivals").grouped_linear(x, packed, ends, n, cores=1)
+    except EmulatorFault as fault:
+        assert fault.name in expected, str(fault)
+        return
+    parts = zip(weights, x.split(list(counts)), strict=True)
+    oracle = torch.cat([reference.block_linear(r, w.codes, w.scale, compute_dtype=torch.float64) for w, r in parts])
+    assert ("exact" if relative_error(got, oracle) <= 1e-6 else "wrong") in expected
 
 
 def test_every_kernel_is_compiled_by_these_tests() -> None:

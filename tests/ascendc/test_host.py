@@ -30,6 +30,8 @@ TILES, K = 64, 512
 packed = torch.zeros(TILES, K // 128, 16384, dtype=torch.uint8)
 scale, spans = torch.ones(TILES, K // 128, 8), torch.zeros(TILES, 8, dtype=torch.int32)
 weight = (packed, scale, spans)
+experts = tuple(tensor.unflatten(0, (4, -1)) for tensor in weight)
+ends = torch.tensor([1, 1, 3, 5])
 
 def calls():
     return [line for line in host.log() if "stream" not in line]
@@ -39,6 +41,7 @@ def every_operator():
     operators.ascendc_block_dequantize(*weight, TILES * 128, K, torch.float16)
     operators.ascendc_block_linear(torch.ones(4, K), *weight, None, TILES * 128, True)
     operators.ascendc_block_gemv(torch.ones(1, K), *weight, None, TILES * 128, True)
+    operators.ascendc_block_grouped_linear(torch.ones(5, K), *experts, ends, TILES // 4 * 128, True)
 
 def error_of(function, *arguments):
     try:
@@ -69,14 +72,14 @@ def test_blocks_stay_within_the_cores_that_a_stream_may_use(host_libraries: Libr
         host_libraries,
         """
 every_operator()
-assert calls() == ["group_quantize 40", "block_dequantize 40", "block_linear 20", "block_gemv 40"]
+assert calls() == ["group_quantize 40", "block_dequantize 40", "block_linear 20", "block_gemv 40", "block_grouped_linear 20"]
 host.set("stream_cube", 6)
 host.set("stream_vector", 9)
 every_operator()
-assert calls() == ["group_quantize 9", "block_dequantize 9", "block_linear 4", "block_gemv 9"]
+assert calls() == ["group_quantize 9", "block_dequantize 9", "block_linear 4", "block_gemv 9", "block_grouped_linear 4"]
 host.set("stream_cube", 3)
 every_operator()
-assert calls() == ["group_quantize 9", "block_dequantize 9", "block_linear 3", "block_gemv 9"]
+assert calls() == ["group_quantize 9", "block_dequantize 9", "block_linear 3", "block_gemv 9", "block_grouped_linear 3"]
 host.set("stream_vector", 1)
 linear = operators.ascendc_block_linear, torch.ones(4, K), *weight, None, TILES * 128, True
 assert "1 cube core and 2 vector cores, the stream may use 3 and 1" in error_of(*linear)
@@ -95,13 +98,14 @@ def test_a_launch_that_fails_raises_and_one_that_does_not_is_not_blamed(host_lib
         """
 host.set("last_error", 107003)  # of an earlier call on this thread
 every_operator()
-assert len(calls()) == 4
+assert len(calls()) == 5
 host.set("launch_error", 507015)
 for function, arguments in (
     (operators.ascendc_group_quantize, (torch.ones(1, K),)),
     (operators.ascendc_block_dequantize, (*weight, TILES * 128, K, torch.float16)),
     (operators.ascendc_block_linear, (torch.ones(4, K), *weight, None, TILES * 128, True)),
     (operators.ascendc_block_gemv, (torch.ones(1, K), *weight, None, TILES * 128, True)),
+    (operators.ascendc_block_grouped_linear, (torch.ones(5, K), *experts, ends, TILES // 4 * 128, True)),
 ):
     message = error_of(function, *arguments)
     assert "ret=507015" in message and "qwen3_fp8_" in message, message
@@ -118,7 +122,7 @@ def test_the_stream_is_that_of_the_tensors_device(host_libraries: Libraries) -> 
 host.log()
 every_operator()
 streams = [line for line in host.log() if "stream" in line]
-assert streams == ["stream of the tensor's device"] * 4, streams
+assert streams == ["stream of the tensor's device"] * 5, streams
 """,
     )
 
@@ -145,5 +149,27 @@ for dtype in (torch.bfloat16, torch.float32):
 assert len(calls()) == 2
 half = torch.ones(TILES * 128, dtype=torch.float16)
 assert "in BFloat16 or float32" in error_of(operators.ascendc_block_linear, x, *weight, half, TILES * 128, True)
+""",
+    )
+
+
+def test_experts_and_their_list_of_ends_are_checked(host_libraries: Libraries) -> None:
+    run(
+        host_libraries,
+        """
+grouped, n = operators.ascendc_block_grouped_linear, TILES // 4 * 128
+x = torch.ones(5, K)
+assert grouped(x, *experts, ends, n, True).shape == (5, n)
+assert grouped(x[:0], *experts, ends, n, True).shape == (0, n)
+assert calls() == ["block_grouped_linear 20"]
+one = torch.tensor([1])
+assert grouped(x[:1], *(tensor[:1] for tensor in experts), one, n, True).shape == (1, n)
+assert calls() == ["block_grouped_linear 16"]  # a tile is one core's
+assert "ends is int64 (4)" in error_of(grouped, x, *experts, ends.int(), n, True)
+assert "ends is int64 (4)" in error_of(grouped, x, *experts, ends[:3], n, True)
+assert "the first is that of the groups" in error_of(grouped, x, *weight, ends, n, True)
+assert "the first is that of the groups" in error_of(grouped, x, experts[0][:3], *experts[1:], ends, n, True)
+assert "4096 rows" in error_of(grouped, torch.ones(4097, K), *experts, ends, n, True)
+assert calls() == []
 """,
     )

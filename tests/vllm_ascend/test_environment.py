@@ -38,6 +38,32 @@ def test_block_quantization_and_block_product_on_fake_tensors() -> None:
         assert (out.dtype, out.shape, out.device.type) == (torch.bfloat16, (3, 384), "npu")
 
 
+def test_the_grouped_block_product_on_fake_tensors() -> None:
+    """As `torch_npu_native_grouped_linear` calls it: transposed views of weights and scales, a cumulative list."""
+    import torch_npu
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(), torch.device("npu:0"):
+        x = torch.empty(5, 256, dtype=torch.bfloat16)
+        codes, scale = torch_npu.npu_dynamic_block_quant(
+            x, dst_type=torch.float8_e4m3fn, row_block_size=1, col_block_size=128
+        )
+        weights = torch.empty(4, 384, 256, dtype=torch.float8_e4m3fn)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            (out,) = torch_npu.npu_grouped_matmul(
+                [codes],
+                [weights.transpose(1, 2)],
+                scale=[torch.empty(4, 3, 2).transpose(1, 2)],
+                per_token_scale=[scale],
+                group_list=torch.empty(4, dtype=torch.int64),
+                split_item=3,
+                group_type=0,
+                group_list_type=0,
+                output_dtype=dtype,
+            )
+            assert (out.dtype, out.shape, out.device.type) == (dtype, (5, 384), "npu")
+
+
 def test_there_is_no_npu_here() -> None:
     """If this fails, the labels in the documentation say less than they could."""
     import torch_npu

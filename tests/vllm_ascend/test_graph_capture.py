@@ -26,7 +26,13 @@ from .conftest import NPU, Chip
 ROWS = (1, 16, 64, 65, 512)
 """On both sides of the hand-over from the fused kernels to the scratch."""
 
-NATIVE = {"npu::npu_dynamic_block_quant", "npu::npu_quant_matmul", "aten::t", "aten::transpose.int"}
+NATIVE = {
+    "npu::npu_dynamic_block_quant",
+    "npu::npu_quant_matmul",
+    "npu::npu_grouped_matmul",
+    "aten::t",
+    "aten::transpose.int",
+}
 
 
 @pytest.fixture
@@ -76,6 +82,39 @@ def test_weights_only_can_be_captured(chip: Chip, fake: FakeTensorMode, m: int) 
         return
     graph = capture(pack(chip, (256,), 512, Activation.W8A16), m, torch.bfloat16, Activation.W8A16)
     assert graph.touched_fp8 == set()
+
+
+@pytest.mark.usefixtures("schemas")
+@pytest.mark.parametrize("tokens", [1, 16, 1024])
+@pytest.mark.parametrize("intermediate", [768, 192])  # Qwen3-30B-A3B's, and what a shard at TP 4 would have
+def test_a_layer_of_experts_can_be_captured(chip: Chip, fake: FakeTensorMode, intermediate: int, tokens: int) -> None:
+    """Routing, both grouped linears and the weighted sum: nothing asks the device which expert has how many rows."""
+    if chip.backend == "triton":
+        pytest.skip("the Triton backend has no experts yet")
+    experts, hidden, top_k = 16, 2048, 8
+
+    def pack_layer(grid: BlockGrid) -> PackedWeight:
+        weights = (torch.empty(grid.n, grid.k, dtype=torch.uint8).view(torch.float8_e4m3fn) for _ in range(experts))
+        scales = torch.empty(experts, *grid.scale_shape)
+        return ops.pack_experts(weights, scales, grid, chip.backend, check_values=False)
+
+    w13, w2 = BlockGrid((intermediate, intermediate), hidden), BlockGrid((hidden,), intermediate)
+    if chip.backend == "torch_npu" and not chip.native:
+        with pytest.raises(BlockFp8Error, match="serves experts on Ascend 950 alone"):
+            pack_layer(w13)
+        return
+    packed = pack_layer(w13), pack_layer(w2)
+    x, weights = torch.empty(tokens, hidden, dtype=torch.bfloat16), torch.empty(tokens, top_k)
+    ids = torch.empty(tokens, top_k, dtype=torch.int32)
+    with Capture() as graph:
+        out = ops.block_experts(x, *packed, weights, ids)
+    assert (out.shape, out.dtype, out.device) == (x.shape, x.dtype, NPU)
+    del out
+    assert graph.left_behind() == []
+    assert graph.touched_fp8 <= (FP8_VIEWS | NATIVE if chip.native else FP8_VIEWS)
+    assert chip.native == ("npu::npu_grouped_matmul" in graph.touched_fp8)
+    torch_s = {name for name in graph.seen if name.startswith(("aten::", "npu::"))}
+    assert {name for name in torch_s if falls_back_to_the_host(name)} == set()
 
 
 @pytest.mark.usefixtures("schemas")
@@ -147,7 +186,14 @@ def test_torch_compile_sees_one_graph(chip: Chip, fake: FakeTensorMode) -> None:
 
 
 def test_every_operator_of_this_package_is_looked_into() -> None:
-    names = {"ascendc_linear", "torch_npu_native_linear", "torch_npu_scratch_linear", "triton_block_linear"}
+    names = {
+        "ascendc_linear",
+        "ascendc_grouped_linear",
+        "torch_npu_native_linear",
+        "torch_npu_native_grouped_linear",
+        "torch_npu_scratch_linear",
+        "triton_block_linear",
+    }
     assert set(operators.IMPLEMENTATIONS) == names
 
 

@@ -14,6 +14,8 @@ void launch_block_dequantize(uint32_t blocks, void* stream, void* packed, void* 
                              const DequantizeTiling& tiling);
 void launch_block_linear(uint32_t blocks, void* stream, void* x, void* packed, void* scale, void* spans, void* bias,
                          void* out, void* workspace, const LinearTiling& tiling);
+void launch_block_grouped_linear(uint32_t blocks, void* stream, void* x, void* packed, void* scale, void* spans,
+                                 void* ends, void* out, void* workspace, const LinearTiling& tiling);
 void launch_block_gemv(uint32_t blocks, void* stream, void* x, void* packed, void* scale, void* spans, void* bias,
                        void* out, void* workspace, const LinearTiling& tiling);
 

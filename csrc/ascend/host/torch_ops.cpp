@@ -110,6 +110,27 @@ struct PackedView {
   }
 };
 
+// The same for `groups` of them, one behind the other.
+struct GroupedView {
+  uint32_t groups;
+  PackedView all;  // as if all groups' tiles were one weight's
+
+  GroupedView(const at::Tensor& p, const at::Tensor& s, const at::Tensor& t, int64_t k)
+      : groups(groups_of(p, s, t)), all(p.flatten(0, 1), s.flatten(0, 1), t.flatten(0, 1), k) {}
+  uint32_t tiles() const { return all.tiles / groups; }
+
+ private:
+  static uint32_t groups_of(const at::Tensor& p, const at::Tensor& s, const at::Tensor& t) {
+    TORCH_CHECK(
+        p.dim() == 4 && s.dim() == 4 && t.dim() == 3 && p.size(0) > 0 && s.size(0) == p.size(0) &&
+            t.size(0) == p.size(0) && p.is_contiguous() && s.is_contiguous() && t.is_contiguous(),
+        "ascendc: of a grouped linear packed and scale have 4 dimensions, spans has 3, the first is that of the "
+        "groups, and all are contiguous, got ",
+        p.sizes(), ", ", s.sizes(), " and ", t.sizes());
+    return narrow(p.size(0), "the number of groups");
+  }
+};
+
 void* address(const at::Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
 
 // The device of a tensor, made the current one for as long as this lives, and the stream and cores that a kernel gets
@@ -175,6 +196,14 @@ at::Tensor block_dequantize(const at::Tensor& packed, const at::Tensor& scale, c
   return out;
 }
 
+// Blocks of a mixed kernel that the stream may use: each takes one cube core and two vector cores.
+uint32_t mixed_blocks(const char* name, const CoreCounts& cores) {
+  const uint32_t blocks = std::min(cores.cube, cores.vector / kVectorCores);
+  TORCH_CHECK(blocks > 0, name, ": a block takes 1 cube core and ", kVectorCores, " vector cores, the stream may use ",
+              cores.cube, " and ", cores.vector);
+  return blocks;
+}
+
 using Launch = void (*)(uint32_t, void*, void*, void*, void*, void*, void*, void*, void*, const LinearTiling&);
 
 template <class Plan>
@@ -207,14 +236,35 @@ at::Tensor linear(const char* name, Launch launch, const at::Tensor& x, const at
 at::Tensor block_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& spans,
                         const std::optional<at::Tensor>& bias, int64_t n, bool dynamic) {
   const auto make_plan = [&](uint32_t tiles, uint32_t bias_dtype, const CoreCounts& cores) {
-    const uint32_t groups =
-        std::min(cores.cube, cores.vector / kVectorCores);  // a block takes one cube and two vector cores
-    TORCH_CHECK(groups > 0, "ascendc_block_linear: a block takes 1 cube core and ", kVectorCores,
-                " vector cores, the stream may use ", cores.cube, " and ", cores.vector);
     return plan_linear(narrow(x.size(0), "m"), narrow(n, "n"), narrow(x.size(1), "k"), tiles,
-                       dynamic ? kDynamic : kNone, dtype_of(x.scalar_type()), bias_dtype, groups);
+                       dynamic ? kDynamic : kNone, dtype_of(x.scalar_type()), bias_dtype,
+                       mixed_blocks("ascendc_block_linear", cores));
   };
   return linear("qwen3_fp8_block_linear", launch_block_linear, x, packed, scale, spans, bias, n, make_plan);
+}
+
+at::Tensor block_grouped_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale,
+                                const at::Tensor& spans, const at::Tensor& ends, int64_t n, bool dynamic) {
+  constexpr const char* name = "ascendc_block_grouped_linear";
+  TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), name, ": x is (m, k) and contiguous, got ", x.sizes());
+  check_same_device(x, packed, "x");
+  const GroupedView weights(packed, scale, spans, x.size(1));
+  TORCH_CHECK(
+      ends.scalar_type() == at::kLong && ends.dim() == 1 && ends.size(0) == weights.groups && ends.is_contiguous(),
+      name, ": ends is int64 (", weights.groups, ") and contiguous, got ", ends.sizes(), " ", ends.scalar_type());
+  check_same_device(ends, x, "ends");
+  at::Tensor out = at::empty({x.size(0), n}, x.options());
+  if (out.numel() == 0) return out;
+  const Target target(x);
+  const LinearPlan plan = plan_grouped_linear(narrow(x.size(0), "m"), narrow(n, "n"), narrow(x.size(1), "k"),
+                                              weights.tiles(), weights.groups, dynamic ? kDynamic : kNone,
+                                              dtype_of(x.scalar_type()), mixed_blocks(name, target.cores));
+  const at::Tensor workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)}, x.options().dtype(at::kByte));
+  enqueue("qwen3_fp8_block_grouped_linear", target, [=](void* stream) {
+    launch_block_grouped_linear(plan.blocks, stream, address(x), address(packed), address(scale), address(spans),
+                                address(ends), address(out), address(workspace), plan.tiling);
+  });
+  return out;
 }
 
 at::Tensor block_gemv(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& spans,
@@ -236,4 +286,5 @@ TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, PrivateUse1, m) {
   m.impl("ascendc_block_dequantize_out", TORCH_FN(qwen3_fp8_ascend::block_dequantize_out));
   m.impl("ascendc_block_linear", TORCH_FN(qwen3_fp8_ascend::block_linear));
   m.impl("ascendc_block_gemv", TORCH_FN(qwen3_fp8_ascend::block_gemv));
+  m.impl("ascendc_block_grouped_linear", TORCH_FN(qwen3_fp8_ascend::block_grouped_linear));
 }

@@ -33,10 +33,17 @@ at::Tensor block_linear_meta(const at::Tensor& x, const at::Tensor&, const at::T
   return at::empty_symint({x.sym_size(0), std::move(n)}, x.options());
 }
 
+at::Tensor block_grouped_linear_meta(const at::Tensor& x, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                     const at::Tensor&, c10::SymInt n, bool) {
+  TORCH_CHECK(x.dim() == 2, "ascendc_block_grouped_linear: x is (m, k), got ", x.dim(), " dimensions");
+  return at::empty_symint({x.sym_size(0), std::move(n)}, x.options());
+}
+
 }  // namespace
 }  // namespace qwen3_fp8_ascend
 
-// packed (tiles, k_blocks, 16384) uint8, scale (tiles, k_blocks, 8) float32, spans (tiles, 8) int32: see tiling.h.
+// packed (tiles, k_blocks, 16384) uint8, scale (tiles, k_blocks, 8) float32, spans (tiles, 8) int32: see tiling.h; of a
+// grouped linear they have a leading dimension of groups, and ends is (groups,) int64.
 TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
   m.def("ascendc_group_quantize(Tensor x) -> (Tensor codes, Tensor scale)");
   m.def(
@@ -49,6 +56,9 @@ TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
   m.def(
       "ascendc_block_gemv(Tensor x, Tensor packed, Tensor scale, Tensor spans, Tensor? bias, SymInt n, bool dynamic) "
       "-> Tensor");
+  m.def(
+      "ascendc_block_grouped_linear(Tensor x, Tensor packed, Tensor scale, Tensor spans, Tensor ends, SymInt n, bool "
+      "dynamic) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, Meta, m) {
@@ -57,4 +67,5 @@ TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, Meta, m) {
   m.impl("ascendc_block_dequantize_out", TORCH_FN(qwen3_fp8_ascend::block_dequantize_out_meta));
   m.impl("ascendc_block_linear", TORCH_FN(qwen3_fp8_ascend::block_linear_meta));
   m.impl("ascendc_block_gemv", TORCH_FN(qwen3_fp8_ascend::block_linear_meta));
+  m.impl("ascendc_block_grouped_linear", TORCH_FN(qwen3_fp8_ascend::block_grouped_linear_meta));
 }

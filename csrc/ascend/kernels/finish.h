@@ -70,11 +70,7 @@ class FinishTiles {
     narrow(out, sum, count);
     output_.EnQue(out);
     out = output_.template DeQue<T>();
-    constexpr uint32_t pitch = kBlock * sizeof(T) / 32;
-    const uint32_t bytes = columns * static_cast<uint32_t>(sizeof(T));
-    DataCopyPad(out_[static_cast<uint64_t>(row) * tiling_.n + start], out,
-                DataCopyExtParams(static_cast<uint16_t>(rows), bytes, pitch - (bytes + 31) / 32,
-                                  tiling_.n * static_cast<uint32_t>(sizeof(T)) - bytes, 0));
+    store_rows(out_[static_cast<uint64_t>(row) * tiling_.n + start], out, rows, columns, tiling_.n);
     output_.FreeTensor(out);
   }
 
@@ -103,25 +99,6 @@ class FinishTiles {
     }
     vector_barrier();
     bias_in_.FreeTensor(bias);
-  }
-
-  __aicore__ inline void narrow(const AscendC::LocalTensor<float>& to, const AscendC::LocalTensor<float>& from,
-                                int32_t count) {
-    AscendC::Muls(to, from, 1.0f, count);
-  }
-  template <class Narrow>
-  __aicore__ inline void narrow(const AscendC::LocalTensor<Narrow>& to, const AscendC::LocalTensor<float>& from,
-                                int32_t count) {
-    AscendC::Cast(to, from, AscendC::RoundMode::CAST_RINT, static_cast<uint32_t>(count));
-  }
-  __aicore__ inline void widen(const AscendC::LocalTensor<float>& to, const AscendC::LocalTensor<float>& from,
-                               int32_t count) {
-    AscendC::Muls(to, from, 1.0f, count);
-  }
-  template <class Narrow>
-  __aicore__ inline void widen(const AscendC::LocalTensor<float>& to, const AscendC::LocalTensor<Narrow>& from,
-                               int32_t count) {
-    AscendC::Cast(to, from, AscendC::RoundMode::CAST_NONE, static_cast<uint32_t>(count));
   }
 
   AscendC::TQue<AscendC::TPosition::VECIN, 2> parts_;

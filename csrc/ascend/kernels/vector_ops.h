@@ -47,4 +47,36 @@ __aicore__ inline void fill_mask(const AscendC::LocalTensor<int16_t>& mask, uint
   AscendC::Duplicate(mask, static_cast<int16_t>(bits), static_cast<int32_t>(kShortLanes));
 }
 
+// fp32 to T, rounded to nearest even, and back. A cast from a type to itself is no instruction.
+__aicore__ inline void narrow(const AscendC::LocalTensor<float>& to, const AscendC::LocalTensor<float>& from,
+                              int32_t count) {
+  AscendC::Muls(to, from, 1.0f, count);
+}
+template <class Narrow>
+__aicore__ inline void narrow(const AscendC::LocalTensor<Narrow>& to, const AscendC::LocalTensor<float>& from,
+                              int32_t count) {
+  AscendC::Cast(to, from, AscendC::RoundMode::CAST_RINT, static_cast<uint32_t>(count));
+}
+__aicore__ inline void widen(const AscendC::LocalTensor<float>& to, const AscendC::LocalTensor<float>& from,
+                             int32_t count) {
+  AscendC::Muls(to, from, 1.0f, count);
+}
+template <class Narrow>
+__aicore__ inline void widen(const AscendC::LocalTensor<float>& to, const AscendC::LocalTensor<Narrow>& from,
+                             int32_t count) {
+  AscendC::Cast(to, from, AscendC::RoundMode::CAST_NONE, static_cast<uint32_t>(count));
+}
+
+// The first `columns` of rows of 128, one below the other on chip, to `columns` of as many rows of a matrix of n
+// columns.
+template <class T>
+__aicore__ inline void store_rows(const AscendC::GlobalTensor<T>& out, const AscendC::LocalTensor<T>& from,
+                                  uint32_t rows, uint32_t columns, uint32_t n) {
+  constexpr uint32_t pitch = kBlock * sizeof(T) / 32;
+  const uint32_t bytes = columns * static_cast<uint32_t>(sizeof(T));
+  AscendC::DataCopyPad(out, from,
+                       AscendC::DataCopyExtParams(static_cast<uint16_t>(rows), bytes, pitch - (bytes + 31) / 32,
+                                                  n * static_cast<uint32_t>(sizeof(T)) - bytes, 0));
+}
+
 }  // namespace qwen3_fp8_ascend

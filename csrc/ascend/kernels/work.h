@@ -27,17 +27,22 @@ __aicore__ inline uint32_t part_of(const LinearTiling& t, uint32_t tile, uint32_
   return core - owner(t, static_cast<uint64_t>(tile) * t.k_blocks);
 }
 
-// Up to `limit` consecutive units of one tile.
+// Up to `limit` consecutive units of one tile, and the rows of x that they are multiplied with.
 struct Stage {
   uint32_t tile, k_block, units;
   bool opens, closes;  // first or last of this core's share of the tile
+  uint32_t weights;    // the tile's place among all packed ones
+  uint32_t row, rows;
 };
 
-// Walks a core's range stage by stage.
+// Walks a range of units stage by stage.
 class StageWalk {
  public:
+  __aicore__ inline StageWalk(uint32_t k_blocks, uint64_t begin, uint64_t end, uint32_t limit, uint32_t rows)
+      : k_blocks_(k_blocks), limit_(limit), unit_(begin), end_(end), rows_(rows), opens_(true) {}
+  // The range of a core.
   __aicore__ inline StageWalk(const LinearTiling& t, uint32_t core, uint32_t limit)
-      : k_blocks_(t.k_blocks), limit_(limit), unit_(first_unit(t, core)), end_(first_unit(t, core + 1)), opens_(true) {}
+      : StageWalk(t.k_blocks, first_unit(t, core), first_unit(t, core + 1), limit, t.m) {}
 
   __aicore__ inline bool done() const { return unit_ >= end_; }
 
@@ -53,11 +58,15 @@ class StageWalk {
     unit_ += stage.units;
     stage.closes = unit_ == end_ || unit_ % k_blocks_ == 0;
     opens_ = stage.closes;
+    stage.weights = stage.tile;
+    stage.row = 0;
+    stage.rows = rows_;
     return stage;
   }
 
  private:
   uint64_t k_blocks_, limit_, unit_, end_;
+  uint32_t rows_;
   bool opens_;
 };
 
