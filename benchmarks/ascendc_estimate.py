@@ -1,6 +1,7 @@
-"""Estimates the time of Qwen3-8B's linears on an Ascend chip, from the Ascend C emulator's counters.
+"""Estimates the time of Qwen3-8B's linears, or of Qwen3-30B-A3B's experts, from the Ascend C emulator's counters.
 
     python -m benchmarks.ascendc_estimate --chip 910B3 --rows 1 4 8 16 32 64
+    python -m benchmarks.ascendc_estimate --chip 910B3 --experts 1 16 64
 
 Nothing here was measured on an NPU. The kernels of csrc/ascend run in the emulator at full shape; it counts what they
 do and adds up published costs of instructions and paths (tests/support/ascendc_emulator/chip.h names every source).
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +29,15 @@ from qwen3_fp8_ascend.format import BlockGrid
 ROOT = Path(__file__).resolve().parents[1]
 EMULATOR = ROOT / "tests" / "support" / "ascendc_emulator"
 SOURCES = ROOT / "csrc" / "ascend"
-KERNELS = ("group_quantize", "block_dequantize", "block_linear", "block_gemv")
+KERNELS = ("group_quantize", "block_dequantize", "block_linear", "block_grouped_linear", "block_gemv")
+
+EXPERTS, TOP_K = 128, 8
+EXPERT_LINEARS = {"gate_up": (1536, 2048), "down": (2048, 768)}
+"""Qwen3-30B-A3B: (n, k) of an expert's two linears."""
+
+SAMPLE = 20
+"""Most experts that are emulated. More are extrapolated from this many and half of it: cores share experts out evenly,
+and every expert costs the same but for its rows."""
 
 PATHS = ("HBM->UB", "UB->L2", "L2->L1", "L1->L0B", "L0C->L2", "L2->UB")
 
@@ -62,6 +72,8 @@ class Row:
     busiest: str
     bf16_microseconds: float
     bytes_a_weight: dict[str, float]
+    repeats: float
+    """Vector instructions of 256 bytes for each 256 weights."""
 
     @property
     def ratio(self) -> float:
@@ -117,20 +129,82 @@ def estimate(
                     f"{max(busy, key=lambda pipe: busy[pipe])} {max(busy.values()) / counters['cycles']:.0%}",
                     bf16_microseconds(n, k, m, chip),
                     {path: count / (n * k) for path, count in counters["bytes"].items()},
+                    sum(counters["vector_repeats"].values()) / (n * k / 256),
                 )
+
+
+def zeros(path: Path, size: int) -> None:
+    """A file of zeros that takes no room: what the emulator counts does not depend on codes."""
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def emulate_experts(
+    executable: Path, folder: Path, linear: str, counts: torch.Tensor, chip_name: str
+) -> dict[str, Any]:
+    """The counters of a grouped linear whose experts have these numbers of rows, shapes (`EXPERTS`,)."""
+    n, k = EXPERT_LINEARS[linear]
+    tiles, units, rows = -(-n // 128), -(-n // 128) * -(-k // 128), int(counts.sum())
+    dtype = torch.bfloat16 if linear == "gate_up" else torch.float32  # as `grouped.block_experts` has it
+    zeros(folder / "packed", EXPERTS * units * 128 * 128)
+    zeros(folder / "scale", EXPERTS * units * 32)
+    spans = torch.tensor([[tile * 128, 128, 0, 0, 0, 0, 0, 0] for tile in range(tiles)], dtype=torch.int32)
+    write(folder / "spans", spans.repeat(EXPERTS, 1))
+    write(folder / "ends", counts.cumsum(0))
+    write(folder / "x", torch.randn(rows, k).to(dtype))
+    files = [f"{name}={folder / name}" for name in ("x", "packed", "scale", "spans", "ends", "out")]
+    settings = [f"m={rows}", f"n={n}", f"k={k}", f"dtype={1 if dtype == torch.bfloat16 else 2}", "activation=0"]
+    settings += [f"cores={CHIPS[chip_name].cube_cores}", f"chip={chip_name}"]
+    command = [str(executable), "block_grouped_linear", *settings, *files]
+    out: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return out
+
+
+def estimate_experts(executable: Path, folder: Path, tokens: Sequence[int], chip_name: str) -> Iterator[Row]:
+    """Both grouped linears of a layer, for tokens that are sent to `TOP_K` experts at random."""
+    chip = CHIPS[chip_name]
+    for m in tokens:
+        counts = torch.bincount(torch.rand(m, EXPERTS).topk(TOP_K).indices.flatten(), minlength=EXPERTS)
+        touched = counts.nonzero().flatten()
+        for linear, (n, k) in EXPERT_LINEARS.items():
+            counters: list[dict[str, Any]] = []
+            tiles_of_a_core: list[int] = []
+            numbers = [len(touched)] if len(touched) <= SAMPLE else [SAMPLE // 2, SAMPLE]
+            for number in numbers:
+                sample = torch.zeros_like(counts).index_copy(0, touched[:number], counts[touched[:number]])
+                counters.append(emulate_experts(executable, folder, linear, sample, chip_name))
+                tiles_of_a_core.append(-(-number * -(-n // 128) // chip.cube_cores))
+            last = counters[-1]
+            cycles = last["cycles"]
+            if len(counters) == 2:
+                of_a_tile = (cycles - counters[0]["cycles"]) / (tiles_of_a_core[1] - tiles_of_a_core[0])
+                every_tile = -(-len(touched) * -(-n // 128) // chip.cube_cores)
+                cycles += of_a_tile * (every_tile - tiles_of_a_core[1])
+            weights, busy = numbers[-1] * n * k, last["busy"]
+            yield Row(
+                f"{linear} of {len(touched)} experts",
+                m,
+                "block_grouped_linear",
+                cycles / chip.hertz * 1e6,
+                f"{max(busy, key=lambda pipe: busy[pipe])} {max(busy.values()) / last['cycles']:.0%}",
+                2 * len(touched) * n * k / (chip.hbm_gb_per_s * 1e9) * 1e6,
+                {path: count / weights for path, count in last["bytes"].items()},
+                sum(last["vector_repeats"].values()) / (weights / 256),
+            )
 
 
 def markdown(rows: Sequence[Row], chip: str) -> Iterator[str]:
     yield (
         f"| linear | m | kernel | FP8 on {chip}, us (estimated) | busiest pipe | BF16, us (estimated, lower bound) "
-        f"| ratio (estimated) | bytes a weight (counted): {', '.join(PATHS)} |"
+        f"| ratio (estimated) | bytes a weight (counted): {', '.join(PATHS)} "
+        "| vector repeats for 256 weights (counted) |"
     )
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         traffic = ", ".join(f"{row.bytes_a_weight.get(path, 0):.2f}" for path in PATHS)
         yield (
             f"| {row.linear} | {row.m} | {row.kernel} | {row.microseconds:.1f} | {row.busiest} "
-            f"| {row.bf16_microseconds:.1f} | {row.ratio:.2f} | {traffic} |"
+            f"| {row.bf16_microseconds:.1f} | {row.ratio:.2f} | {traffic} | {row.repeats:.1f} |"
         )
     yield ""
     yield (
@@ -149,12 +223,18 @@ def main() -> int:
     parser.add_argument("--chip", choices=CHIPS, default="910B3")
     parser.add_argument("--linears", nargs="+", choices=QWEN3_8B, default=list(QWEN3_8B))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 16, 32, 64])
+    parser.add_argument("--experts", nargs="+", type=int, metavar="TOKENS", help="experts instead, for these tokens")
     options = parser.parse_args()
     torch.manual_seed(0)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         executable = build(Path(name))
-        for row in estimate(executable, Path(name), options.linears, options.rows, options.chip):
+        found = (
+            estimate_experts(executable, Path(name), options.experts, options.chip)
+            if options.experts
+            else estimate(executable, Path(name), options.linears, options.rows, options.chip)
+        )
+        for row in found:
             print(f"{row.linear} m={row.m} {row.kernel}: {row.microseconds:.1f} us (estimated)", file=sys.stderr)
             rows.append(row)
     print("\n".join(markdown(rows, options.chip)))

@@ -72,7 +72,9 @@ def test_blocks_stay_within_the_cores_that_a_stream_may_use(host_libraries: Libr
         host_libraries,
         """
 every_operator()
-assert calls() == ["group_quantize 40", "block_dequantize 40", "block_linear 20", "block_gemv 40", "block_grouped_linear 20"]
+full = calls()
+assert full[:3] == ["group_quantize 40", "block_dequantize 40", "block_linear 20"]
+assert full[3:] == ["block_gemv 40", "block_grouped_linear 20"]
 host.set("stream_cube", 6)
 host.set("stream_vector", 9)
 every_operator()
