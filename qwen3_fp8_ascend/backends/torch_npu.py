@@ -239,7 +239,8 @@ def torch_npu_native_grouped_linear(
     Raises:
         BlockFp8Error: operands that do not fit each other. The operator's own shape function accepts almost anything.
     Semantics: the operator knows 1x128 and 128x128 scales by their shapes. A weight that is transposed, as the
-        checkpoint's is, comes as a strided view, and its scales likewise, as for `npu_quant_matmul`.
+        checkpoint's is, comes as a strided view, and its scales likewise, as for `npu_quant_matmul`: the documentation
+        has them as (E, n / 128, k / 128) then, which is how they lie in memory. No NPU has confirmed that reading.
     Source: CANN's documentation of aclnnGroupedMatmulV5, constraints of G-B quantization on Ascend 950.
     """
     _check_activation(x)
