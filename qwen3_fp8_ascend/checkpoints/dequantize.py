@@ -14,12 +14,12 @@ from qwen3_fp8_ascend.checkpoints.anomaly import fault
 from qwen3_fp8_ascend.checkpoints.conversion import ConversionSummary, Read, convert_checkpoint
 from qwen3_fp8_ascend.checkpoints.folder import QUANTIZATION_KEYS, read_checkpoint
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
-from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, scale_name
+from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, is_scale, scale_name
 from qwen3_fp8_ascend.checkpoints.tensors import FLOAT_DTYPES
 from qwen3_fp8_ascend.checkpoints.tiles import Tile, tiles
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import SCALE_SUFFIX, BlockSize, ceil_div
+from qwen3_fp8_ascend.format import BlockSize, ceil_div
 from qwen3_fp8_ascend.ops import check_scale_values, count_nan_codes
 
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
@@ -63,7 +63,7 @@ class _Dequantization:
         return {"block": list(self.block), "dtype": DTYPE_NAMES[self.dtype]}
 
     def outputs(self, tensor: TensorEntry) -> Sequence[TensorEntry]:
-        if tensor.name.endswith(SCALE_SUFFIX):
+        if is_scale(tensor.name):
             return []  # read beside its weight, which may be in another file
         return [replace(tensor, dtype=DTYPE_NAMES[self.dtype]) if tensor.dtype == E4M3 else tensor]
 
@@ -72,23 +72,27 @@ class _Dequantization:
         scale = read(entry)
         check_scale_values(scale, where=f"{entry.file}, {entry.name}")
         codes = read(tensor)
-        n, k = codes.shape
-        weight = torch.empty(n, k, dtype=self.dtype)
+        weight = torch.empty(codes.shape, dtype=self.dtype)
         nan_codes = overflows = 0
-        for tile in tiles(n, k, self.block, whole_blocks=False):
-            part = codes[tile.where]
-            nan_codes += count_nan_codes(part)
-            made = (part.float() * _tile_scales(scale, self.block, tile)).to(self.dtype)
-            if not torch.isfinite(made.abs().amax()):
-                overflows += made.numel() - int(torch.isfinite(made).sum())
-            weight[tile.where] = made
+        # One matrix, or one for each expert of a layer.
+        for into, matrix, scales in zip(
+            *(t.unbind() if t.dim() == 3 else (t,) for t in (weight, codes, scale)), strict=True
+        ):
+            n, k = matrix.shape
+            for tile in tiles(n, k, self.block, whole_blocks=False):
+                part = matrix[tile.where]
+                nan_codes += count_nan_codes(part)
+                made = (part.float() * _tile_scales(scales, self.block, tile)).to(self.dtype)
+                if not torch.isfinite(made.abs().amax()):
+                    overflows += made.numel() - int(torch.isfinite(made).sum())
+                into[tile.where] = made
         if nan_codes:
             raise fault(
                 "a weight holds NaN codes (0x7F or 0xFF)",
                 file=tensor.file,
                 tensor=tensor.name,
                 expected="finite e4m3 codes only",
-                got=f"{nan_codes} NaN of {n * k}",
+                got=f"{nan_codes} NaN of {codes.numel()}",
                 fix=DOWNLOAD_AGAIN,
             )
         if overflows:
@@ -96,7 +100,7 @@ class _Dequantization:
                 f"a weight has values beyond the range of {DTYPE_NAMES[self.dtype]}",
                 file=tensor.file,
                 tensor=tensor.name,
-                got=f"{overflows} of {n * k}",
+                got=f"{overflows} of {codes.numel()}",
                 fix="dequantize to bfloat16 or float32",
             )
         return [weight]

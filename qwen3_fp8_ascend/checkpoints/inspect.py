@@ -8,23 +8,25 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly, CheckpointError, collect, fault
+from qwen3_fp8_ascend.checkpoints.experts import ExpertsSummary, find_expert_anomalies, summarize_experts
 from qwen3_fp8_ascend.checkpoints.folder import find_quantization, survey_checkpoint
 from qwen3_fp8_ascend.checkpoints.rules import (
     find_anomalies,
     find_undeclared,
     find_unused,
     is_fp8_weight,
+    is_scale,
     scale_name,
 )
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
 from qwen3_fp8_ascend.errors import BlockFp8Error, describe, printable
-from qwen3_fp8_ascend.format import SCALE_SUFFIX, BlockFp8Config
+from qwen3_fp8_ascend.format import BlockFp8Config
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class CheckpointReport:
     files: int
     tensors: int
     block_fp8_layers: int
+    experts: ExpertsSummary | None
     tensors_by_kind: Mapping[str, int]
     bytes_by_kind: Mapping[str, int]
     unused_files: tuple[str, ...]
@@ -58,6 +61,7 @@ class CheckpointReport:
             "files": self.files,
             "tensors": self.tensors,
             "block_fp8_layers": self.block_fp8_layers,
+            "experts": asdict(self.experts) if self.experts else None,
             "tensors_by_kind": dict(self.tensors_by_kind),
             "bytes_by_kind": dict(self.bytes_by_kind),
             "unused_files": list(self.unused_files),
@@ -81,7 +85,11 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
         except BlockFp8Error as error:
             findings.append([_as_anomaly(error)])
     if config is not None:
-        findings += [find_anomalies(checkpoint, config), find_unused(checkpoint)]
+        findings += [
+            find_anomalies(checkpoint, config),
+            find_expert_anomalies(checkpoint, config),
+            find_unused(checkpoint),
+        ]
     elif quantization is None:
         findings.append(find_undeclared(checkpoint))
     anomalies = collect(chain.from_iterable(findings))
@@ -98,6 +106,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
         files=len(checkpoint.files),
         tensors=len(checkpoint.tensors),
         block_fp8_layers=counts["block FP8 weights"],
+        experts=summarize_experts(checkpoint, config.block) if config else None,
         tensors_by_kind=dict(sorted(counts.items())),
         bytes_by_kind=dict(sorted(sizes.items())),
         unused_files=checkpoint.unused,
@@ -126,7 +135,7 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
 def _kind(tensor: TensorEntry, tensors: Mapping[str, TensorEntry]) -> str:
     if is_fp8_weight(tensor) and scale_name(tensor.name) in tensors:
         return "block FP8 weights"
-    if tensor.name.endswith(SCALE_SUFFIX):
+    if is_scale(tensor.name):
         return "block scales"
     return f"other {tensor.dtype}"
 

@@ -31,6 +31,22 @@ COMMON_LINEARS = frozenset(
 )
 """Last names under which vLLM builds quantized linear layers in practically every model."""
 
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+PROJECTIONS = {GATE: GATE, UP: UP, DOWN: DOWN, "w1": GATE, "w3": UP, "w2": DOWN}
+"""Names of an expert's three linears in checkpoints, and which one each is."""
+
+EXPERT = re.compile(
+    r"^(?P<layer>(?:.+\.)?experts)\.(?P<expert>\d{1,6})\.(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)"
+    r"\.(?P<kind>weight|weight_scale_inv|bias)$"
+)
+"""An expert's tensors, as official FP8 releases have them."""
+
+GATE_UP = "gate_up_proj"
+FUSED_EXPERTS = re.compile(r"^(?P<layer>(?:.+\.)?experts)\.(?P<projection>gate_up_proj|down_proj)$")
+"""All experts of a layer in one tensor, as transformers 5 keeps them in memory: (experts, n, k), gate above up."""
+
+FUSED_SCALES = re.compile(r"^(?:.+\.)?experts\.(?:gate_up_proj|down_proj)_scale_inv$")
+
 
 def module_of(tensor: str) -> str:
     """``model.layers.0.mlp.up_proj.weight`` -> ``model.layers.0.mlp.up_proj``."""
@@ -59,6 +75,16 @@ def is_decoder_linear(tensor: str, shape: tuple[int, ...]) -> bool:
     match = LAYER.match(module)
     within = match["rest"] if match else ""
     return module.rpartition(".")[2] not in ROUTER_GATES and not _has_word(within, UNQUANTIZED_WORDS)
+
+
+def is_fused_experts(tensor: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor holds a projection of all experts of a layer: (experts, n, k), without ``.weight``."""
+    return len(shape) == 3 and FUSED_EXPERTS.match(tensor) is not None
+
+
+def expert_weight(fused: str, expert: int, projection: str) -> str:
+    """The name of one expert's weight that is a part of a fused tensor: ``experts.7.gate_proj.weight``."""
+    return f"{fused.rpartition('.')[0]}.{expert}.{projection}.weight"
 
 
 def is_ignored(module: str, ignored: Collection[str]) -> bool:

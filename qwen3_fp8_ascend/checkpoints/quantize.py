@@ -19,7 +19,21 @@ from qwen3_fp8_ascend.checkpoints.folder import (
     find_quantization,
     read_checkpoint,
 )
-from qwen3_fp8_ascend.checkpoints.layers import FUSED, is_decoder_linear, is_linear_weight, matches_any, module_of
+from qwen3_fp8_ascend.checkpoints.layers import (
+    DOWN,
+    EXPERT,
+    FUSED,
+    GATE,
+    GATE_UP,
+    UP,
+    expert_weight,
+    is_decoder_linear,
+    is_fused_experts,
+    is_linear_weight,
+    layer_index,
+    matches_any,
+    module_of,
+)
 from qwen3_fp8_ascend.checkpoints.rules import E4M3, OTHER_FP8, scale_name
 from qwen3_fp8_ascend.checkpoints.tensors import FLOAT_DTYPES
 from qwen3_fp8_ascend.checkpoints.tiles import Tile, tiles
@@ -48,7 +62,8 @@ def quantize_checkpoint(
     """Write a block-FP8 copy of a checkpoint folder, streaming, atomically, resuming what was interrupted.
 
     The linear weights of decoder layers are quantized, experts' included; embeddings, lm_head, norms, router gates,
-    vision towers, and modules that match an `ignore` glob stay as they are and are listed in config.json.
+    vision towers, and modules that match an `ignore` glob stay as they are and are listed in config.json. Experts that
+    the source holds in one tensor a layer become tensors of their own, as official FP8 releases have them.
     Raises:
         BlockFp8Error: the source is damaged, already quantized, or has no linear weights to quantize; a weight has
             NaN or infinite values; an `ignore` glob matches nothing or splits layers that are merged when served;
@@ -104,12 +119,22 @@ class _Quantization:
     def outputs(self, tensor: TensorEntry) -> Sequence[TensorEntry]:
         if tensor.name not in self.selected:
             return [tensor]
-        n, k = tensor.shape
-        scale = TensorEntry(scale_name(tensor.name), "F32", scale_shape(n, k, self.block), tensor.file)
-        return [replace(tensor, dtype=E4M3), scale]
+        return [entry for part in _parts(tensor) for entry in (replace(part, dtype=E4M3), self._scale_of(part))]
 
     def convert(self, tensor: TensorEntry, read: Read) -> Sequence[torch.Tensor]:
-        weight = read(tensor)
+        whole = read(tensor)
+        if not is_fused_experts(tensor.name, tensor.shape):
+            return self._quantize(whole, tensor)
+        matrices = (half for expert in whole for half in _halves(tensor.name, expert))
+        return [
+            made for part, matrix in zip(_parts(tensor), matrices, strict=True) for made in self._quantize(matrix, part)
+        ]
+
+    def _scale_of(self, weight: TensorEntry) -> TensorEntry:
+        n, k = weight.shape
+        return TensorEntry(scale_name(weight.name), "F32", scale_shape(n, k, self.block), weight.file)
+
+    def _quantize(self, weight: torch.Tensor, tensor: TensorEntry) -> list[torch.Tensor]:
         (n, k), block = weight.shape, self.block
         codes = torch.empty(n, k, dtype=torch.float8_e4m3fn)
         scale = torch.empty(scale_shape(n, k, block))
@@ -138,6 +163,24 @@ class _Quantization:
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
         return kept | {"quantization_config": BlockFp8Config(self.block, self.unquantized).to_dict()}
+
+
+def _parts(tensor: TensorEntry) -> list[TensorEntry]:
+    """The matrices that a tensor to quantize consists of: itself, or the projections of each expert."""
+    if not is_fused_experts(tensor.name, tensor.shape):
+        return [tensor]
+    experts, n, k = tensor.shape
+    last = tensor.name.rpartition(".")[2]
+    shapes = {GATE: (n // 2, k), UP: (n // 2, k)} if last == GATE_UP else {DOWN: (n, k)}
+    return [
+        replace(tensor, name=expert_weight(tensor.name, expert, projection), shape=shape)
+        for expert in range(experts)
+        for projection, shape in shapes.items()
+    ]
+
+
+def _halves(fused: str, expert: torch.Tensor) -> Sequence[torch.Tensor]:
+    return expert.chunk(2) if fused.rpartition(".")[2] == GATE_UP else (expert,)
 
 
 def _check_block(block: Sequence[int]) -> BlockSize:
@@ -171,7 +214,7 @@ def _check_unquantized(checkpoint: Checkpoint) -> None:
 
 def _select(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> set[str]:
     """Names of the weights to quantize."""
-    candidates = [t for t in checkpoint.tensors.values() if is_decoder_linear(t.name, t.shape)]
+    candidates = [t for t in checkpoint.tensors.values() if _is_candidate(t)]
     modules = [module_of(name) for name in checkpoint.tensors]
     for glob in ignore:
         if not any(matches_any(module, (glob,)) for module in modules):
@@ -199,8 +242,51 @@ def _select(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> set[str]:
             expected="2-D tensors such as model.layers.0.self_attn.q_proj.weight",
             got=f"{len(candidates)} such tensors, all ignored" if candidates else "none",
         )
-    _check_fused(names, {tensor.name for tensor in candidates})
+    every = {tensor.name for tensor in candidates}
+    _check_fused(names, every)
+    _check_experts(names, every)
+    for tensor in selected:
+        if is_fused_experts(tensor.name, tensor.shape):
+            _check_fused_experts(tensor, checkpoint)
     return names
+
+
+def _is_candidate(tensor: TensorEntry) -> bool:
+    if is_fused_experts(tensor.name, tensor.shape):
+        return layer_index(tensor.name) is not None
+    return is_decoder_linear(tensor.name, tensor.shape)
+
+
+def _check_experts(selected: set[str], candidates: set[str]) -> None:
+    """Refuse to quantize some of a layer's experts: one operator serves them all."""
+    quantized = {match["layer"] for name in selected if (match := EXPERT.match(name))}
+    for name in sorted(candidates - selected):
+        match = EXPERT.match(name)
+        if match is not None and match["layer"] in quantized:
+            raise BlockFp8Error(
+                "the ignore patterns split the experts of a layer",
+                where=module_of(name),
+                expected=f"all or none of {match['layer']}.*",
+                got=f"expert {match['expert']} ignored, others not",
+            )
+
+
+def _check_fused_experts(tensor: TensorEntry, checkpoint: Checkpoint) -> None:
+    """Refuse tensors of all experts that are laid out otherwise, transposed for instance."""
+    shapes = {}
+    for projection in (GATE_UP, DOWN):
+        entry = checkpoint.tensors.get(f"{module_of(tensor.name)}.{projection}")
+        shapes[projection] = entry.shape if entry is not None else ()
+    gate_up, down = shapes[GATE_UP], shapes[DOWN]
+    if len(down) != 3 or gate_up != (down[0], 2 * down[2], down[1]):
+        raise fault(
+            "the tensors of a layer's experts are not laid out as gate above up, and down",
+            file=tensor.file,
+            tensor=tensor.name,
+            expected=f"{GATE_UP} [experts, 2 * intermediate, hidden], {DOWN} [experts, hidden, intermediate]",
+            got=", ".join(f"{name} {list(shape) if shape else 'missing'}" for name, shape in shapes.items()),
+            fix=f"leave them out: --ignore '{module_of(tensor.name)}'",
+        )
 
 
 def _check_fused(selected: set[str], candidates: set[str]) -> None:
@@ -225,8 +311,12 @@ def _unquantized(checkpoint: Checkpoint, selected: set[str]) -> tuple[str, ...]:
     modules = {
         module_of(tensor.name)
         for tensor in checkpoint.tensors.values()
-        if is_linear_weight(tensor.name, tensor.shape) and tensor.name not in selected
+        if _is_listed(tensor) and tensor.name not in selected
     }
     if not any(module.rpartition(".")[2] == "lm_head" for module in modules):
         modules.add("lm_head")
     return tuple(sorted(modules))
+
+
+def _is_listed(tensor: TensorEntry) -> bool:
+    return is_linear_weight(tensor.name, tensor.shape) or is_fused_experts(tensor.name, tensor.shape)

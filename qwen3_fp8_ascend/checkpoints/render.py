@@ -10,6 +10,7 @@ from qwen3_fp8_ascend.errors import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qwen3_fp8_ascend.checkpoints.experts import ExpertsSummary
     from qwen3_fp8_ascend.checkpoints.inspect import CheckpointReport
 
 MAX_SHOWN = 50
@@ -38,12 +39,23 @@ def render(report: CheckpointReport, console: Console) -> None:
     table.add_section()
     table.add_row(f"total in {report.files} files", f"{report.tensors}", format_bytes(total), "")
     console.print(table)
+    if report.experts is not None:
+        console.print(Text(_describe_experts(report.experts)))
     if report.config is not None and report.config.ignored:
         shown = _names(report.config.ignored[:4]) + (" …" if len(report.config.ignored) > 4 else "")
         console.print(Text(f"left unquantized by config: {len(report.config.ignored)} modules ({shown})"))
     if report.unused_files:
         console.print(Text(f"not named in the index, so not used: {_names(report.unused_files)}"))
     _render_anomalies(report, console)
+
+
+def _describe_experts(experts: ExpertsSummary) -> str:
+    ranks = ", ".join(map(str, experts.ranks))
+    return (
+        f"mixture of experts: {experts.layers} layers of {experts.experts}, "
+        f"hidden size {experts.hidden}, intermediate size {experts.intermediate}; "
+        f"whole blocks with --tensor-parallel-size {ranks}, or any with --enable-expert-parallel"
+    )
 
 
 def _names(names: Iterable[str]) -> str:

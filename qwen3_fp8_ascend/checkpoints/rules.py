@@ -8,7 +8,9 @@ from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
 from qwen3_fp8_ascend.checkpoints.folder import INDEX, SINGLE, WEIGHTS_SUFFIX, Checkpoint
 from qwen3_fp8_ascend.checkpoints.layers import (
     COMMON_LINEARS,
+    FUSED_SCALES,
     is_decoder_linear,
+    is_fused_experts,
     is_ignored,
     layer_index,
     module_of,
@@ -19,10 +21,12 @@ from qwen3_fp8_ascend.format import (
     SCALE_SUFFIX,
     WEIGHT_SUFFIX,
     BlockFp8Config,
+    BlockSize,
     scale_shape,
 )
 
 E4M3 = "F8_E4M3"
+SCALE_ENDING = SCALE_SUFFIX.removeprefix(WEIGHT_SUFFIX)
 OTHER_FP8 = ("F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 FLOATS = ("BF16", "F16", "F32", "F64")
 FOREIGN_SCALES = (".input_scale", ".activation_scale", ".input_scale_inv", ".weight_scale")
@@ -33,13 +37,23 @@ DOWNLOAD_AGAIN = "the checkpoint is damaged or incomplete; download it again, or
 
 
 def is_fp8_weight(tensor: TensorEntry) -> bool:
-    """Whether a tensor is the e4m3 weight of a module."""
-    return tensor.dtype == E4M3 and tensor.name.endswith(WEIGHT_SUFFIX)
+    """Whether a tensor is the e4m3 weight of a module, or of all experts of a layer."""
+    return tensor.dtype == E4M3 and (tensor.name.endswith(WEIGHT_SUFFIX) or is_fused_experts(tensor.name, tensor.shape))
 
 
 def scale_name(weight: str) -> str:
     """``model.layers.0.mlp.up_proj.weight`` -> ``model.layers.0.mlp.up_proj.weight_scale_inv``."""
-    return weight.removesuffix(WEIGHT_SUFFIX) + SCALE_SUFFIX
+    return weight + SCALE_ENDING
+
+
+def is_scale(name: str) -> bool:
+    """Whether a tensor holds block scales, by its name."""
+    return name.endswith(SCALE_SUFFIX) or FUSED_SCALES.match(name) is not None
+
+
+def expected_scale_shape(shape: tuple[int, ...], block: BlockSize) -> tuple[int, ...]:
+    """Shape of the scales of a weight (n, k), or of the weights (experts, n, k) of all experts of a layer."""
+    return (*shape[:-2], *scale_shape(shape[-2], shape[-1], block))
 
 
 def find_anomalies(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:
@@ -56,7 +70,7 @@ def find_anomalies(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[A
         )
         return
     for tensor in tensors.values():
-        if tensor.name.endswith(SCALE_SUFFIX):
+        if is_scale(tensor.name):
             yield from _check_extra_scale(tensor, tensors)
         elif tensor.dtype in OTHER_FP8:
             yield _anomaly(tensor, "a tensor has another FP8 dtype than e4m3", E4M3, tensor.dtype, QUANTIZE_AGAIN)
@@ -70,7 +84,9 @@ def find_anomalies(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[A
                 tensor.name.rpartition(".")[2],
                 QUANTIZE_AGAIN,
             )
-        elif tensor.dtype in FLOATS and is_decoder_linear(tensor.name, tensor.shape):
+        elif tensor.dtype in FLOATS and (
+            is_decoder_linear(tensor.name, tensor.shape) or is_fused_experts(tensor.name, tensor.shape)
+        ):
             yield from _check_float_weight(tensor, ignored, quantized_names)
     yield from _check_layers_present(checkpoint)
 
@@ -79,7 +95,7 @@ def _check_weight(
     tensor: TensorEntry, tensors: Mapping[str, TensorEntry], config: BlockFp8Config, ignored: frozenset[str]
 ) -> Iterator[Anomaly]:
     module = module_of(tensor.name)
-    if not tensor.name.endswith(WEIGHT_SUFFIX) or len(tensor.shape) != 2:
+    if not is_fp8_weight(tensor) or len(tensor.shape) != (3 if is_fused_experts(tensor.name, tensor.shape) else 2):
         yield _anomaly(
             tensor,
             "an FP8 tensor is no weight of a linear layer",
@@ -97,7 +113,7 @@ def _check_weight(
             f"remove {module!r} from the ignore list in config.json, or {QUANTIZE_AGAIN}",
         )
     scale = tensors.get(scale_name(tensor.name))
-    shape = scale_shape(tensor.shape[0], tensor.shape[1], config.block)
+    shape = expected_scale_shape(tensor.shape, config.block)
     if scale is None:
         yield _anomaly(
             tensor,
@@ -122,7 +138,7 @@ def _check_weight(
 
 
 def _check_extra_scale(tensor: TensorEntry, tensors: Mapping[str, TensorEntry]) -> Iterator[Anomaly]:
-    name = tensor.name.removesuffix(SCALE_SUFFIX) + WEIGHT_SUFFIX
+    name = tensor.name.removesuffix(SCALE_ENDING)
     weight = tensors.get(name)
     if weight is None or weight.dtype not in (E4M3, *OTHER_FP8):
         yield _anomaly(
@@ -140,7 +156,7 @@ def _check_float_weight(tensor: TensorEntry, ignored: frozenset[str], quantized_
     if is_ignored(module, ignored):
         return
     name = module.rpartition(".")[2]
-    certain = name in COMMON_LINEARS or name in quantized_names
+    certain = name in COMMON_LINEARS or name in quantized_names or is_fused_experts(tensor.name, tensor.shape)
     yield _anomaly(
         tensor,
         "a linear layer is not FP8, though config.json does not exclude it from quantization",

@@ -133,7 +133,8 @@ def test_the_bounds_leave_room_for_the_largest_models(tmp_path: Path, layers: in
         file = f"model-{number + 1:05}-of-{files:06}.safetensors" if files > 1 else "model.safetensors"
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         for name in names[number::files]:
-            tensors |= {name: ("F8_E4M3", (768, 2048)), f"{name}_scale_inv": ("F32", scale_shape(768, 2048))}
+            n, k = (2048, 768) if "down" in name else (768, 2048)
+            tensors |= {name: ("F8_E4M3", (n, k)), f"{name}_scale_inv": ("F32", scale_shape(n, k))}
         write_sparse(tmp_path / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
     if files > 1:
@@ -144,6 +145,9 @@ def test_the_bounds_leave_room_for_the_largest_models(tmp_path: Path, layers: in
     report = check_checkpoint(tmp_path)
     print(f"{report.tensors} tensors in {report.files} files: {time.process_time() - started:.2f} s")
     assert report.block_fp8_layers == len(names)
+    assert report.experts is not None
+    assert (report.experts.layers, report.experts.experts) == (layers, experts)
+    assert report.experts.ranks == (1, 2, 3, 6)
     assert report.anomalies == ()
 
 

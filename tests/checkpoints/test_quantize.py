@@ -183,9 +183,9 @@ def test_what_is_not_a_decoder_linear_stays_and_is_listed(tmp_path: Path) -> Non
         "score.weight": "score",
     }
     unlisted = ["model.embed_tokens.weight", "model.norm.weight", "model.layers.0.conv.weight"]
-    becomes = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.experts.3.up_proj.weight"]
+    expert = [f"model.layers.0.mlp.experts.0.{name}_proj.weight" for name in ("gate", "up", "down")]
+    becomes = ["model.layers.0.self_attn.q_proj.weight", *expert]
     tensors = {name: linear.clone() for name in (*stays, *unlisted, *becomes)}
-    tensors["model.layers.0.mlp.experts.gate_up_proj"] = torch.ones(2, 3, 4)
     source = write_folder(tmp_path / "source", {"model.safetensors": tensors})
     quantize_checkpoint(source, tmp_path / "fp8", progress=False)
     out = load_file(tmp_path / "fp8" / "model.safetensors")

@@ -1,0 +1,299 @@
+"""What must hold for a checkpoint's mixture of experts to be served.
+
+Imports neither torch nor vllm, like all that `inspect` needs; the vLLM plugin asks `whole_block_ranks` too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
+from qwen3_fp8_ascend.checkpoints.folder import Checkpoint
+from qwen3_fp8_ascend.checkpoints.layers import DOWN, EXPERT, FUSED_EXPERTS, GATE, PROJECTIONS, UP, is_ignored
+from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, QUANTIZE_AGAIN
+from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
+from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize
+
+FUSED_BIASES = re.compile(r"^(?:.+\.)?experts\.(?:gate_up_proj|down_proj)_bias$")
+
+COUNT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
+"""What config.json calls the number of routed experts of a layer."""
+
+ACTIVATIONS = ("silu", "swish")
+"""Two names of the one activation between an expert's linears that is served."""
+
+MAX_RANKS = 64
+SERVE_BF16 = "serve the bf16 model"
+
+
+@dataclass(frozen=True)
+class ExpertsSummary:
+    """The mixture of experts of a checkpoint whose layers are all alike, for people and for `--json`.
+
+    ranks: the sizes of tensor parallelism that leave the blocks of an expert whole.
+    """
+
+    layers: int
+    experts: int
+    hidden: int
+    intermediate: int
+    ranks: tuple[int, ...]
+
+
+@dataclass
+class _Layer:
+    """The tensors of one layer's experts, by their number and projection."""
+
+    weights: dict[int, dict[str, TensorEntry]] = field(default_factory=lambda: defaultdict(dict))
+    fused: dict[str, TensorEntry] = field(default_factory=dict)
+
+
+def whole_block_ranks(intermediate: int, block: BlockSize) -> tuple[int, ...]:
+    """The sizes of tensor parallelism, up to 64, that cut an expert's intermediate channels between blocks only.
+
+    They are rows of gate_proj and up_proj, and columns of down_proj.
+    """
+    return tuple(
+        ranks
+        for ranks in range(1, MAX_RANKS + 1)
+        if ranks == 1 or all(intermediate % (ranks * size) == 0 for size in block)
+    )
+
+
+def find_expert_anomalies(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:
+    """What would keep the FP8 experts of a checkpoint from being served, by layer, expert and tensor."""
+    layers = _layers(checkpoint)
+    quantized = {name: layer for name, layer in layers.items() if _quantized(layer)}
+    yield from _check_routers(checkpoint, layers)
+    if not quantized:
+        return
+    yield from _check_config(checkpoint.config)
+    yield from _check_biases(checkpoint, quantized)
+    ignored = frozenset(config.ignored)
+    for name, layer in quantized.items():
+        if layer.fused:
+            yield from _check_fused(layer, checkpoint.config, config.block)
+        else:
+            yield from _check_complete(name, layer, checkpoint.config)
+            yield from _check_alike(name, layer, ignored)
+            yield from _check_shapes(layer, checkpoint.config)
+
+
+def summarize_experts(checkpoint: Checkpoint, block: BlockSize) -> ExpertsSummary | None:
+    """Number and size of FP8 experts; None if there are none, or if layers differ."""
+    found = set()
+    layers = [layer for layer in _layers(checkpoint).values() if _quantized(layer)]
+    for layer in layers:
+        if DOWN in layer.fused and len(layer.fused[DOWN].shape) == 3:
+            found.add(layer.fused[DOWN].shape)
+        else:
+            shapes = {tensors[DOWN].shape for tensors in layer.weights.values() if DOWN in tensors}
+            found.update((len(layer.weights), *shape) for shape in shapes)
+    if len(found) != 1:
+        return None
+    shape = found.pop()
+    if len(shape) != 3:
+        return None
+    experts, hidden, intermediate = shape
+    return ExpertsSummary(len(layers), experts, hidden, intermediate, whole_block_ranks(intermediate, block))
+
+
+def _layers(checkpoint: Checkpoint) -> dict[str, _Layer]:
+    layers: dict[str, _Layer] = defaultdict(_Layer)
+    for tensor in checkpoint.tensors.values():
+        if ".experts." not in tensor.name and not tensor.name.startswith("experts."):
+            continue
+        match = EXPERT.match(tensor.name)
+        if match is not None and match["kind"] == "weight":
+            layers[match["layer"]].weights[int(match["expert"])][PROJECTIONS[match["projection"]]] = tensor
+        elif (match := FUSED_EXPERTS.match(tensor.name)) is not None:
+            layers[match["layer"]].fused[match["projection"]] = tensor
+    return dict(layers)
+
+
+def _quantized(layer: _Layer) -> bool:
+    weights = (tensor for tensors in layer.weights.values() for tensor in tensors.values())
+    return any(tensor.dtype == E4M3 for tensor in (*layer.fused.values(), *weights))
+
+
+def _setting(config: Mapping[str, Any], *keys: str) -> Any:
+    """The first of some settings that config.json has, for the model or for its language model."""
+    for holder in (config, config.get("text_config")):
+        if isinstance(holder, Mapping):
+            for key in keys:
+                if holder.get(key) is not None:
+                    return holder[key]
+    return None
+
+
+def _integer(config: Mapping[str, Any], *keys: str) -> int | None:
+    value = _setting(config, *keys)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _expert_shape(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(intermediate, hidden) of the experts as config.json has it; Mixtral has no other MLPs and so no other key."""
+    hidden, intermediate = _integer(config, "hidden_size"), _integer(config, "moe_intermediate_size")
+    if intermediate is None and _integer(config, "num_local_experts") is not None:
+        intermediate = _integer(config, "intermediate_size")
+    return None if hidden is None or intermediate is None else (intermediate, hidden)
+
+
+def _check_config(config: Mapping[str, Any]) -> Iterator[Anomaly]:
+    activation = _setting(config, "hidden_act", "hidden_activation")
+    if isinstance(activation, str) and activation not in ACTIVATIONS:
+        yield Anomaly(
+            "experts with another activation than SiLU are not served in block FP8",
+            file="config.json",
+            expected="hidden_act silu",
+            got=repr(activation[:100]),
+            fix=SERVE_BF16,
+        )
+    if _setting(config, "swiglu_limit") is not None:
+        yield Anomaly(
+            "experts whose activation is clamped are not served in block FP8",
+            file="config.json",
+            expected="no swiglu_limit",
+            got=str(_setting(config, "swiglu_limit"))[:100],
+            fix=SERVE_BF16,
+        )
+
+
+def _check_biases(checkpoint: Checkpoint, quantized: Mapping[str, _Layer]) -> Iterator[Anomaly]:
+    for tensor in checkpoint.tensors.values():
+        match = EXPERT.match(tensor.name)
+        biased = FUSED_BIASES.match(tensor.name) or (match is not None and match["kind"] == "bias")
+        if biased and tensor.name.partition(".experts.")[0] + ".experts" in quantized:
+            yield _anomaly(tensor, "experts with biases are not served", "no biases", "a bias", SERVE_BF16)
+
+
+def _check_routers(checkpoint: Checkpoint, layers: Mapping[str, _Layer]) -> Iterator[Anomaly]:
+    """A router without experts: what a lost file looks like."""
+    count = _integer(checkpoint.config, *COUNT_KEYS)
+    if count is None:
+        return
+    for tensor in checkpoint.tensors.values():
+        block, _, last = tensor.name.rpartition(".gate.")
+        if last == "weight" and tensor.shape[:1] == (count,) and f"{block}.experts" not in layers:
+            yield _anomaly(
+                tensor,
+                "a layer has a router and no experts",
+                f"{block}.experts.0 to {count - 1}",
+                "none",
+                DOWNLOAD_AGAIN,
+            )
+
+
+def _check_complete(name: str, layer: _Layer, config: Mapping[str, Any]) -> Iterator[Anomaly]:
+    numbers = set(layer.weights)
+    count = _integer(config, *COUNT_KEYS) or max(numbers) + 1
+    present = sum(expert < count for expert in numbers)
+    if present < count:  # a hostile count is never counted up to
+        yield Anomaly(
+            "experts are missing",
+            tensor=f"{name}.{next(expert for expert in itertools.count() if expert not in numbers)}",
+            expected=f"experts 0 to {count - 1}",
+            got=f"{present} of them",
+            fix=DOWNLOAD_AGAIN,
+        )
+    if present < len(numbers):
+        yield Anomaly(
+            "a layer has more experts than config.json says",
+            tensor=f"{name}.{min(expert for expert in numbers if expert >= count)}",
+            expected=f"experts 0 to {count - 1}",
+            got=f"{len(numbers) - present} more",
+            fix=DOWNLOAD_AGAIN,
+        )
+    for expert, tensors in sorted(layer.weights.items()):
+        for projection in (GATE, UP, DOWN):
+            if projection not in tensors:
+                some = next(iter(tensors.values()))
+                yield Anomaly(
+                    "an expert lacks a weight",
+                    file=some.file,
+                    tensor=f"{name}.{expert}.{projection}",
+                    expected=", ".join((GATE, UP, DOWN)),
+                    got=", ".join(tensors),
+                    fix=DOWNLOAD_AGAIN,
+                )
+
+
+def _check_alike(name: str, layer: _Layer, ignored: frozenset[str]) -> Iterator[Anomaly]:
+    """One operator serves the experts of a layer: all are FP8, or none. `rules` names floats that no list excludes."""
+    for tensors in layer.weights.values():
+        for tensor in tensors.values():
+            module = tensor.name.removesuffix(".weight")
+            if tensor.dtype != E4M3 and is_ignored(module, ignored):
+                yield _anomaly(
+                    tensor,
+                    "only some experts of a layer are FP8",
+                    f"all or none of {name} in modules_to_not_convert",
+                    tensor.dtype,
+                    QUANTIZE_AGAIN,
+                )
+                return
+
+
+def _check_shapes(layer: _Layer, config: Mapping[str, Any]) -> Iterator[Anomaly]:
+    gates = (tensors[GATE].shape for _, tensors in sorted(layer.weights.items()) if GATE in tensors)
+    expected = _expert_shape(config) or next(gates, None)
+    if expected is None:
+        return
+    for _, tensors in sorted(layer.weights.items()):
+        for projection, tensor in tensors.items():
+            shape = expected[::-1] if projection == DOWN else expected
+            if tensor.shape != shape:
+                yield _anomaly(
+                    tensor,
+                    "an expert's weight has another shape than the model's experts",
+                    str(list(shape)),
+                    str(list(tensor.shape)),
+                    DOWNLOAD_AGAIN,
+                )
+
+
+def _check_fused(layer: _Layer, config: Mapping[str, Any], block: BlockSize) -> Iterator[Anomaly]:
+    some = next(iter(layer.fused.values()))
+    missing = [projection for projection in ("gate_up_proj", DOWN) if projection not in layer.fused]
+    if missing:
+        yield _anomaly(some, "a layer lacks a tensor of all its experts", missing[0], "no such tensor", DOWNLOAD_AGAIN)
+        return
+    gate_up, down = layer.fused["gate_up_proj"], layer.fused[DOWN]
+    if len(gate_up.shape) != 3 or len(down.shape) != 3:
+        return  # said of any FP8 tensor that is no weight
+    experts, hidden, intermediate = down.shape
+    if gate_up.shape != (experts, 2 * intermediate, hidden):
+        yield _anomaly(
+            gate_up,
+            "the two tensors of a layer's experts do not fit each other",
+            f"{[experts, 2 * intermediate, hidden]} beside a down_proj of {list(down.shape)}",
+            str(list(gate_up.shape)),
+            QUANTIZE_AGAIN,
+        )
+        return
+    count, sizes = _integer(config, *COUNT_KEYS), _expert_shape(config)
+    if (count is not None and count != experts) or (sizes is not None and sizes != (intermediate, hidden)):
+        yield _anomaly(
+            down,
+            "the tensor of a layer's experts has another shape than the model's experts",
+            f"{count or experts} experts of {list(reversed(sizes)) if sizes else [hidden, intermediate]}",
+            str(list(down.shape)),
+            DOWNLOAD_AGAIN,
+        )
+    if intermediate % block.n:
+        yield _anomaly(
+            gate_up,
+            "gate and up projections are in one tensor of all experts and are not whole blocks: one block lies in both",
+            f"an intermediate size that is a multiple of {block.n}",
+            str(intermediate),
+            "store the projections of each expert as tensors of their own: " + QUANTIZE_AGAIN,
+        )
+
+
+def _anomaly(tensor: TensorEntry, what: str, expected: str, got: str, fix: str) -> Anomaly:
+    return Anomaly(what, tensor.file, tensor.name, expected, got, fix)
