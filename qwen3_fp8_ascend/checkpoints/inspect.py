@@ -40,11 +40,11 @@ class CheckpointReport:
     files: int
     tensors: int
     block_fp8_layers: int
-    experts: ExpertsSummary | None
     tensors_by_kind: Mapping[str, int]
     bytes_by_kind: Mapping[str, int]
     unused_files: tuple[str, ...]
     anomalies: tuple[Anomaly, ...]
+    experts: ExpertsSummary | None = None
 
     @property
     def errors(self) -> tuple[Anomaly, ...]:

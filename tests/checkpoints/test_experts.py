@@ -274,7 +274,7 @@ def test_anomalies_of_fused_experts_are_named(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("inner", [96, 192])
 def test_a_block_in_both_gate_and_up_is_refused(tmp_path: Path, inner: int) -> None:
-    """transformers quantizes gate and up as one matrix: 96 + 96 rows have as many blocks as 2 x 96, but not the same."""
+    """transformers quantizes gate and up as one matrix: 96 + 96 rows have as many blocks as 2 x 96, but not those."""
     tensors: Tensors = {
         f"{MLP}.experts.gate_up_proj": torch.zeros(EXPERTS, 2 * inner, HIDDEN).to(E4M3),
         f"{MLP}.experts.gate_up_proj_scale_inv": torch.ones(EXPERTS, *scale_shape(2 * inner, HIDDEN)),

@@ -30,6 +30,10 @@ LINEARS: Mapping[str, tuple[int, int]] = {
 }
 """The sound checkpoint's linear layers: merged when served, ragged in blocks of `BLOCK`."""
 
+EXPERTS, EXPERT_INNER = 2, 32
+FORMS = (None, "one by one", "fused")
+"""How a draft has experts, which are in the layer that has no other MLP; fused: all of a layer in one tensor."""
+
 TWO_FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
@@ -122,20 +126,39 @@ class Draft:
 
 _NOISE = random.Random(0).randbytes(4096)
 CODES = bytes(byte if byte & 0x7F != 0x7F else byte - 1 for byte in _NOISE)
-_BF16 = b"".join(struct.pack("<H", (0x3C00 + (i * 37) % 0x400) | (0x8000 * (i & 1))) for i in range(2048))
+_BF16 = b"".join(struct.pack("<H", (0x3C00 + (i * 37) % 0x400) | (0x8000 * (i & 1))) for i in range(4096))
 
 
-def sound_checkpoint(*, quantized: bool = True, files: int = 1) -> Draft:
-    """A small decoder that `inspect` and the conversions accept, in block FP8 or in bf16."""
+def _weights(name: str, shape: tuple[int, ...], quantized: bool) -> list[Tensor]:
+    """A weight (n, k), or those of several experts, with its scales if it is quantized."""
+    size = math.prod(shape)
+    if not quantized:
+        return [Tensor(name, "BF16", shape, _BF16[: 2 * size])]
+    scales = (*shape[:-2], *scale_shape(shape[-2], shape[-1], BLOCK))
+    scale = b"".join(struct.pack("<f", 2.0 ** -(i % 9)) for i in range(math.prod(scales)))
+    return [Tensor(name, "F8_E4M3", shape, CODES[:size]), Tensor(f"{name}_scale_inv", "F32", scales, scale)]
+
+
+def _experts(form: str) -> dict[str, tuple[int, ...]]:
+    layer, gate, down = "model.layers.0.mlp.experts", (EXPERT_INNER, HIDDEN), (HIDDEN, EXPERT_INNER)
+    if form == "fused":
+        return {
+            f"{layer}.gate_up_proj": (EXPERTS, 2 * EXPERT_INNER, HIDDEN),
+            f"{layer}.down_proj": (EXPERTS, *down),
+        }
+    shapes = {"gate_proj": gate, "up_proj": gate, "down_proj": down}
+    return {f"{layer}.{e}.{name}.weight": shape for e in range(EXPERTS) for name, shape in shapes.items()}
+
+
+def sound_checkpoint(*, quantized: bool = True, files: int = 1, experts: str | None = None) -> Draft:
+    """A small decoder that `inspect` and the conversions accept, in block FP8 or in bf16; experts: one of `FORMS`."""
     tensors: list[Tensor] = []
-    for module, (n, k) in LINEARS.items():
-        if quantized:
-            rows, columns = scale_shape(n, k, BLOCK)
-            scale = b"".join(struct.pack("<f", 2.0 ** -(i % 9)) for i in range(rows * columns))
-            tensors.append(Tensor(f"{module}.weight", "F8_E4M3", (n, k), CODES[: n * k]))
-            tensors.append(Tensor(f"{module}.weight_scale_inv", "F32", (rows, columns), scale))
-        else:
-            tensors.append(Tensor(f"{module}.weight", "BF16", (n, k), _BF16[: 2 * n * k]))
+    for module, linear in LINEARS.items():
+        tensors += _weights(f"{module}.weight", linear, quantized)
+    if experts is not None:
+        for name, matrices in _experts(experts).items():
+            tensors += _weights(name, matrices, quantized)
+        tensors += _weights("model.layers.0.mlp.gate.weight", (EXPERTS, HIDDEN), False)
     for name, shape in (("model.norm.weight", (HIDDEN,)), ("lm_head.weight", (3, HIDDEN))):
         tensors.append(Tensor(name, "BF16", shape, _BF16[: 2 * math.prod(shape)]))
     config: dict[str, Any] = {
@@ -144,13 +167,15 @@ def sound_checkpoint(*, quantized: bool = True, files: int = 1) -> Draft:
         "num_hidden_layers": 2,
         "hidden_size": HIDDEN,
     }
+    if experts is not None:
+        config |= {"num_experts": EXPERTS, "moe_intermediate_size": EXPERT_INNER, "hidden_act": "silu"}
     if quantized:
         config["quantization_config"] = {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
             "weight_block_size": list(BLOCK),
-            "modules_to_not_convert": ["lm_head"],
+            "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate"],
         }
     if files == 1:
         return Draft(quantized, {SINGLE: tensors}, config)

@@ -88,6 +88,16 @@ def replace_quantization(draft: Draft, choices: Choices) -> None:
     draft.config["quantization_config"] = odd_value(choices)
 
 
+def change_experts(draft: Draft, choices: Choices) -> None:
+    """What config.json says of experts, or that of a language model within another."""
+    keys = ("num_experts", "num_local_experts", "moe_intermediate_size", "hidden_size", "hidden_act", "swiglu_limit")
+    if choices.one_in(4):
+        draft.config["text_config"] = {key: draft.config.pop(key) for key in keys if key in draft.config}
+    key = choices.pick(keys)
+    values: tuple[Any, ...] = ("gelu", 0, 1, 7, 32, 1 << 62, None, True)
+    draft.config[key] = odd_value(choices) if choices.one_in(3) else choices.pick(values)
+
+
 CONFIGS: tuple[Damage, ...] = (
     change_quantization,
     change_block,
@@ -95,4 +105,5 @@ CONFIGS: tuple[Damage, ...] = (
     move_quantization,
     change_config,
     replace_quantization,
+    change_experts,
 )

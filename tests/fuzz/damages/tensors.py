@@ -99,6 +99,32 @@ def poison_weights(draft: Draft, choices: Choices) -> None:
     tensor.data = (tensor.data[:position] + bits + tensor.data[position + 2 :])[: len(tensor.data)]
 
 
+def damage_experts(draft: Draft, choices: Choices) -> None:
+    """One tensor of an expert, or of all of them: lost, of another shape or dtype, or one too many."""
+    places = [(tensors, t) for tensors in draft.tensors.values() for t in tensors if ".experts." in t.name]
+    if not places:
+        return
+    tensors, tensor = choices.pick(places)
+    kind = choices.below(6)
+    if kind == 0:
+        tensors.remove(tensor)
+    elif kind == 1:
+        tensor.shape = (*tensor.shape[:-2], *tensor.shape[:-3:-1])
+    elif kind == 2:
+        tensor.dtype = choices.pick(("BF16", "F8_E4M3", "F32"))
+        tensor.resize()
+    elif kind == 3:
+        tensors.append(Tensor(f"{tensor.name.removesuffix('.weight')}.bias", "BF16", (1,), CODES[:2]))
+    elif kind == 4:
+        number = choices.pick((0, 1, 2, 9, 999_999))
+        tensor.name = tensor.name.replace("experts.0.", f"experts.{number}.")
+    else:  # all of one expert, of one projection, or of all
+        parts = (".experts.", ".experts.0.", "down_proj", "gate_up_proj", "gate_proj.weight")
+        part = choices.pick(parts)
+        for held in draft.tensors.values():
+            held[:] = [t for t in held if ".experts." not in t.name or part not in t.name]
+
+
 TENSORS: tuple[Damage, ...] = (
     change_dtype,
     change_shape,
@@ -112,4 +138,5 @@ TENSORS: tuple[Damage, ...] = (
     copy_between_files,
     poison_scales,
     poison_weights,
+    damage_experts,
 )
