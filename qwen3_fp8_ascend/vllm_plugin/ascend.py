@@ -11,10 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm_ascend.quantization import AscendModelSlimConfig
 
+from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockFp8Config
 from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
 
@@ -40,7 +42,18 @@ class BlockFp8NpuConfig(BlockFp8AscendConfig):
         return [torch.bfloat16, torch.float16]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str, tid2eid: Any = None) -> QuantizeMethodBase | None:
-        """As the base class; vLLM-Ascend's mixture-of-experts layers pass a table `tid2eid` and are refused."""
+        """As the base class, but for mixtures of experts, for which vLLM-Ascend passes a table `tid2eid`.
+
+        Raises:
+            BlockFp8Error: experts; no kernel for NPUs computes them yet.
+        """
+        if isinstance(layer, RoutedExperts):
+            raise BlockFp8Error(
+                "mixture-of-experts layers in block FP8 are not served on NPUs yet",
+                where=prefix,
+                expected="a dense block-FP8 model; on CPUs mixtures of experts are served too",
+                fix="serve this model without `--quantization ascend`",
+            )
         return super().get_quant_method(layer, prefix)
 
     @staticmethod

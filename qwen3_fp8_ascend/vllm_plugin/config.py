@@ -21,6 +21,7 @@ from qwen3_fp8_ascend.checkpoints.layers import is_ignored
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockFp8Config
 from qwen3_fp8_ascend.vllm_plugin import logger
+from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod, projection_names
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8LmHeadMethod
 
@@ -165,12 +166,6 @@ class BlockFp8AscendConfig(QuantizationConfig):
                 logger.warning("%s (%s); %d warnings in all, see `inspect`", first.what, first.where, len(warnings))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        if isinstance(layer, RoutedExperts):
-            raise BlockFp8Error(
-                "mixture-of-experts layers in block FP8 are not supported yet",
-                where=prefix,
-                fix="serve a dense block-FP8 model, or this one without `--quantization ascend`",
-            )
         vllm_config = get_current_vllm_config()
         check_pipeline(vllm_config)
         model = vllm_config.model_config
@@ -178,11 +173,24 @@ class BlockFp8AscendConfig(QuantizationConfig):
         hf_config = getattr(model, "hf_config", None)
         if isinstance(layer, ParallelLMHead) and settings.lm_head == "fp8":
             return BlockFp8LmHeadMethod(self.checkpoint.block, settings.backend, hf_config)
+        dummy = vllm_config.load_config.load_format == "dummy"
+        if isinstance(layer, RoutedExperts):
+            if self._experts_are_skipped(layer, prefix):
+                return None  # vLLM's own method for experts that are not quantized
+            logger.debug("%s: block-FP8 experts, settings %s", prefix, settings)
+            return BlockFp8ExpertsMethod(
+                layer,
+                self.checkpoint.block,
+                prefix=prefix,
+                backend=settings.backend,
+                activation=settings.activation,
+                dummy=dummy,
+                hf_config=hf_config,
+            )
         if not isinstance(layer, LinearBase):
             return None
         if self._is_skipped(prefix):
             return self.unquantized_linear_method()
-        dummy = vllm_config.load_config.load_format == "dummy"
         logger.debug("%s: block FP8, settings %s", prefix, settings)
         return BlockFp8LinearMethod(
             self.checkpoint.block,
@@ -218,5 +226,23 @@ class BlockFp8AscendConfig(QuantizationConfig):
                 expected=f"all or none of {', '.join(shards)} in modules_to_not_convert",
                 got=", ".join(skipped),
                 fix="quantize the model again with these layers treated alike (`qwen3-fp8-ascend quantize --ignore`)",
+            )
+        return bool(skipped)
+
+    def _experts_are_skipped(self, layer: Any, prefix: str) -> bool:
+        """Whether the checkpoint leaves a layer's experts unquantized, by their own name or expert by expert."""
+        ignored = frozenset(self.ignored_layers)
+        if is_ignored(prefix, ignored):
+            return True
+        projections = projection_names(layer).values()
+        modules = [f"{prefix}.{expert}.{name}" for expert in range(layer.global_num_experts) for name in projections]
+        skipped = [module for module in modules if is_ignored(module, ignored)]
+        if skipped and len(skipped) < len(modules):
+            raise BlockFp8Error(
+                "the checkpoint quantizes only some experts of a layer, which are served together",
+                where=prefix,
+                expected="all or none of them in modules_to_not_convert",
+                got=f"{len(skipped)} of {len(modules)} linears, the first is {skipped[0]}",
+                fix="quantize the model again with these experts treated alike (`qwen3-fp8-ascend quantize --ignore`)",
             )
         return bool(skipped)

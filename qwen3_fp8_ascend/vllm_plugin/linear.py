@@ -12,40 +12,17 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
-from qwen3_fp8_ascend.vllm_plugin import logger
-from qwen3_fp8_ascend.vllm_plugin.parameters import (
+from qwen3_fp8_ascend.vllm_plugin.loading import (
+    UNWRITTEN_CODE,
     ShardScaleParameter,
+    check_serving,
     checked_loader,
+    fill_with_small_values,
     install_packed,
     note_backend,
+    packing,
     shard_numbers,
 )
-
-REPORT_BYTES = 1 << 30
-"""How much is packed between two lines in the log."""
-
-UNWRITTEN_CODE = 0x7F
-"""A NaN code: no good checkpoint holds it, so rows full of it were never loaded."""
-
-
-class PackingProgress:
-    """Says in the log how far packing has come, every GiB: a large model takes several seconds."""
-
-    def __init__(self) -> None:
-        self.layers = self.bytes = self.reported = 0
-        self.seconds = 0.0
-
-    def add(self, size: int, seconds: float) -> None:
-        self.layers += 1
-        self.bytes += size
-        self.seconds += seconds
-        if self.bytes - self.reported >= REPORT_BYTES:
-            self.reported = self.bytes
-            rate = self.bytes / max(self.seconds, 1e-9) / 1e9
-            logger.info("packed %d block-FP8 layers, %.1f GB so far (%.1f GB/s)", self.layers, self.bytes / 1e9, rate)
-
-
-packing = PackingProgress()
 
 
 @register_weight_loader_v2_supported_method
@@ -140,7 +117,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         codes, scale, grid = layer.weight.data, layer.weight_scale_inv.data, layer.block_grid
         weight = codes.view(torch.float8_e4m3fn)
         if self.dummy:
-            _fill_with_small_values(codes, scale)
+            fill_with_small_values(codes, scale)
         elif hasattr(layer, "packed_weight"):
             self._mark_unwritten(codes, scale, grid)
         for shards in self.loaded.values():
@@ -165,12 +142,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         note_backend(self.hf_config, packed.backend)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if layer.packed_weight is None:
-            raise BlockFp8Error(
-                "the layer has no weights, since those that were loaded last were refused",
-                where=self.prefix,
-                fix="restart the server",
-            )
+        check_serving(layer, "packed_weight", self.prefix)
         return ops.block_linear(x, layer.packed_weight, bias, self.activation)
 
     def _check_partition(self, layer: Any, grid: BlockGrid, input_size: int, output_size: int) -> None:
@@ -217,11 +189,3 @@ class BlockFp8LinearMethod(LinearMethodBase):
             for shard, part in enumerate(tensor.split(list(rows))):
                 if shard not in loaded:
                     part.fill_(unwritten)
-
-
-def _fill_with_small_values(codes: torch.Tensor, scale: torch.Tensor) -> None:
-    """What vLLM's dummy loader does for floating-point weights; it does not know that these bytes are codes."""
-    generator = torch.Generator(codes.device).manual_seed(0)
-    codes.random_(0, 80, generator=generator)
-    codes += 88 * (codes >= 40)  # the upper half becomes negative
-    scale.abs_()

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_weight
 from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
-from qwen3_fp8_ascend.vllm_plugin.parameters import install_packed, note_backend
+from qwen3_fp8_ascend.vllm_plugin.loading import install_packed, note_backend
 
 
 class BlockFp8LmHeadMethod(UnquantizedEmbeddingMethod):

@@ -1,8 +1,9 @@
-"""vLLM parameters for block-FP8 weights and scales that check what a checkpoint puts into them."""
+"""What linears and experts share of loading: parameters that check what a checkpoint puts into them, and packing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +13,36 @@ from qwen3_fp8_ascend.backends.registry import PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockGrid
 from qwen3_fp8_ascend.ops import DAMAGED
+from qwen3_fp8_ascend.vllm_plugin import logger
+
+UNWRITTEN_CODE = 0x7F
+"""A NaN code: no good checkpoint holds it, so rows full of it were never loaded."""
+
+REPORT_BYTES = 1 << 30
+"""How much is packed between two lines in the log."""
 
 NOTED = "qwen3_fp8_ascend_backends"
 """What `note_backend` adds to a model's config."""
+
+
+class PackingProgress:
+    """Says in the log how far packing has come, every GiB: a large model takes several seconds."""
+
+    def __init__(self) -> None:
+        self.layers = self.bytes = self.reported = 0
+        self.seconds = 0.0
+
+    def add(self, size: int, seconds: float) -> None:
+        self.layers += 1
+        self.bytes += size
+        self.seconds += seconds
+        if self.bytes - self.reported >= REPORT_BYTES:
+            self.reported = self.bytes
+            rate = self.bytes / max(self.seconds, 1e-9) / 1e9
+            logger.info("packed %d block-FP8 layers, %.1f GB so far (%.1f GB/s)", self.layers, self.bytes / 1e9, rate)
+
+
+packing = PackingProgress()
 
 
 class ShardScaleParameter(BlockQuantScaleParameter):
@@ -73,32 +101,52 @@ def checked_loader(
                 got=" + ".join(map(str, grid.widths)),
                 fix="store the shards (q_proj, k_proj, ...) as tensors of their own, each with its own scales",
             )
-        if loaded_weight.dtype not in dtypes:
-            raise BlockFp8Error(
-                "the checkpoint's tensor has the wrong dtype",
-                where=where,
-                expected=" or ".join(str(d).removeprefix("torch.") for d in dtypes),
-                got=str(loaded_weight.dtype).removeprefix("torch."),
-                fix=DAMAGED,
-            )
+        check_dtype(loaded_weight, dtypes, where)
         if loaded_weight.dtype == torch.float8_e4m3fn:
             loaded_weight = loaded_weight.view(torch.uint8)
-        try:
+        with explain_load_errors(where, param, loaded_weight):
             load(param, loaded_weight, *args, **kwargs)
-        except (AssertionError, RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, BlockFp8Error):
-                raise
-            raise BlockFp8Error(
-                "the checkpoint's tensor does not fit the layer",
-                where=where,
-                expected=f"a part of {tuple(param.shape)}",
-                got=f"{tuple(loaded_weight.shape)} ({error or type(error).__name__})",
-                fix=DAMAGED,
-            ) from error
         if not param.is_meta:
             loaded.add(shard)
 
     return load_checked
+
+
+def check_dtype(tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], where: str) -> None:
+    """Refuse a checkpoint's tensor of another dtype, which vLLM would cast.
+
+    Raises:
+        BlockFp8Error: names `where`.
+    """
+    if tensor.dtype not in dtypes:
+        raise BlockFp8Error(
+            "the checkpoint's tensor has the wrong dtype",
+            where=where,
+            expected=" or ".join(str(d).removeprefix("torch.") for d in dtypes),
+            got=str(tensor.dtype).removeprefix("torch."),
+            fix=DAMAGED,
+        )
+
+
+@contextmanager
+def explain_load_errors(where: str, param: torch.Tensor, tensor: torch.Tensor) -> Iterator[None]:
+    """Turn what vLLM's loaders raise for a tensor of another shape into an error that names it.
+
+    Raises:
+        BlockFp8Error: names `where`.
+    """
+    try:
+        yield
+    except (AssertionError, RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, BlockFp8Error):
+            raise
+        raise BlockFp8Error(
+            "the checkpoint's tensor does not fit the layer",
+            where=where,
+            expected=f"a part of {tuple(param.shape)}",
+            got=f"{tuple(tensor.shape)} ({error or type(error).__name__})",
+            fix=DAMAGED,
+        ) from error
 
 
 def shard_numbers(loaded: Collection[Any], count: int) -> set[int]:
@@ -112,20 +160,46 @@ def shard_numbers(loaded: Collection[Any], count: int) -> set[int]:
     return numbers
 
 
-def install_packed(layer: Any, packed: PackedWeight) -> None:
-    """Give a layer its packed weight, in the memory of the one it has if there is one.
+def fill_with_small_values(codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """What vLLM's dummy loader does for floating-point weights; it does not know that these bytes are codes."""
+    generator = torch.Generator(codes.device).manual_seed(0)
+    first = codes if codes.dim() == 2 else codes[0]  # random numbers cost far more than copies, and experts are many
+    first.random_(0, 80, generator=generator)
+    first += 88 * (first >= 40)  # the upper half becomes negative
+    if codes.dim() == 3:
+        codes[1:] = first
+    scale.abs_()
+
+
+def check_serving(layer: Any, attribute: str, prefix: str) -> None:
+    """Refuse to compute with a layer whose new weights were refused.
+
+    Raises:
+        BlockFp8Error: names the layer.
+    """
+    if getattr(layer, attribute) is None:
+        raise BlockFp8Error(
+            "the layer has no weights, since those that were loaded last were refused",
+            where=prefix,
+            fix="restart the server",
+        )
+
+
+def install_packed(layer: Any, packed: PackedWeight, name: str = "weight") -> None:
+    """Give a layer its packed weight, as `packed_<name>`, in the memory of the one it has if there is one.
 
     vLLM copies renewed parameters into the memory of the old ones, which compiled code refers to. It sees only the
-    parameter named `weight`, so all the tensors are copied here; the layer never holds two packed weights.
+    parameter called `name`, so all the tensors are copied here; the layer never holds two packed weights.
     """
-    old = getattr(layer, "packed_weight", None)
+    attribute = f"packed_{name}"
+    old = getattr(layer, attribute, None)
     if old is not None and _layout(old) == _layout(packed):
         for into, renewed in zip(old.tensors, packed.tensors, strict=True):
             into.copy_(renewed)
         packed = old
-    layer.packed_weight = packed
-    # vLLM (LoRA, memory accounting) looks for a parameter named `weight`; it shares the packed storage.
-    layer.weight = torch.nn.Parameter(packed.tensors[0], requires_grad=False)
+    setattr(layer, attribute, packed)
+    # vLLM (LoRA, memory accounting) looks for a parameter of that name; it shares the packed storage.
+    setattr(layer, name, torch.nn.Parameter(packed.tensors[0], requires_grad=False))
 
 
 def note_backend(hf_config: Any, backend: str) -> None:

@@ -1,12 +1,9 @@
 """vLLM's own linear layers with our linear method: loading of shards, results, memory, refusals."""
 
 import gc
-import json
 import logging
-import re
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +21,6 @@ from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockFp8Config
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
-from qwen3_fp8_ascend.testing.models import qwen3_config
 from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
 
 QKV = ["q_proj", "k_proj", "v_proj"]
@@ -190,29 +186,6 @@ def test_half_ignored_merged_layers_are_refused() -> None:
         qkv_layer(config((f"{ATTENTION}.q_proj",)))
 
 
-def test_mixture_of_experts_is_refused_by_name(tmp_path: Path) -> None:
-    """A Qwen3-MoE in block FP8, as vLLM builds it with its own layers for experts."""
-    from vllm.config import set_current_vllm_config
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader.utils import initialize_model
-
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
-    model = qwen3_config(
-        architectures=["Qwen3MoeForCausalLM"],
-        model_type="qwen3_moe",
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-        quantization_config=BlockFp8Config().to_dict(),
-        **experts,
-    )
-    (tmp_path / "config.json").write_text(json.dumps(model))
-    arguments = {"skip_tokenizer_init": True, "load_format": "dummy", "max_model_len": 128, "enforce_eager": True}
-    engine = EngineArgs(model=str(tmp_path), quantization="ascend", **arguments).create_engine_config()
-    with set_current_vllm_config(engine), pytest.raises(BlockFp8Error) as refused:
-        initialize_model(engine)
-    assert re.search(r"not supported yet\n  where: model\.layers\.0\.mlp\.experts", str(refused.value))
-
-
 def _spoiled(
     shard: int, weight: Callable[[torch.Tensor], Any] | None = None, scale: Callable[[torch.Tensor], Any] | None = None
 ) -> Any:
@@ -337,10 +310,10 @@ def test_splits_through_a_block_are_refused(ranks: Callable[[int, int], None]) -
 
 
 def test_packing_reports_its_progress(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from qwen3_fp8_ascend.vllm_plugin import linear
+    from qwen3_fp8_ascend.vllm_plugin import linear, loading
 
-    monkeypatch.setattr(linear, "REPORT_BYTES", 1000)
-    monkeypatch.setattr(linear, "packing", linear.PackingProgress())
+    monkeypatch.setattr(loading, "REPORT_BYTES", 1000)
+    monkeypatch.setattr(linear, "packing", loading.PackingProgress())
     monkeypatch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
     with caplog.at_level("INFO", logger="qwen3_fp8_ascend"):
         finish(loaded_qkv(random_problem(1, (576, 192, 192), 576)))

@@ -1,0 +1,83 @@
+"""Several models through vLLM's offline engine, one after the other in one process: no server, vLLM imported once.
+
+`python -m tests.support.offline RUNS.json OUTPUT.json` is the process; `answers` starts it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen3_fp8_ascend.serving import serving_environment
+from tests.support.logprobs import TEXTS
+
+ROOT = Path(__file__).parent.parent.parent
+TOKENS = 24
+"""How many tokens are generated after each text."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model and how it is run: in fp32 and eagerly, unless `options` (arguments of vLLM's LLM) say otherwise."""
+
+    model: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Log-probabilities of all tokens of `TEXTS` but the first of each, and what greedy decoding adds to each text."""
+
+    logprobs: np.ndarray
+    tokens: list[list[int]]
+
+
+def answers(runs: Sequence[Run], folder: Path, timeout: float = 600, **environment: str) -> list[Answer]:
+    """Run them all; the log of the process is `folder`/offline.log.
+
+    Raises:
+        AssertionError: the process failed; with the end of its log.
+    """
+    given, made, log = (folder / name for name in ("runs.json", "answers.json", "offline.log"))
+    given.write_text(json.dumps([asdict(run) for run in runs]))
+    command = [sys.executable, "-m", "tests.support.offline", str(given), str(made)]
+    inherited = serving_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", **environment)
+    with log.open("w") as file:
+        done = subprocess.run(
+            command, cwd=ROOT, env=inherited, stdout=file, stderr=subprocess.STDOUT, timeout=timeout, check=False
+        )
+    assert done.returncode == 0, log.read_text()[-4000:]
+    return [Answer(np.array(one["logprobs"]), one["tokens"]) for one in json.loads(made.read_text())]
+
+
+def main(given: str, made: str) -> None:
+    runs = [Run(**run) for run in json.loads(Path(given).read_text())]
+    Path(made).write_text(json.dumps([ask(run) for run in runs]))
+
+
+def ask(run: Run) -> dict[str, Any]:
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True} | run.options
+    llm = LLM(run.model, **options)
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, prompt_logprobs=0, ignore_eos=True)
+    outputs = llm.generate(list(TEXTS), sampling, use_tqdm=False)
+    logprobs = [next(iter(entry.values())).logprob for out in outputs for entry in out.prompt_logprobs[1:]]
+    tokens = [list(out.outputs[0].token_ids) for out in outputs]
+    del llm, outputs
+    cleanup_dist_env_and_memory()
+    gc.collect()
+    return {"logprobs": logprobs, "tokens": tokens}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
