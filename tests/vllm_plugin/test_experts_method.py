@@ -120,7 +120,7 @@ def apply(layer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor)
 def expected(tensors: Tensors, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """W8A16 by the specification's linears, token by token and expert by expert, in fp64."""
     w = {
-        name: reference.dequantize_weight(codes, tensors[f"{name}_scale_inv"], torch.float32).double()
+        name: reference.dequantize_weight(codes, tensors[f"{name}_scale_inv"], dtype=torch.float32).double()
         for name, codes in tensors.items()
         if name.endswith(".weight")
     }
