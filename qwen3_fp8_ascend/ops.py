@@ -175,7 +175,8 @@ def pack_experts(
     Shapes: weights (E, n, k) float8_e4m3fn, or E of (n, k) that come one by one, so that none has to stay; scales
         (E, *grid.scale_shape) fp32 or bf16. The gate and up projections together are a grid of two shards, the gate
         first; without a grid, one shard in blocks of 128 x 128.
-    names, activation, check_values: as for `pack_weight`; errors say which expert's shard it is.
+    names: of the grid's shards, or of every expert's, one expert after the other; errors say which expert's it is.
+    activation, check_values: as for `pack_weight`.
     Raises:
         BlockFp8Error: as `pack_weight`, a number of weights other than that of scales, or a backend without experts.
     """
@@ -204,7 +205,10 @@ def pack_experts(
             _check_weight(weight, scales[count - 1], grid)
             if check_values:
                 shards = names or [f"shard {number}" for number in range(len(grid.widths))]
-                of_expert = [f"experts.{count - 1}.{name}" for name in shards]
+                if len(names) == scales.shape[0] * len(grid.widths):
+                    of_expert = names[(count - 1) * len(grid.widths) : count * len(grid.widths)]
+                else:
+                    of_expert = [f"experts.{count - 1}.{name}" for name in shards]
                 _check_values(weight, scales[count - 1], grid, of_expert, chosen.max_scale)
             yield _contiguous_codes(weight)
         if count != scales.shape[0]:

@@ -214,8 +214,8 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         ) -> bool | None:
             where = self._tensor_name(expert_id, shard_id) + ("_scale_inv" if scales else "")
             check_dtype(loaded_weight, dtypes, where)
-            shape = (hidden, whole) if shard_id == "w2" else (whole, hidden)
-            expected = scale_shape(*shape, self.block) if scales else shape
+            n, k = (hidden, whole) if shard_id == "w2" else (whole, hidden)
+            expected = scale_shape(n, k, self.block) if scales else (n, k)
             if tuple(loaded_weight.shape) != expected:
                 raise BlockFp8Error(
                     "the checkpoint's tensor does not fit the experts",
