@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 MODEL ?=
 
-.PHONY: help venv demo test test-fast test-long lint bench report wheel wheel-aarch64 clean
+.PHONY: help venv demo demo-moe test test-fast test-long lint bench report wheel wheel-aarch64 clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -22,6 +22,9 @@ venv: $(VENV)/.built  ## create .venv and build the package into it
 
 demo: venv  ## serve a block-FP8 model with vLLM and ask it three questions (MODEL=... for another one)
 	$(PY) scripts/demo.py $(if $(MODEL),--model '$(MODEL)')
+
+demo-moe: venv  ## the same with a mixture of experts: the demo's model, turned into experts that compute the same
+	$(PY) scripts/demo.py --experts
 
 # Parts that need environments of their own run two at a time; then the main tests on several workers, file by file.
 # All parts run, whatever fails.

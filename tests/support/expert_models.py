@@ -69,14 +69,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Configuration class and what it differs in: ragged experts, a shared expert, a delta net, groups and a dense layer."""
+"""Configuration class, and what it differs in: ragged experts, a shared expert, a delta net, groups of experts."""
 
 LEFT_ALONE = ("*.linear_attn.in_proj_ba",)
 """Beside routers, what official releases of these families leave in bf16."""
 
 
 def write_experts(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
-    """Write a random bf16 model of a family, and the same in block FP8 beside it as `<folder>-fp8`, which is returned."""
+    """Write a random bf16 model of a family, and beside it the same in block FP8: `<folder>-fp8`, which is returned."""
     import transformers
 
     name, differences = FAMILIES[family]

@@ -1,0 +1,161 @@
+"""Mixtures of experts through vLLM: real text that must be a dense model's, and families against the same weights dequantized.
+
+Weights only (W8A16) and in fp32 unless said otherwise: quantized activations amplify any difference in rounding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
+from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
+from qwen3_fp8_ascend.evaluate.precision.prompts import all_prompts
+from qwen3_fp8_ascend.testing.models import write_with_more_heads
+from qwen3_fp8_ascend.testing.upcycling import write_copied_experts
+from tests.support.expert_models import FAMILIES, write_experts
+from tests.support.logprobs import TEXTS, distance
+from tests.support.noise import FALSE_ALARMS, rank_sum_probability
+from tests.support.offline import Run, answers
+
+from .conftest import ASCEND, EAGER
+from .test_ranks import DRAWS, TWO_CORES, distances
+
+pytestmark = pytest.mark.server
+
+SETTINGS = {"qwen3_fp8_ascend": {"activation": "w8a16"}}
+W8A8: dict[str, Any] = {"quantization": "ascend"}
+W8A16 = W8A8 | {"additional_config": SETTINGS}
+EXPERT_PARALLEL = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
+NEAR = 1e-4
+"""In nats a token. Orders of sums move a model by a fiftieth of it; block FP8 moves it by a thousand times as much."""
+
+
+def transformers_logprobs(folder: Path) -> np.ndarray:
+    """What `Answer.logprobs` are, from transformers' own model in fp32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    out = []
+    with torch.inference_mode():
+        for text in TEXTS:
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            logprobs = model(ids).logits[0, :-1].double().log_softmax(-1)
+            out.append(logprobs.gather(1, ids[0, 1:, None])[:, 0].numpy())
+    return np.concatenate(out)
+
+
+def test_upcycled_models_answer_as_the_dense_one(
+    smollm2: Path, smollm2_experts: dict[str, Path], tmp_path: Path
+) -> None:
+    """The same codes and scales in another order, so even the text is the same, and what is left is the order of sums.
+
+    With activations quantized too, the noise that they make of it is bounded by what quantizing them does to the dense
+    model; the long form measures that noise.
+    """
+    models = {"dense": smollm2, **smollm2_experts}
+    runs = [Run(str(model), options) for options in (W8A16, W8A8) for model in models.values()]
+    made = answers(runs, tmp_path)
+    weights_only, w8a8 = (dict(zip(models, part, strict=True)) for part in (made[:3], made[3:]))
+    quantizing = distance(w8a8["dense"].logprobs, weights_only["dense"].logprobs)
+    print(f"\nnats a token, {len(made[0].logprobs)} tokens; activations quantized or not, dense: {quantizing:.4f}")
+    for form in smollm2_experts:
+        near = distance(weights_only[form].logprobs, weights_only["dense"].logprobs)
+        far = distance(w8a8[form].logprobs, w8a8["dense"].logprobs)
+        print(f"  {form} against dense: w8a16 {near:.7f}, w8a8 {far:.4f}")
+        assert near < NEAR
+        assert weights_only[form].tokens == weights_only["dense"].tokens
+        assert far < 2 * quantizing
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small random model of each family in block FP8; its bf16 master is beside it."""
+    folder = tmp_path_factory.mktemp("families")
+    return {family: write_experts(folder / family, family) for family in FAMILIES}
+
+
+BF16_ONLY = "qwen3_next"
+"""vLLM's delta net on a CPU is for bf16: there the model's own rounding is what is seen."""
+
+VLLM_JUDGES = "deepseek_v3"
+"""vLLM and transformers compute this small model differently, in bf16 too: vLLM's own of the same weights is asked."""
+
+
+def test_families_against_the_same_weights_dequantized(families: dict[str, Path], tmp_path: Path) -> None:
+    """DeepSeek with plain attention, since what vLLM has for its latent one depends on the processor."""
+    twins = {family: tmp_path / family for family in families}
+    for family, folder in families.items():
+        dequantize_checkpoint(folder, twins[family], dtype=torch.float32, progress=False)
+    runs = [Run(str(folder), W8A16 | _dtype(family)) for family, folder in families.items()]
+    compiled = Run(str(families["qwen2_moe"]), W8A16 | {"enforce_eager": False})
+    *made, by_compiler, judge = answers([*runs, compiled, Run(str(twins[VLLM_JUDGES]))], tmp_path, VLLM_MLA_DISABLE="1")
+    ours = {family: answer.logprobs for family, answer in zip(families, made, strict=True)}
+    for family, folder in families.items():
+        master, twin = transformers_logprobs(_master(folder)), transformers_logprobs(twins[family])
+        expected = judge.logprobs if family == VLLM_JUDGES else twin
+        near, fp8 = distance(ours[family], expected), distance(master, twin)
+        print(f"\n{family}, nats a token against the same weights: {near:.7f}; block FP8 against bf16 {fp8:.4f}")
+        assert fp8 > 0.05
+        assert near < (fp8 / 4 if family == BF16_ONLY else NEAR)
+    assert distance(by_compiler.logprobs, ours["qwen2_moe"]) < NEAR
+
+
+def _dtype(family: str) -> dict[str, Any]:
+    return {"dtype": "bfloat16"} if family == BF16_ONLY else {}
+
+
+def _master(folder: Path) -> Path:
+    return folder.with_name(folder.name.removesuffix("-fp8"))
+
+
+def test_expert_parallel_ranks_give_what_one_process_gives(
+    tmp_path: Path, logprobs_of: Callable[..., np.ndarray]
+) -> None:
+    """A server of two ranks, each with half of the experts, compiled, against one eager process without a server."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}  # whole blocks for both ranks
+    folder = write_experts(tmp_path / "heads", "qwen3_moe", **heads)
+    (one,) = answers([Run(str(folder), W8A16)], tmp_path)
+    options = (*ASCEND, "--additional-config", json.dumps(SETTINGS))
+    two = logprobs_of(folder, *options, *EXPERT_PARALLEL, **TWO_CORES)
+    print(f"\nnats a token between one and two ranks: {distance(two, one.logprobs):.7f}")
+    assert distance(two, one.logprobs) < NEAR
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_upcycled_smollm2_in_two_processes(
+    smollm2: Path, tmp_path: Path, logprobs_of: Callable[..., np.ndarray], mode: str
+) -> None:
+    """Experts divided among two ranks against the dense model in one; its nine heads are made twelve first."""
+    original = smollm2.with_name("SmolLM2-135M-Instruct")
+    padded = write_with_more_heads(original, tmp_path / "padded", heads=12, kv_heads=4)
+    experts = tmp_path / "fp8"
+    quantize_checkpoint(write_copied_experts(padded, tmp_path / "experts"), experts, progress=False)
+    options = (*ASCEND, "--additional-config", json.dumps(SETTINGS), *((EAGER,) if mode == "eager" else ()))
+    dense = logprobs_of(smollm2, *options)
+    two = logprobs_of(experts, *options, *EXPERT_PARALLEL, **TWO_CORES)
+    print(f"\n{mode}, nats a token, two ranks of experts against one dense process: {distance(two, dense):.7f}")
+    assert distance(two, dense) < NEAR
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", ["copied", "sliced"])
+def test_upcycled_smollm2_at_the_noise_floor(
+    smollm2: Path, smollm2_experts: dict[str, Path], text_logprobs_of: Callable[..., list[np.ndarray]], form: str
+) -> None:
+    """W8A8, where only the noise tells: how far the dense model moves when its sums are added up in other orders."""
+    texts = all_prompts()
+    dense = text_logprobs_of(smollm2, *ASCEND, EAGER, texts=texts)
+    draws = [text_logprobs_of(smollm2, *ASCEND, EAGER, texts=texts, **change) for change in DRAWS.values()]
+    noise = np.stack([distances(draw, dense) for draw in draws], axis=1)
+    moved = distances(text_logprobs_of(smollm2_experts[form], *ASCEND, EAGER, texts=texts), dense)
+    print(f"\n{form}, nats a token: {moved.mean():.4f}; noise {noise.mean(axis=0)}")
+    assert rank_sum_probability(moved, noise) > FALSE_ALARMS
