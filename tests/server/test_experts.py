@@ -1,4 +1,4 @@
-"""Mixtures of experts through vLLM: real text that must be a dense model's, and families against the same weights dequantized.
+"""Mixtures of experts through vLLM: real text that must be a dense model's, and families against the same weights in fp32.
 
 Weights only (W8A16) and in fp32 unless said otherwise: quantized activations amplify any difference in rounding.
 """
