@@ -1,4 +1,4 @@
-"""The only place that imports vLLM: a quantization config named ``ascend`` and its linear method."""
+"""The only place that imports vLLM: a quantization config named ``ascend``, its methods for linears and for experts."""
 
 from __future__ import annotations
 

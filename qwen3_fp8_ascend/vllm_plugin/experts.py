@@ -169,14 +169,8 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         check_serving(layer, "packed_w2_weight", self.prefix)
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]  # -1: on another rank
-        return ops.block_experts(
-            x,
-            layer.packed_w13_weight,
-            layer.packed_w2_weight,
-            topk_weights.float(),
-            topk_ids,
-            self.activation,
-        )
+        w13, w2 = layer.packed_w13_weight, layer.packed_w2_weight
+        return ops.block_experts(x, w13, w2, topk_weights, topk_ids, self.activation)
 
     def _check_partition(self) -> None:
         """Refuse a tensor-parallel split that would leave a rank with part of a block."""

@@ -1,4 +1,4 @@
-"""Mixtures of experts through vLLM: real text that must be a dense model's, and families against the same weights in fp32.
+"""Mixtures of experts through vLLM: real text that must be a dense model's, families against the same weights in fp32.
 
 Weights only (W8A16) and in fp32 unless said otherwise: quantized activations amplify any difference in rounding.
 """
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
@@ -20,12 +21,13 @@ from qwen3_fp8_ascend.evaluate.precision.prompts import all_prompts
 from qwen3_fp8_ascend.testing.models import write_with_more_heads
 from qwen3_fp8_ascend.testing.upcycling import write_copied_experts
 from tests.support.expert_models import FAMILIES, write_experts
-from tests.support.logprobs import TEXTS, distance
+from tests.support.logprobs import TEXTS, distance, prompt_logprobs
 from tests.support.noise import FALSE_ALARMS, rank_sum_probability
 from tests.support.offline import Run, answers
 
-from .conftest import ASCEND, EAGER
+from .conftest import ASCEND, EAGER, Start
 from .test_ranks import DRAWS, TWO_CORES, distances
+from .test_renewal import DEVELOPER, reload
 
 pytestmark = pytest.mark.server
 
@@ -116,17 +118,31 @@ def _master(folder: Path) -> Path:
     return folder.with_name(folder.name.removesuffix("-fp8"))
 
 
-def test_expert_parallel_ranks_give_what_one_process_gives(
-    tmp_path: Path, logprobs_of: Callable[..., np.ndarray]
-) -> None:
-    """A server of two ranks, each with half of the experts, compiled, against one eager process without a server."""
+def test_expert_parallel_ranks_give_what_one_process_gives(start: Start, tmp_path: Path) -> None:
+    """A server of two ranks, each with half of the experts, compiled, against eager processes without a server.
+
+    It is then given other weights, and at last bad ones, which are named.
+    """
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}  # whole blocks for both ranks
-    folder = write_experts(tmp_path / "heads", "qwen3_moe", **heads)
-    (one,) = answers([Run(str(folder), W8A16)], tmp_path)
-    options = (*ASCEND, "--additional-config", json.dumps(SETTINGS))
-    two = logprobs_of(folder, *options, *EXPERT_PARALLEL, **TWO_CORES)
-    print(f"\nnats a token between one and two ranks: {distance(two, one.logprobs):.7f}")
-    assert distance(two, one.logprobs) < NEAR
+    folders = [write_experts(tmp_path / f"seed{seed}", "qwen3_moe", seed, **heads) for seed in (0, 1)]
+    one, other = (answer.logprobs for answer in answers([Run(str(f), W8A16) for f in folders], tmp_path))
+    options = (*ASCEND, "--dtype", "float32", "--additional-config", json.dumps(SETTINGS), *EXPERT_PARALLEL)
+    server = start(folders[0], *options, **TWO_CORES, **DEVELOPER)
+    two = prompt_logprobs(server)
+    assert reload(server, folders[1]).status_code == 200
+    renewed = prompt_logprobs(server)
+    print(
+        f"\nnats a token between one and two ranks: {distance(two, one):.7f}, reloaded {distance(renewed, other):.7f}"
+    )
+    assert distance(one, other) > 0.1
+    assert distance(two, one) < NEAR
+    assert distance(renewed, other) < NEAR
+    name = "model.layers.1.mlp.experts.6.up_proj.weight"  # the second rank's
+    tensors = load_file(folders[0] / "model.safetensors")
+    tensors[name].view(torch.uint8)[3, 5] = 0x7F
+    save_file(tensors, folders[0] / "model.safetensors", {"format": "pt"})
+    refused = reload(server, folders[0])
+    assert refused.status_code == 500 and "holds NaN codes" in refused.text and name in refused.text
 
 
 @pytest.mark.long
