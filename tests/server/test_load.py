@@ -36,15 +36,21 @@ class Load:
     max_tokens: int
 
 
+LONG = [pytest.mark.long, pytest.mark.timeout(1800)]
+
+
 @pytest.mark.parametrize(
-    "load",
+    ("load", "served"),
     [
-        pytest.param(Load(100, 24, 16), id="short"),
-        pytest.param(Load(2000, 60, 32), id="long", marks=[pytest.mark.long, pytest.mark.timeout(1800)]),
+        pytest.param(Load(100, 24, 16), "smollm2_server", id="short"),
+        pytest.param(Load(2000, 60, 32), "smollm2_server", id="long", marks=LONG),
+        pytest.param(Load(400, 24, 16), "experts_server", id="experts", marks=LONG),
     ],
 )
-def test_no_request_is_lost_or_wrong_and_memory_is_flat(smollm2_server: Server, load: Load) -> None:
-    server, prompts = smollm2_server, make_prompts(load.prompts)
+def test_no_request_is_lost_or_wrong_and_memory_is_flat(
+    request: pytest.FixtureRequest, load: Load, served: str
+) -> None:
+    server, prompts = request.getfixturevalue(served), make_prompts(load.prompts)
     alone = answers_alone(server, prompts, load.max_tokens)
     moved = moves_of_the_idle_server(server, alone)
     requests = make_requests(
