@@ -148,6 +148,11 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         delattr(layer, f"{name}_weight")
         delattr(layer, f"{name}_weight_scale_inv")
         install_packed(layer, packed, f"{name}_weight")
+        # A rank that has all its experts is packed while vLLM still goes through those of other ranks (on a reload).
+        setattr(layer, f"{name}_weight_scale_inv", torch.nn.Parameter(scale.new_empty(0), requires_grad=False))
+        for suffix in ("", "_scale_inv"):
+            parameter = getattr(layer, f"{name}_weight{suffix}")
+            set_weight_attrs(parameter, {"weight_loader": self._loader_when_packed(set(_local_experts(layer)), suffix)})
 
     def get_fused_moe_quant_config(self, layer: Any) -> Any:
         """What vLLM's modular kernels would ask for; there are none here, and None would be asked for at each step."""
@@ -236,6 +241,27 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
 
         load_checked.supports_moe_loading = True  # type: ignore[attr-defined]  # Llama 4 asks
         return load_checked
+
+    def _loader_when_packed(self, local: set[int], suffix: str) -> Callable[..., bool | None]:
+        """Take no more tensors of this rank's experts, and leave those of others alone as vLLM's loader does."""
+
+        def refuse_local(
+            param: torch.nn.Parameter,
+            loaded_weight: torch.Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool | None:
+            if expert_id in local:
+                raise BlockFp8Error(
+                    "an expert's tensor came after all of its layer's had come",
+                    where=self._tensor_name(expert_id, shard_id) + suffix,
+                    fix="load each tensor once, and new weights through vLLM's reload_weights",
+                )
+            return False if return_success else None
+
+        return refuse_local
 
     def _check_complete(self, layer: Any) -> None:
         """Raise for the first tensor of this rank's experts that vLLM has not loaded."""

@@ -397,8 +397,8 @@ def test_experts_ignored_in_part_are_refused() -> None:
 # Loading again.
 
 
-def serving_layer(tensors: Tensors) -> Any:
-    layer = make_layer()
+def serving_layer(tensors: Tensors, **arguments: Any) -> Any:
+    layer = make_layer(**arguments)
     record_metadata_for_reloading(layer)
     load(layer, tensors)
     return finish(layer)
@@ -422,7 +422,21 @@ def test_new_weights_take_the_place_of_the_old_ones() -> None:
         reload(layer, tensors)
         assert_near(apply(layer, *routed()), expected(tensors, *routed()))
         assert addresses(layer) == before
-        assert not hasattr(layer, "w13_weight_scale_inv")
+        assert layer.w13_weight_scale_inv.numel() == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_renewed_though_other_ranks_experts_come_too(ranks: Callable[[int], None], rank: int) -> None:
+    """The first rank has all its experts, and is packed, before those of the second have come."""
+    ranks(rank)
+    layer = serving_layer(checkpoint(), tp_size=2, expert_parallel=True)
+    tensors = checkpoint(seed=1)
+    reload(layer, tensors)
+    x, weights, ids = routed()
+    here = (ids // 2 == rank) * weights
+    assert_near(apply(layer, x, weights, ids), expected(tensors, x, here, ids))
+    with pytest.raises(BlockFp8Error, match=rf"(?s)came after all.*experts\.{2 * rank}\.gate_proj"):
+        load(layer, tensors)
 
 
 @pytest.mark.parametrize("missing", ["0.gate_proj.weight", "3.down_proj.weight_scale_inv"])
