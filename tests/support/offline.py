@@ -20,7 +20,7 @@ from qwen3_fp8_ascend.serving import serving_environment
 from tests.support.logprobs import TEXTS
 
 ROOT = Path(__file__).parent.parent.parent
-TOKENS = 24
+TOKENS = 12
 """How many tokens are generated after each text."""
 
 
