@@ -216,13 +216,14 @@ def _select(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> set[str]:
     """Names of the weights to quantize."""
     candidates = [t for t in checkpoint.tensors.values() if _is_candidate(t)]
     modules = [module_of(name) for name in checkpoint.tensors]
+    examples = [module_of(tensor.name) for tensor in candidates[:1]] or modules[:1]
     for glob in ignore:
         if not any(matches_any(module, (glob,)) for module in modules):
             raise BlockFp8Error(
                 "an ignore pattern matches no module of the checkpoint",
                 where=repr(glob),
                 expected="a shell-style pattern for module names",
-                got=f"modules such as {module_of(candidates[0].name) if candidates else modules[0]}",
+                got=f"modules such as {examples[0]}" if examples else "no tensors",
             )
     selected = [tensor for tensor in candidates if not matches_any(module_of(tensor.name), ignore)]
     for tensor in selected:

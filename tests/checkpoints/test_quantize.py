@@ -217,6 +217,11 @@ def test_another_block_size(tmp_path: Path) -> None:
     assert report.config.block == (64, 32)
 
 
+def test_a_pattern_for_a_checkpoint_without_tensors(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", {"model.safetensors": {}})
+    refused(source, r"(?s)matches no module.*no tensors", ignore=["*.q_proj"])
+
+
 def refused(source: Path, words: str, **options: Any) -> str:
     destination = source.parent / "refused"
     with pytest.raises(BlockFp8Error, match=words) as caught:

@@ -59,8 +59,8 @@ def test_upcycled_models_answer_as_the_dense_one(
 ) -> None:
     """The same codes and scales in another order, so even the text is the same, and what is left is the order of sums.
 
-    With activations quantized too, the noise that they make of it is bounded by what quantizing them does to the dense
-    model; the long form measures that noise.
+    With activations quantized too, each model is as far from the unquantized one as the dense one is, so that two are
+    at most twice that apart, here given twice the room. A wrong expert is ten times as far; the long form ranks noise.
     """
     models = {"dense": smollm2, **smollm2_experts}
     runs = [Run(str(model), options) for options in (W8A16, W8A8) for model in models.values()]
@@ -74,7 +74,7 @@ def test_upcycled_models_answer_as_the_dense_one(
         print(f"  {form} against dense: w8a16 {near:.7f}, w8a8 {far:.4f}")
         assert near < NEAR
         assert weights_only[form].tokens == weights_only["dense"].tokens
-        assert far < 2 * quantizing
+        assert far < 4 * quantizing
 
 
 @pytest.fixture(scope="module")
