@@ -15,6 +15,7 @@ import typer
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate import throughput
+from qwen3_fp8_ascend.evaluate.validate.command import validate
 from qwen3_fp8_ascend.terminal import Json, check_choices, check_writable, err, out, progress, write_bytes, write_text
 
 bench = typer.Typer(
@@ -27,10 +28,13 @@ SOURCES = Path(__file__).parents[2]
 
 
 def add_commands(main: typer.Typer) -> None:
-    """Make `verify`, `bench` and `report` commands of the command line."""
+    """Make `verify`, `validate`, `bench` and `report` commands of the command line."""
     main.command(
         epilog="Example: qwen3-fp8-ascend verify http://127.0.0.1:8000 --model qwen3-8b-fp8 --wait 600 --json"
     )(verify)
+    main.command(
+        epilog="Examples: qwen3-fp8-ascend validate --device npu; qwen3-fp8-ascend validate --only 'linear/cpu/w8a8'"
+    )(validate)
     main.add_typer(bench, name="bench")
     main.command(epilog="Example: qwen3-fp8-ascend report docs/results npu-results --output docs")(report)
 
