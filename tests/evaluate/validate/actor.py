@@ -39,7 +39,7 @@ def main() -> None:
         else:
             steps = [{"step": s, "seconds": 1.0} for s in os.environ.get("STEPS", " ".join(STEPS)).split()]
             name = os.environ.get("DEVICE_NAME", "Some CPU")
-            say(kind="cpu", name=name, facts=FACTS, provenance=PROVENANCE, steps=steps)
+            say(kind=os.environ.get("DEVICE_KIND", "cpu"), name=name, facts=FACTS, provenance=PROVENANCE, steps=steps)
         say(ended=True)
         return
     for number in range(3):

@@ -229,22 +229,11 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, acted: Path, monkeypatch: pyt
 
 def test_when_time_is_over_the_rest_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPS", "hangs good")
-    monkeypatch.setattr(orchestration.time, "monotonic", Clock(orchestration.time.monotonic, 29))
-    assert validate(tmp_path, "--minutes", "0.5") == 1
-    found = steps(tmp_path)
-    assert found["hangs"]["outcome"] == "timed out"
-    assert found["good"]["outcome"] == "out of time" and not found["good"]["cases"]
-
-
-class Clock:
-    """`seconds` go by between the first and the second time that one asks."""
-
-    def __init__(self, real: Any, seconds: float) -> None:
-        self.real, self.seconds, self.asked = real, seconds, 0
-
-    def __call__(self) -> float:
-        self.asked += 1
-        return float(self.real()) + (self.seconds if self.asked > 1 else 0)
+    request = orchestration.Request(device="cpu", minutes=2.5 / 60)
+    found, notes = orchestration.validate(request, tmp_path / "journal", lambda text: None)
+    assert [step["outcome"] for step in found["steps"]] == ["timed out", "out of time"]
+    assert found["verdict"] == "failed" and not found["steps"][1]["cases"]
+    assert notes is not None and list(notes.finished) == ["hangs"], "what was not run is run when it goes on"
 
 
 def test_no_such_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
