@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 MODEL ?=
 
-.PHONY: help venv demo test test-fast test-long lint bench report wheel wheel-aarch64 clean
+.PHONY: help venv demo test test-fast test-long lint bench validate report wheel wheel-aarch64 clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -59,6 +59,10 @@ lint: venv
 
 bench: venv  ## CPU micro-benchmark: correctness, then interleaved medians against the peers
 	$(PY) -m benchmarks.bench_linear
+
+DEVICE ?= auto
+validate: venv  ## judge and time this machine's device against the specification (DEVICE=npu, cuda or cpu)
+	$(PY) -m qwen3_fp8_ascend validate --device $(DEVICE) $(VALIDATE)
 
 report: venv  ## the verification report in docs/, from docs/results/
 	$(PY) -m qwen3_fp8_ascend report docs/results --output docs
