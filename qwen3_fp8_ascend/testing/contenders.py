@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from qwen3_fp8_ascend import ops, reference
-from qwen3_fp8_ascend.backends import available_backends, cpu, load_backend
+from qwen3_fp8_ascend.backends import cpu
+from qwen3_fp8_ascend.backends.registry import usable_backends
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.devices import Device
 from qwen3_fp8_ascend.testing.timing import Contender
+
+HUGE_PAGE = 2 << 20
 
 Prepared = Callable[[torch.Tensor], Contender]
 """Takes activations (m, k) on the device and returns the timed function of the call's number."""
@@ -68,14 +71,11 @@ class Peer:
 
 def ours(device: Device) -> Iterator[Peer]:
     """Every backend for the device but the slow ones, with all that it computes; on a CPU each instruction set too."""
-    for status in available_backends():
-        backend = load_backend(status.name)
-        if not status.usable or device.place.type not in backend.device_types or backend.by_name_only() is not None:
-            continue
+    for backend in usable_backends(device.place.type, slow=False):
         for activation in filter(backend.computes.__contains__, Activation):
-            prepare = functools.partial(_packed, status.name, activation)
-            yield Peer(f"{status.name} {activation}", 1, activation, prepare, backend=status.name)
-        if status.name == "cpu":
+            prepare = functools.partial(_packed, backend.name, activation)
+            yield Peer(f"{backend.name} {activation}", 1, activation, prepare, backend=backend.name)
+        if backend.name == "cpu":
             for isa in cpu.isas()[:-1]:
                 prepare = functools.partial(_instruction_set, isa)
                 yield Peer(f"cpu w8a8, {isa}", 1, "w8a8", prepare, backend="cpu")
@@ -118,7 +118,8 @@ def _bf16(weights: Weights) -> Prepared:
 
 def _dequantized(weights: Weights) -> Prepared:
     """What a framework without block FP8 does: expand, then multiply."""
-    codes = [weights.codes.clone() for _ in range(weights.copies(1))]
+    once = range(weights.copies(1))
+    codes = [weights.codes.view(torch.uint8).clone().view(weights.codes.dtype) for _ in once]
     scale = weights.scale
     return lambda x: lambda i: torch.nn.functional.linear(x, ops.dequantize_weight(codes[i % len(codes)], scale))
 
@@ -162,12 +163,12 @@ def framework(device: Device) -> tuple[Peer, ...]:
 
 
 def on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy; on a CPU on 2 MiB pages, so that no implementation is slower for want of them."""
-    if tensor.device.type != "cpu":
-        return tensor.clone()
+    """A copy; on a CPU on 2 MiB pages, if it fills one, so that no implementation is slower for want of them."""
     size = tensor.numel() * tensor.element_size()
-    memory = mmap.mmap(-1, size + (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if tensor.device.type != "cpu" or size < HUGE_PAGE:
+        return tensor.clone()
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     flat = torch.frombuffer(memory, dtype=torch.uint8)
-    offset = -flat.data_ptr() % (2 << 20)
+    offset = -flat.data_ptr() % HUGE_PAGE
     return flat[offset : offset + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)

@@ -164,10 +164,11 @@ def judge_exact(got: torch.Tensor, problem: Problem, activation: Activation = Ac
     tiny = torch.finfo(got.dtype).smallest_normal
     # Within a block a sum of at most 128 + 8 roundings per chain, then one per block, and the two scales.
     sums = magnitude * 2.0**-23 * (min(k, problem.grid.block.k) + k // problem.grid.block.k + 8) + tiny
-    error = (got.double() - want).abs()
+    # What the sum must at least be off by, if one rounding made this element of it.
+    beyond = ((got.double() - want).abs() - _half_unit(got)).clamp_min(0)
     # torch casts fp64 to 16 bits by way of fp32. Both roundings are monotone: so are the ends of the interval.
     outside = ~((got >= (want - sums).to(got.dtype)) & (got <= (want + sums).to(got.dtype)))
-    judgement.measures["element"] = (float((error / (sums + torch.finfo(got.dtype).eps * want.abs())).max()), 1.0)
+    judgement.measures["element"] = (float((beyond / sums).max()), 1.0)
     if outside.any():
         row, column = outside.nonzero()[0].tolist()
         judgement.faults.append(
@@ -187,6 +188,13 @@ def judge_exact(got: torch.Tensor, problem: Problem, activation: Activation = Ac
     if got.numel() >= 1000:
         _hold_equal(got, want, BF16_EQUAL, judgement)
     return judgement
+
+
+def _half_unit(x: torch.Tensor) -> torch.Tensor:
+    """Half the distance to the next number of the dtype, in fp64."""
+    info = torch.finfo(x.dtype)
+    exponent = torch.frexp(x.double().abs().clamp_min(info.smallest_normal))[1] - 1
+    return torch.exp2(exponent.double()) * (info.eps / 2)
 
 
 def _has_form(got: torch.Tensor, want: torch.Tensor, problem: Problem, judgement: Judgement) -> bool:

@@ -44,7 +44,7 @@ def validate(
     request = run.Request(device, seed, only, minutes)
     with progress(err, "validating") as say:
         result, notes = run.validate(request, journal if only == "*" else None, say)
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if output is not None:
         _write(output, text, result)
     if notes is not None:

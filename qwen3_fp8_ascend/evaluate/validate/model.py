@@ -13,7 +13,8 @@ import torch
 from torch.nn import functional
 
 from qwen3_fp8_ascend import ops, reference
-from qwen3_fp8_ascend.backends import available_backends, load_backend
+from qwen3_fp8_ascend.backends import load_backend
+from qwen3_fp8_ascend.backends.registry import usable_backends
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_weight
 from qwen3_fp8_ascend.evaluate.validate.cases import Case, Context, Found
 from qwen3_fp8_ascend.format import Activation
@@ -122,10 +123,8 @@ def prompts(config: dict[str, Any], seed: int) -> list[torch.Tensor]:
 
 def models(context: Context) -> Iterator[Case]:
     """Each backend in plain torch, then vLLM."""
-    for status in available_backends():
-        backend = load_backend(status.name)
-        if status.usable and context.device.place.type in backend.device_types and backend.by_name_only() is None:
-            yield Case(f"torch/{status.name}", functools.partial(_in_torch, context, status.name))
+    for backend in usable_backends(context.device.place.type, slow=False):
+        yield Case(f"torch/{backend.name}", functools.partial(_in_torch, context, backend.name))
     yield Case("vllm", functools.partial(_in_vllm, context))
 
 
@@ -148,7 +147,7 @@ class _Sizes:
     def judge(self, got: torch.Tensor, found: Found) -> None:
         """Like the specification in bf16, whose distance from fp32 is the floor; far from one with wrong scales."""
         off, limit = distance(got, self.spec), 2 * self.floor
-        found.values |= {"floor": self.floor, "with wrong scales": self.control}
+        found.values |= {"distance": off, "floor": self.floor, "with wrong scales": self.control}
         if not self.control > 2 * limit:
             found.faults.append(f"the model cannot tell: {self.control:.4f} with wrong scales, limit {limit:.4f}")
         found.hold(

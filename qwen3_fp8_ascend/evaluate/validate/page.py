@@ -49,7 +49,7 @@ def _step(step: Mapping[str, Any]) -> dict[str, Any]:
         "cases": str(step["cases"]),
         "failed": str(step["failed"]),
         "skipped": "; ".join(f"{count}: {reason}" for reason, count in step["skipped"].items()),
-        "worst": f"{worst[0]} {worst[1]['value']:.2g}" if worst else "",
+        "worst": f"{worst[0]} {_figure(worst[1]['value'])}" if worst else "",
         "limit": f"{worst[1]['limit']:.2g}" if worst else "",
         "case": f"`{worst[1]['case'].removeprefix(step['step'] + '/')}`" if worst else "",
         "seconds": f"{step['seconds']:.0f}",
@@ -64,4 +64,4 @@ def _time(line: Mapping[str, Any]) -> list[str]:
 
 
 def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "NaN" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import json
+import math
 import os
 import re
 import selectors
@@ -36,6 +37,9 @@ PATIENCE = 25
 """Seconds from SIGTERM to SIGKILL: a server that a step has started is stopped in them."""
 SHOWN = 20
 """Failures of one step that the result lists; it counts all."""
+
+BEYOND = 1e9
+"""The share of its limit that a value has which is no number."""
 
 Say = Callable[[str], None]
 
@@ -148,6 +152,8 @@ def _run(request: Request, kind: str, step: dict[str, Any], seconds: float, watc
     with tempfile.TemporaryFile() as errors, os.fdopen(reading, "rb", buffering=0) as pipe:
         process = subprocess.Popen(
             line,
+            # torch loads torch_npu by itself, which may not be whole where nobody asks for it.
+            env=os.environ | ({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} if kind in ("cpu", "cuda") else {}),
             pass_fds=[writing],
             stdin=subprocess.DEVNULL,
             stdout=errors,
@@ -231,8 +237,9 @@ def _record(
     worst: dict[str, dict[str, Any]] = {}
     for case in cases:
         for measure, (value, limit) in case["measures"].items():
-            share = value / limit if limit else float(value > 0)
-            if measure not in worst or not share <= worst[measure]["share"]:
+            share = min(value / limit if limit else float(value > 0), BEYOND) if math.isfinite(value) else BEYOND
+            if measure not in worst or share > worst[measure]["share"]:
+                value = value if math.isfinite(value) else None  # JSON has neither NaN nor infinity
                 worst[measure] = {"value": value, "limit": limit, "share": share, "case": case["case"]}
     record = {
         "step": step["step"],

@@ -66,6 +66,8 @@ def main() -> None:
             if step == "waits":
                 time.sleep(0.5)
         measures = {"element": ((number + 1) / 10, 1.0)}
+        if step == "nan" and number == 1:
+            measures, faults = {"element": (float("nan"), 1.0)}, ["it is no number"]
         say(case=case, took=0.1, faults=faults, measures=measures, skipped=None, values={"figure": 1.5})
     say(ended=True)
 

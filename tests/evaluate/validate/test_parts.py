@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from qwen3_fp8_ascend.testing import devices
 from qwen3_fp8_ascend.testing.devices import open_device
 from qwen3_fp8_ascend.testing.judges import random_problem
 from qwen3_fp8_ascend.testing.models import qwen3_config, random_qwen3, write_qwen3
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_the_model_is_transformers_qwen3(tmp_path: Path) -> None:
@@ -98,6 +102,12 @@ def test_another_error_of_a_case_is_a_fault() -> None:
         raise RuntimeError("the\n  kernel failed")
 
     assert child._run(Case("x", run), 0)["faults"] == ["RuntimeError: the kernel failed"]
+
+
+def test_pytest_refuses_a_device_that_is_not_there() -> None:
+    command = [sys.executable, "-m", "pytest", "--device", "abacus", "tests/test_ops.py", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 4 and "there is no such device" in done.stderr, done.stderr
 
 
 def test_every_backend_for_a_cpu_is_judged_in_every_way() -> None:

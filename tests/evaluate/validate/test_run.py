@@ -256,6 +256,18 @@ def test_only_runs_what_is_named_and_writes_no_file(
     assert "there is no such case" in capsys.readouterr().err
 
 
+def test_a_measure_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPS", "nan")
+    assert validate(tmp_path) == 1
+    assert steps(tmp_path)["nan"]["worst"]["element"] | {"share": 0} == {
+        "value": None,
+        "limit": 1.0,
+        "share": 0,
+        "case": "nan/case1",
+    }
+    assert "element NaN" in (tmp_path / "v.md").read_text()
+
+
 def test_names() -> None:
     case = "linear/cpu/w8a8/bfloat16/m1/n1/k1"
     for pattern in ("*", "linear", "linear/cpu", "linear/*/w8a8", "*/cpu/*", case, "linear/cpu/w8a8/bfloat16/m1/*"):
