@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from rich.table import Table
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.evaluate.validate import run
+from qwen3_fp8_ascend.evaluate.validate import page, run
 from qwen3_fp8_ascend.terminal import Json, check_choices, check_writable, err, out, progress, write_text
 
 DEVICES = ("auto", "npu", "cuda", "cpu")
@@ -24,6 +25,7 @@ def validate(
     only: Annotated[str, typer.Option(help="A step or a case, or a pattern with *; writes no file by itself.")] = "*",
     seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
     minutes: Annotated[float, typer.Option(min=0.1, help="Steps that would begin later are left out.")] = 10,
+    pages: Annotated[bool, typer.Option(help="Write pages for people beside the result.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -46,7 +48,7 @@ def validate(
         result, notes = run.validate(request, journal if only == "*" else None, say)
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if output is not None:
-        _write(output, text, result)
+        _write(output, text, result, page.SUFFIXES if pages else {})
     if notes is not None:
         notes.remove()
     if as_json:
@@ -57,11 +59,9 @@ def validate(
         raise typer.Exit(1)
 
 
-def _write(output: Path, text: str, result: dict[str, Any]) -> None:
-    from qwen3_fp8_ascend.evaluate.validate import page
-
+def _write(output: Path, text: str, result: dict[str, Any], pages: Mapping[str, str]) -> None:
     write_text(output, text)
-    for language, suffix in page.SUFFIXES.items():
+    for language, suffix in pages.items():
         name = output.with_suffix(suffix)
         write_text(name, page.render([result], language))
         err.print(f"wrote {name}", highlight=False, soft_wrap=True)

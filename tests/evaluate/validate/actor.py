@@ -13,6 +13,8 @@ from typing import Any
 STEPS = ("good", "wrong", "talks")
 """What the machine has unless STEPS in the environment says otherwise."""
 
+ENDLESS = ("hangs", "has_a_child")
+
 FACTS: dict[str, Any] = {
     "machine": {"system": "Linux x86_64", "cpu": "Some CPU"},
     "packages": {"torch": "2.13.0"},
@@ -37,9 +39,12 @@ def main() -> None:
         if request["device"] == "npu":
             say(refused="there is no such device\n  what to do: choose another --device")
         else:
-            steps = [{"step": s, "seconds": 1.0} for s in os.environ.get("STEPS", " ".join(STEPS)).split()]
-            name = os.environ.get("DEVICE_NAME", "Some CPU")
-            say(kind=os.environ.get("DEVICE_KIND", "cpu"), name=name, facts=FACTS, provenance=PROVENANCE, steps=steps)
+            steps = [
+                {"step": s, "seconds": 4.0 if s in ("hangs", "has_a_child") else 60.0}
+                for s in os.environ.get("STEPS", " ".join(STEPS)).split()
+            ]
+            device = {"kind": os.environ.get("DEVICE_KIND", "cpu"), "name": os.environ.get("DEVICE_NAME", "Some CPU")}
+            say(**device, facts=FACTS, provenance=PROVENANCE, steps=steps)
         say(ended=True)
         return
     for number in range(3):

@@ -116,3 +116,13 @@ def test_every_backend_for_a_cpu_is_judged_in_every_way() -> None:
         assert {f"{check}/cpu/w8a8", f"{check}/cpu/w8a16"} <= names
     assert {"linear/reference/w8a8", "quantize/cpu", "dequantize/cpu", "probes", "times", "model"} <= names
     assert json.dumps(plan.outline(open_device("cpu")))
+
+
+def test_a_dequantization_off_by_one_unit_in_the_last_place() -> None:
+    right, found = torch.ones(5, 7), checks.Found()
+    checks.compare_bits("weights", right, right.clone(), found)
+    assert found.faults == [] and found.measures == {"weights that differ": (0.0, 0.0)}
+    wrong = right.clone()
+    wrong.view(torch.int32)[4, 2] += 1
+    checks.compare_bits("weights", wrong, right, found)
+    assert found.faults == ["weights: 1 of 35 differ, the first at (4, 2): 0x3f800001, expected 0x3f800000"]

@@ -82,7 +82,7 @@ def test_a_wrong_case_is_named_with_the_command_that_repeats_it(
 @pytest.mark.parametrize(
     ("step", "outcome", "said"),
     [
-        ("hangs", "timed out", "after 1 s"),
+        ("hangs", "timed out", "after 4 s"),
         ("dies", "killed", "by signal 11, SIGSEGV"),
         ("eats", "killed", "SIGKILL (the system ends processes so when memory runs out)"),
         ("exits", "failed", "exit code 1: the driver said no"),
@@ -94,7 +94,7 @@ def test_a_process_that_does_not_end_well_costs_its_step_only(
     monkeypatch.setenv("STEPS", f"good {step} also_good")
     start = time.monotonic()
     assert validate(tmp_path) == 1
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 40
     found = steps(tmp_path)
     assert (found[step]["outcome"], found[step]["at"]) == (outcome, f"{step}/case1")
     assert said in found[step]["detail"]
@@ -229,7 +229,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, acted: Path, monkeypatch: pyt
 
 def test_when_time_is_over_the_rest_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPS", "hangs good")
-    request = orchestration.Request(device="cpu", minutes=2.5 / 60)
+    request = orchestration.Request(device="cpu", minutes=4 / 60)
     found, notes = orchestration.validate(request, tmp_path / "journal", lambda text: None)
     assert [step["outcome"] for step in found["steps"]] == ["timed out", "out of time"]
     assert found["verdict"] == "failed" and not found["steps"][1]["cases"]
@@ -276,6 +276,11 @@ def test_names() -> None:
         assert not may_match("linear/cpu/w8a8", pattern) and not matches(case, pattern), pattern
     assert may_match("linear/cpu/w8a8", "linear/cpu/w8a8/bfloat16/m2/n1/k1")
     assert not matches(case, "linear/cpu/w8a8/bfloat16/m2/n1/k1")
+
+
+def test_without_pages(tmp_path: Path) -> None:
+    assert validate(tmp_path, "--no-pages") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"v.json", "acted"}
 
 
 def test_json_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
