@@ -40,7 +40,7 @@ def main() -> None:
             say(refused="there is no such device\n  what to do: choose another --device")
         else:
             steps = [
-                {"step": s, "seconds": 4.0 if s in ("hangs", "has_a_child") else 60.0}
+                {"step": s, "seconds": 4.0 if s in ENDLESS else 60.0}
                 for s in os.environ.get("STEPS", " ".join(STEPS)).split()
             ]
             device = {"kind": os.environ.get("DEVICE_KIND", "cpu"), "name": os.environ.get("DEVICE_NAME", "Some CPU")}
