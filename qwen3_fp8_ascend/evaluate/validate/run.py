@@ -107,6 +107,7 @@ def _result(request: Request, machine: dict[str, Any], records: list[dict[str, A
     failed = sum(record["failed"] for record in records) + sum(o not in ("finished", "out of time") for o in outcomes)
     verdict = "failed" if failed else "incomplete" if "out of time" in outcomes else "passed"
     provenance = machine["provenance"] | {"command": repeat(machine["kind"], request)}
+    provenance |= {"device": machine["name"]} if machine["kind"] != "cpu" else {}
     return {
         "kind": "validate",
         "version": VERSION,

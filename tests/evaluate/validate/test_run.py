@@ -147,13 +147,15 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, acted: Path, monkeyp
     monkeypatch.setenv("STEPS", "good waits also_good")
     command = [sys.executable, "-c", COMMAND, "validate", "--device", "cpu", "--output", str(tmp_path / "v.json")]
     for number, sign in enumerate((signal.SIGINT, signal.SIGKILL)):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         deadline = time.monotonic() + 30
         while started(acted).count("waits") <= number if acted.exists() else True:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(sign)
-        assert process.wait(30) == (130 if sign == signal.SIGINT else -9)
+        said = process.communicate(timeout=30)[1]
+        assert process.returncode == (130 if sign == signal.SIGINT else -9)
+        assert ("the same command goes on" in said) == (sign == signal.SIGINT)
         assert not (tmp_path / "v.json").exists()
     with (tmp_path / "v.json.journal").open("a") as journal:
         journal.write('{"step": "waits", "torn')
