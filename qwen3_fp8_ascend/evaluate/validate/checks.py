@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -73,9 +73,9 @@ def many_rows(context: Context) -> Iterator[Case]:
     return _linears(context, lambda rows: rows > DECODE_ROWS)
 
 
-def _linears(context: Context, wanted: object) -> Iterator[Case]:
+def _linears(context: Context, wanted: Callable[[int], bool]) -> Iterator[Case]:
     backend = context.backend
-    assert backend is not None and callable(wanted)
+    assert backend is not None
     for (widths, k), dtype in itertools.product(SMALL, ops.ACTIVATION_DTYPES):
         for rows in filter(wanted, rows_of(backend)):
             run = functools.partial(_linear, context, rows, widths, k, dtype)
