@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 MODEL ?=
 
-.PHONY: help venv demo demo-moe test test-fast test-long lint bench report wheel wheel-aarch64 clean
+.PHONY: help venv demo demo-moe test test-fast test-long lint bench validate record report wheel wheel-aarch64 clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -62,6 +62,16 @@ lint: venv
 
 bench: venv  ## CPU micro-benchmark: correctness, then interleaved medians against the peers
 	$(PY) -m benchmarks.bench_linear
+
+DEVICE ?= auto
+validate: venv  ## judge and time this machine's device against the specification (DEVICE=npu, cuda or cpu)
+	$(PY) -m qwen3_fp8_ascend validate --device $(DEVICE) $(VALIDATE)
+
+NAME ?= $(DEVICE)
+record: venv  ## the same, recorded: into docs/results/validation-NAME.json and every document that says what has run
+	$(PY) -m qwen3_fp8_ascend validate --device $(DEVICE) --no-pages --overwrite \
+		--output docs/results/validation-$(NAME).json $(VALIDATE); test $$? -le 1
+	$(MAKE) --no-print-directory report
 
 report: venv  ## the verification report in docs/, from docs/results/
 	$(PY) -m qwen3_fp8_ascend report docs/results --output docs

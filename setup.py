@@ -45,6 +45,7 @@ COMMON_FLAGS = [
     "-O3",
     "-fvisibility=hidden",
     "-ffp-contract=off",  # the kernels say where they want a fused multiply-add
+    "-frecord-gcc-switches",  # into the library, for `validate` to report (`provenance.built_with`)
     "-Wall",
     "-Wextra",
     f"-DTORCH_TARGET_VERSION={torch_range.TARGET_VERSION}",

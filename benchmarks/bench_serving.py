@@ -32,13 +32,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import cache_bytes
-from benchmarks.peers import on_huge_pages
 from qwen3_fp8_ascend.backends import select_backend
 from qwen3_fp8_ascend.format import BlockFp8Config
 from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.serving import Server, exit_on_sigterm, serve, serving_environment
+from qwen3_fp8_ascend.testing.contenders import on_huge_pages
 from qwen3_fp8_ascend.testing.models import QWEN3_8B, qwen3_config, qwen3_shapes, write_byte_tokenizer
+from qwen3_fp8_ascend.testing.timing import cache_bytes
 
 RESULTS = Path(__file__).parent / "results"
 ASCEND = ["--quantization", "ascend"]

@@ -1,73 +1,18 @@
-"""What the CPU kernels are measured against: a raw read, torch, vLLM's packed operators, FBGEMM."""
+"""Peers that are no part of the package: a raw read, vLLM's packed operators and its Triton kernel, FBGEMM."""
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from qwen3_fp8_ascend import ops, reference
-from qwen3_fp8_ascend.format import Activation
-
-Prepared = Callable[[torch.Tensor], Callable[[int], object]]
-"""Takes activations (m, k) and returns the timed function of the round's number."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A random layer in both precisions, and how much memory its copies have to cover to be in no cache."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    rotate_bytes: int
-
-    @property
-    def bf16(self) -> torch.Tensor:
-        return reference.dequantize_weight(self.codes, self.scale)
-
-    def copies(self, bytes_per_weight: int) -> int:
-        return max(2, -(-self.rotate_bytes // (self.codes.numel() * bytes_per_weight)))
-
-
-@dataclass(frozen=True)
-class Peer:
-    """`prepare` lays out all copies of a weight; `unavailable` is the reason why it cannot run here, or None."""
-
-    name: str
-    bytes_per_weight: int
-    computes: str
-    prepare: Callable[[Weights], Prepared]
-    unavailable: Callable[[], str | None] = lambda: None
-
-
-def on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on 2 MiB pages, so that no implementation is slower for want of them."""
-    size = tensor.numel() * tensor.element_size()
-    memory = mmap.mmap(-1, size + (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    flat = torch.frombuffer(memory, dtype=torch.uint8)
-    offset = -flat.data_ptr() % (2 << 20)
-    return flat[offset : offset + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-
-
-def _ours(activation: Activation) -> Callable[[Weights], Prepared]:
-    def prepare(weights: Weights) -> Prepared:
-        packed = [ops.pack_weight(weights.codes, weights.scale, backend="cpu") for _ in range(weights.copies(1))]
-        return lambda x: lambda i: ops.block_linear(x, packed[i % len(packed)], None, activation)
-
-    return prepare
+from qwen3_fp8_ascend.testing.contenders import Peer, Prepared, Weights, on_huge_pages
+from qwen3_fp8_ascend.testing.devices import Device
 
 
 def _read(weights: Weights) -> Prepared:
     copies = [on_huge_pages(weights.codes.view(torch.uint8)) for _ in range(weights.copies(1))]
     return lambda x: lambda i: torch.ops.qwen3_fp8_ascend.cpu_read(copies[i % len(copies)])
-
-
-def _torch_bf16(weights: Weights) -> Prepared:
-    copies = [on_huge_pages(weights.bf16) for _ in range(weights.copies(2))]
-    return lambda x: lambda i: torch.nn.functional.linear(x, copies[i % len(copies)])
 
 
 def vllm_operator_missing(name: str) -> str | None:
@@ -131,13 +76,35 @@ def _fbgemm_int8(weights: Weights) -> Prepared:
     return run
 
 
-PEERS = (
-    Peer("w8a8", 1, "w8a8", _ours(Activation.W8A8)),
-    Peer("w8a16", 1, "w8a16", _ours(Activation.W8A16)),
-    Peer("read", 1, "reads the same bytes", _read),
-    Peer("torch bf16", 2, "bf16", _torch_bf16),
-    Peer("vllm bf16", 2, "bf16", _vllm_bf16, lambda: vllm_operator_missing("weight_packed_linear")),
-    Peer("vllm fp8", 1, "w8a16", _vllm_fp8, lambda: vllm_operator_missing("fp8_scaled_mm_cpu")),
-    Peer("fbgemm int8", 1, "int8 per channel", _fbgemm_int8, _fbgemm_missing),
-)
-"""Ours first, then the limit, then the others."""
+def _vllm_triton_missing() -> str | None:
+    try:
+        from vllm.model_executor.layers.quantization.utils import fp8_utils
+    except ImportError as error:
+        return f"vLLM cannot be loaded: {error}"
+    return None if hasattr(fp8_utils, "w8a8_triton_block_scaled_mm") else "this vLLM has no such kernel"
+
+
+def _vllm_triton(weights: Weights) -> Prepared:
+    from vllm.model_executor.layers.quantization.utils import fp8_utils
+
+    copies = [weights.codes.clone() for _ in range(weights.copies(1))]
+
+    def run(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        quantized, x_scale = fp8_utils.per_token_group_quant_fp8(x, 128)
+        return fp8_utils.w8a8_triton_block_scaled_mm(quantized, codes, x_scale, weights.scale, [128, 128], x.dtype)
+
+    return lambda x: lambda i: run(x, copies[i % len(copies)])
+
+
+def peers(device: Device) -> tuple[Peer, ...]:
+    """Those for the device."""
+    if device.kind == "cpu":
+        return (
+            Peer("read", 1, "reads the same bytes", _read),
+            Peer("vllm bf16", 2, "bf16", _vllm_bf16, lambda: vllm_operator_missing("weight_packed_linear")),
+            Peer("vllm fp8", 1, "w8a16", _vllm_fp8, lambda: vllm_operator_missing("fp8_scaled_mm_cpu")),
+            Peer("fbgemm int8", 1, "int8 per channel", _fbgemm_int8, _fbgemm_missing),
+        )
+    if device.kind == "cuda":
+        return (Peer("vllm Triton", 1, "w8a8", _vllm_triton, _vllm_triton_missing),)
+    return ()

@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -73,6 +74,20 @@ def installed_version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def built_with(library: Path) -> dict[str, list[str]]:
+    """Compilers of a native library, and the flags of its files, as the compiler left them in it; once each."""
+    try:
+        data = library.read_bytes()
+    except OSError:
+        return {}
+    compilers = re.findall(rb"(?:GCC: \(|clang version )[^\0\n]{1,120}", data)
+    flags = re.findall(rb"GNU C\+\+\d+ [^\0]{1,1000}", data)
+    return {
+        what: list(dict.fromkeys(line.decode("utf-8", "replace") for line in found))
+        for what, found in (("compilers", compilers), ("flags", flags))
+    }
 
 
 def npu_name() -> str | None:

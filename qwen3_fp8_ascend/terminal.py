@@ -132,7 +132,7 @@ def check_writable(path: Path | None) -> None:
         for folder in made:
             folder.rmdir()
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -153,10 +153,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True) if part.parent.is_dir() else None
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> BlockFp8Error:
+def unwritable(path: Path, error: OSError) -> BlockFp8Error:
+    """What to say of a file that could not be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     fix = "free some space, or write elsewhere" if full else "choose a file that can be written"
     got = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror

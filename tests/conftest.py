@@ -23,6 +23,15 @@ CACHE = ROOT / ".cache"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the long forms too: `make test-long`")
+    parser.addoption("--device", default="cpu", help="cpu, cuda or npu: what tests/test_ops.py runs on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before modules are imported that ask for the device."""
+    if config.getoption("--device") != "cpu":
+        from tests.support import devices
+
+        devices.choose(config.getoption("--device"))
 
 
 LONGEST = ("tests/server/", "tests/test_cpu_sanitizers.py", "tests/ascendc/", "tests/fuzz/", "tests/test_model.py")

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from qwen3_fp8_ascend.backends import available_backends
+from qwen3_fp8_ascend.evaluate import compatibility
+from qwen3_fp8_ascend.evaluate.results import read_results
 from qwen3_fp8_ascend.vllm_plugin import versions
 
 ROOT = Path(__file__).parent.parent
@@ -62,9 +64,14 @@ def test_backends() -> None:
         assert status.name == "reference" or all(f"`{status.name}`" in text for text in READMES.values())
 
 
-def test_nothing_is_called_run_on_an_npu() -> None:
-    """When that changes, the sentence at the top goes too."""
-    assert "**Nothing has run on an NPU or a GPU.**" in PAGE
-    for row in re.findall(r"^\| (?:Ascend|A[235]|NVIDIA)[^\n]*$", PAGE, re.MULTILINE):
+def test_what_ran_on_a_gpu_or_an_npu_is_said_by_the_result_files() -> None:
+    """`make report` writes it between marks; nothing else in those rows says that something ran."""
+    found = compatibility.runs(read_results([ROOT / "docs" / "results"]))
+    pages = list(compatibility.documents(ROOT / "docs"))
+    assert {path.name for path in pages} >= {"compatibility.md", "README.md", "README.zh.md"}
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        assert compatibility.renew(text, found, compatibility.language_of(path)) == text, f"{path.name}: `make report`"
+    for row in re.findall(r"^\| (?:Ascend|A[235]|NVIDIA)[^\n]*$", compatibility.MARK.sub("", PAGE), re.MULTILINE):
         shown = row.split("|")[3].strip()
         assert not re.match(r"run(?!.*CPU)\b", shown), row

@@ -59,7 +59,9 @@ def test_both_languages_have_the_same_shape(path: Path) -> None:
 @pytest.mark.parametrize("path", CHINESE, ids=named)
 def test_the_chinese_is_chinese_and_the_english_is_not(path: Path) -> None:
     def share(document: Document) -> float:
-        letters = re.findall(r"[A-Za-z\u4e00-\u9fff]", document.prose)
+        # Tables are full of names; those of results hold hardly anything else.
+        prose = re.sub(r"^\|.*$", "", document.prose, flags=re.MULTILINE)
+        letters = re.findall(r"[A-Za-z\u4e00-\u9fff]", prose)
         return sum(letter >= "\u4e00" for letter in letters) / len(letters)
 
     assert share(read(path)) > 0.25

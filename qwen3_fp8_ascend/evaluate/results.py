@@ -18,6 +18,7 @@ MADE_BY = {
     "precision": "scripts/eval_precision.sh --fp8 FOLDER",
     "linears": "qwen3-fp8-ascend eval-precision linears FOLDER --output FILE",
     "throughput": "qwen3-fp8-ascend bench serving ... --output FILE",
+    "validate": "qwen3-fp8-ascend validate --output FILE",
 }
 """Kinds of result files and the commands that write them."""
 
@@ -28,12 +29,14 @@ _NEEDED = {
     "precision": ("reference", "rows", "floor", "bound", "command"),
     "linears": ("model", "activation", "dtype", "device", "rows", "bound", "command"),
     "throughput": ("rows", "command"),
+    "validate": ("device", "verdict", "facts", "steps", "command"),
 }
 _ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "verify": ("answers", ("prompt", "text", "verdict")),
     "precision": ("rows", tuple(field.name for field in fields(compare.Row))),
     "linears": ("rows", tuple(field.name for field in fields(linears.Judged))),
     "throughput": ("rows", tuple(field.name for field in fields(throughput.Row))),
+    "validate": ("steps", ("step", "outcome", "cases", "failed", "skipped", "failures", "worst", "values", "seconds")),
 }
 """Where each kind keeps its rows, and what a row has."""
 
@@ -103,6 +106,8 @@ def runs_by_chip(result: Result) -> dict[str, list[str]]:
     facts = result["provenance"]
     if result["kind"] == "precision":
         runs = [(row["made"].get("device", "cpu"), row["made"]["date"]) for row in result["rows"]]
+    elif result["kind"] == "validate":
+        runs = [(result["device"]["kind"], facts["date"])]
     elif result["kind"] == "linears":
         runs = [(result["device"], facts["date"])]
     else:

@@ -78,13 +78,12 @@ def qwen3_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def write_qwen3(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """Write a random bf16 Qwen3 checkpoint with a byte tokenizer into a new folder and return it.
+def random_qwen3(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
+    """A Qwen3 model's tensors by name, in bf16, for a config of `qwen3_config`.
 
     Weights are scaled so that activations keep their size from layer to layer; some channels are outliers, as
     in real models.
     """
-    config = qwen3_config(**changes)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in qwen3_shapes(config).items():
@@ -96,8 +95,14 @@ def write_qwen3(folder: Path, seed: int = 0, **changes: Any) -> Path:
         else:
             tensor = 1 + 0.1 * torch.randn(shape, generator=generator)
         tensors[name] = tensor.to(torch.bfloat16)
+    return tensors
+
+
+def write_qwen3(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write `random_qwen3` as a checkpoint with a byte tokenizer into a new folder and return it."""
+    config = qwen3_config(**changes)
     folder.mkdir(parents=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(random_qwen3(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     write_byte_tokenizer(folder)
     return folder

@@ -1,0 +1,63 @@
+"""What a step is made of: cases, what a case finds, and what all of them may use."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3_fp8_ascend.backends.registry import Backend
+from qwen3_fp8_ascend.format import Activation
+from qwen3_fp8_ascend.testing.devices import Device
+from qwen3_fp8_ascend.testing.judges import Judgement
+
+
+@dataclass
+class Found(Judgement):
+    """`skipped` is the reason why nothing was judged; `values` are facts and figures, without a verdict."""
+
+    skipped: str | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a step works on."""
+
+    device: Device
+    seed: int
+    backend: Backend | None = None
+    activation: Activation = Activation.W8A8
+
+    def seed_of(self, case: str) -> int:
+        """A case's own seed: the same whether it runs among others or alone."""
+        return (zlib.crc32(case.encode()) ^ self.seed) & 0x7FFFFFFF
+
+
+@dataclass(frozen=True)
+class Case:
+    """`run` is given the case's seed. `memory` is what it takes on the device and on the host, in bytes."""
+
+    name: str
+    run: Callable[[int], Judgement]
+    memory: int = 0
+
+
+Cases = Callable[[Context], Iterator[Case]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One kind of step. To add one, add it to `plan.CHECKS`.
+
+    seconds: the longest that a step may take.
+    each: "machine" for one step, "backend" for one a backend, "arithmetic" for one a backend and what it computes.
+    slow: whether backends that the automatic choice passes over (the specification) are left out.
+    """
+
+    name: str
+    cases: Cases
+    seconds: float
+    each: str = "backend"
+    slow: bool = True

@@ -1,0 +1,174 @@
+"""What is timed beside each other: our backends, the framework's own ways, a copy of the same number of bytes."""
+
+from __future__ import annotations
+
+import functools
+import mmap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from qwen3_fp8_ascend import ops, reference
+from qwen3_fp8_ascend.backends import cpu
+from qwen3_fp8_ascend.backends.registry import usable_backends
+from qwen3_fp8_ascend.format import Activation
+from qwen3_fp8_ascend.testing.devices import Device
+from qwen3_fp8_ascend.testing.timing import Contender
+
+HUGE_PAGE = 2 << 20
+
+Prepared = Callable[[torch.Tensor], Contender]
+"""Takes activations (m, k) on the device and returns the timed function of the call's number."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A random layer on a device, and how much memory its copies have to cover to be in no cache."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    rotate_bytes: int
+    device: Device
+
+    @functools.cached_property
+    def bf16(self) -> torch.Tensor:
+        """The layer expanded, on the device."""
+        codes = self.codes.view(torch.uint8).cpu().view(torch.float8_e4m3fn)
+        return reference.dequantize_weight(codes, self.scale.cpu()).to(self.device.place)
+
+    def copies(self, bytes_per_weight: int) -> int:
+        return max(2, -(-self.rotate_bytes // (self.codes.numel() * bytes_per_weight)))
+
+    @functools.cached_property
+    def packed(self) -> dict[str, list[ops.PackedWeight]]:
+        """Copies by backend, made when they are first asked for."""
+        return {}
+
+    def packed_for(self, backend: str) -> list[ops.PackedWeight]:
+        if backend not in self.packed:
+            once = range(self.copies(1))
+            self.packed[backend] = [
+                ops.pack_weight(self.codes, self.scale, backend=backend, check_values=False) for _ in once
+            ]
+        return self.packed[backend]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`prepare` lays out all copies of a weight; `unavailable` is the reason why it cannot run here, or None.
+
+    computes: "w8a8", "w8a16", or what else it does in words. backend: whose it is, None for others.
+    """
+
+    name: str
+    bytes_per_weight: int
+    computes: str
+    prepare: Callable[[Weights], Prepared]
+    unavailable: Callable[[], str | None] = lambda: None
+    backend: str | None = None
+
+
+def ours(device: Device) -> Iterator[Peer]:
+    """Every backend for the device but the slow ones, with all that it computes; on a CPU each instruction set too."""
+    for backend in usable_backends(device.place.type, slow=False):
+        for activation in filter(backend.computes.__contains__, Activation):
+            prepare = functools.partial(_packed, backend.name, activation)
+            yield Peer(f"{backend.name} {activation}", 1, activation, prepare, backend=backend.name)
+        if backend.name == "cpu":
+            for isa in cpu.isas()[:-1]:
+                prepare = functools.partial(_instruction_set, isa)
+                yield Peer(f"cpu w8a8, {isa}", 1, "w8a8", prepare, backend="cpu")
+
+
+def _packed(backend: str, activation: Activation, weights: Weights) -> Prepared:
+    packed = weights.packed_for(backend)
+    return lambda x: lambda i: ops.block_linear(x, packed[i % len(packed)], None, activation)
+
+
+def _instruction_set(isa: str, weights: Weights) -> Prepared:
+    packed = weights.packed_for("cpu")
+
+    def prepare(x: torch.Tensor) -> Contender:
+        def run(i: int) -> torch.Tensor:
+            before = cpu.isa()
+            cpu.set_isa(isa)
+            try:
+                return ops.block_linear(x, packed[i % len(packed)])
+            finally:
+                cpu.set_isa(before)
+
+        return run
+
+    return prepare
+
+
+def _copy(weights: Weights) -> Prepared:
+    """Reads and writes half as many bytes as the layer has, each: as many as it has together."""
+    copies = [on_huge_pages(weights.codes.view(torch.uint8)) for _ in range(weights.copies(1))]
+    half = weights.codes.shape[0] // 2
+    target = torch.empty_like(copies[0][:half])
+    return lambda x: lambda i: target.copy_(copies[i % len(copies)][:half])
+
+
+def _bf16(weights: Weights) -> Prepared:
+    copies = [on_huge_pages(weights.bf16) for _ in range(weights.copies(2))]
+    return lambda x: lambda i: torch.nn.functional.linear(x, copies[i % len(copies)])
+
+
+def _dequantized(weights: Weights) -> Prepared:
+    """What a framework without block FP8 does: expand, then multiply."""
+    once = range(weights.copies(1))
+    codes = [weights.codes.view(torch.uint8).clone().view(weights.codes.dtype) for _ in once]
+    scale = weights.scale
+    return lambda x: lambda i: torch.nn.functional.linear(x, ops.dequantize_weight(codes[i % len(codes)], scale))
+
+
+def _scaled_mm_missing(device: Device) -> str | None:
+    if device.kind != "cuda":
+        return "torch has no block-scaled FP8 product for this device"
+    if not hasattr(torch.nn.functional, "scaled_mm") or torch.cuda.get_device_capability()[0] < 9:
+        return "it needs a torch with scaled_mm and compute capability 9.0"
+    return None
+
+
+def _scaled_mm(weights: Weights) -> Prepared:
+    """torch's block-scaled FP8 product; activations are quantized before, which is not timed. Not run on a GPU yet."""
+    kinds = torch.nn.functional.ScalingType
+    codes = [weights.codes.clone() for _ in range(weights.copies(1))]
+
+    def prepare(x: torch.Tensor) -> Contender:
+        quantized, scale = ops.quantize_activation(x)
+        along_m = scale.t().contiguous().t()
+        return lambda i: torch.nn.functional.scaled_mm(
+            quantized,
+            codes[i % len(codes)].t(),
+            along_m,
+            kinds.BlockWise1x128,
+            weights.scale.t(),
+            kinds.BlockWise128x128,
+        )
+
+    return prepare
+
+
+def framework(device: Device) -> tuple[Peer, ...]:
+    """What the framework offers for the same layer, and a copy."""
+    return (
+        Peer("copy", 1, "moves the same bytes", _copy),
+        Peer("torch bf16", 2, "bf16", _bf16),
+        Peer("dequantize, torch bf16", 1, "w8a16", _dequantized),
+        Peer("torch scaled_mm", 1, "w8a8, quantized before", _scaled_mm, lambda: _scaled_mm_missing(device)),
+    )
+
+
+def on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy; on a CPU on 2 MiB pages, if it fills one, so that no implementation is slower for want of them."""
+    size = tensor.numel() * tensor.element_size()
+    if tensor.device.type != "cpu" or size < HUGE_PAGE:
+        return tensor.clone()
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    flat = torch.frombuffer(memory, dtype=torch.uint8)
+    offset = -flat.data_ptr() % HUGE_PAGE
+    return flat[offset : offset + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
