@@ -1,7 +1,7 @@
 """A layer of experts on this machine's CPU, against the read of the bytes that it touches and vLLM's bf16 experts.
 
 Correctness first: nothing is timed before it agrees with the fp64 oracle. Then, for each batch and thread count, all
-implementations in turn in one process (`measure.interleave`); medians, and ratios of neighbours. Tokens go to experts
+implementations in turn in one process (`interleave`); medians, and ratios of neighbours. Tokens go to experts
 at random; in a round all implementations get the same ones, and copies of the weights take turns from round to round.
 
     python -m benchmarks.bench_experts --document      # all of it, and the table in docs/experts.md
@@ -23,15 +23,16 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.documents import insert_table
-from benchmarks.measure import Timing, cache_bytes, interleave
-from benchmarks.peers import on_huge_pages, vllm_operator_missing
+from benchmarks.peers import vllm_operator_missing
 from benchmarks.shapes import EXPERT_ROWS, EXPERTS, ExpertsShape
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import cpu, select_backend
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.provenance import provenance
+from qwen3_fp8_ascend.testing.contenders import on_huge_pages
 from qwen3_fp8_ascend.testing.experts import ExpertsProblem, oracle, random_experts
 from qwen3_fp8_ascend.testing.judges import CALC_DIFF, calc_diff
+from qwen3_fp8_ascend.testing.timing import Timing, cache_bytes, interleave
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
