@@ -14,7 +14,7 @@ import torch
 
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, Activation, BlockGrid, BlockSize
-from qwen3_fp8_ascend.testing.judges import BF16_EQUAL, CALC_DIFF, FP32_REL_L2, calc_diff
+from qwen3_fp8_ascend.testing.judges import BF16_EQUAL, CALC_DIFF, FP32_REL_L2, Judgement, calc_diff
 
 FP32_LAYER_REL_L2 = 3 * FP32_REL_L2
 """Largest relative L2 distance of an fp32 layer from the oracle, beside jumps: gate, up and down are a linear each."""
@@ -54,6 +54,13 @@ class ExpertsProblem:
     @property
     def w2_grid(self) -> BlockGrid:
         return BlockGrid((self.x.shape[1],), self.intermediate, self.block)
+
+    def to(self, place: torch.device | str) -> ExpertsProblem:
+        """The same problem elsewhere."""
+        moved: dict[str, Any] = {
+            n: value.to(place) for n, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
     def with_tokens(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> ExpertsProblem:
         """The same experts for other tokens."""
@@ -213,36 +220,53 @@ def assert_layer_exact(
     activation: Activation = Activation.W8A8,
     want: Interval | None = None,
 ) -> None:
-    """Judge a layer of experts by the fp64 oracle, to the limit of its dtype; `want` is the oracle's, if known.
+    """Raise AssertionError with what `judge_layer` finds wrong."""
+    faults = judge_layer(got, problem, activation, want).faults
+    assert not faults, "; ".join(faults)
+
+
+def judge_layer(
+    got: torch.Tensor,
+    problem: ExpertsProblem,
+    activation: Activation = Activation.W8A8,
+    want: Interval | None = None,
+) -> Judgement:
+    """Judge a layer of experts, from any device, by the fp64 oracle; `want` is the oracle's, if known.
 
     Always: each element is the rounding of some number of the oracle's interval. fp32: relative L2 <= 3e-6; in W8A8
     there may be jumps beside it that the interval has room for. bf16/fp16, `COUNTED` elements or more:
     calc_diff <= 1e-5; bf16: >= 99.5 % equal the rounded oracle (fp16 is eight times as fine, the jumps are as large).
     """
     want = oracle(problem, activation) if want is None else want
-    assert got.shape == want.value.shape, (got.shape, want.value.shape)
-    assert got.dtype == problem.x.dtype
-    if not got.numel():
-        return
+    judgement, got = Judgement(), got.cpu()
+    if got.shape != want.value.shape or got.dtype != problem.x.dtype:
+        expected = f"{tuple(want.value.shape)} {problem.x.dtype}"
+        judgement.faults.append(f"the result is {tuple(got.shape)} {got.dtype}, expected {expected}")
+    if judgement.faults or not got.numel():
+        return judgement
     info = torch.finfo(got.dtype)
     room = want.error + torch.finfo(torch.float32).smallest_normal
     low, high = (want.value - room).to(got.dtype), (want.value + room).to(got.dtype)
     outside = ~((got >= low) & (got <= high))
-    assert not outside.any(), (
-        f"{int(outside.sum())} of {got.numel()} elements are no rounding of what the oracle allows, the first is "
-        f"{float(got[outside][0])}, expected {float(low[outside][0])} to {float(high[outside][0])}"
-    )
-    size = want.value.norm()
+    first = ""
+    if outside.any():
+        at = tuple(outside.nonzero()[0].tolist())
+        first = f", the first at {at}: {float(got[at]):.9g}, expected {float(low[at]):.9g} to {float(high[at]):.9g}"
+    fault = f"{int(outside.sum())} of {got.numel()} elements are no rounding of what the oracle allows{first}"
+    judgement.hold("elements outside", int(outside.sum()), 0.0, fault)
+    size = float(want.value.norm())
     if size / got.numel() ** 0.5 <= 2**10 * info.smallest_normal:
-        return  # relative measures say nothing where the dtype runs out of exponents
+        return judgement  # relative measures say nothing where the dtype runs out of exponents
     if got.dtype == torch.float32:
-        distance = (got.double() - want.value).norm()
-        jumps = want.error.norm() if activation is Activation.W8A8 else 0.0
-        assert distance <= FP32_LAYER_REL_L2 * size + jumps, f"relative L2 {distance / size:.3e}"
-        return
+        distance = float((got.double() - want.value).norm()) / size
+        jumps = float(want.error.norm()) / size if activation is Activation.W8A8 else 0.0
+        judgement.hold("relative L2", distance, FP32_LAYER_REL_L2 + jumps, f"relative L2 {distance:.3e}")
+        return judgement
     if got.numel() < COUNTED:
-        return
-    assert calc_diff(got, want.value) <= CALC_DIFF
+        return judgement
+    distance = calc_diff(got, want.value)
+    judgement.hold("calc_diff", distance, CALC_DIFF, f"calc_diff {distance:.3e}, at most {CALC_DIFF}")
     if got.dtype == torch.bfloat16:
-        equal = (got == want.value.to(got.dtype)).double().mean()
-        assert equal >= BF16_EQUAL, f"only {equal:.4%} equal the rounded oracle"
+        equal = float((got == want.value.to(got.dtype)).double().mean())
+        judgement.hold("unequal", 1 - equal, 1 - BF16_EQUAL, f"only {equal:.4%} equal the rounded oracle")
+    return judgement

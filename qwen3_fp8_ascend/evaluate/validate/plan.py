@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen3_fp8_ascend.backends import load_backend
 from qwen3_fp8_ascend.backends.registry import usable_backends
-from qwen3_fp8_ascend.evaluate.validate import checks, model, probes, times
+from qwen3_fp8_ascend.evaluate.validate import checks, experts, model, probes, times
 from qwen3_fp8_ascend.evaluate.validate.cases import Check, Context
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.devices import Device
@@ -18,6 +18,7 @@ CHECKS = (
     Check("dequantize", checks.dequantize, 60),
     Check("linear", checks.decode, 120, each="arithmetic"),
     Check("prefill", checks.many_rows, 120, each="arithmetic", slow=False),
+    Check("experts", experts.layers, 120, each="arithmetic", slow=False),
     Check("nonfinite", checks.not_finite, 60, each="arithmetic"),
     Check("determinism", checks.determinism, 60, each="arithmetic", slow=False),
     Check("graph", checks.graphs, 60, each="arithmetic", slow=False),
@@ -25,7 +26,7 @@ CHECKS = (
     Check("compile", checks.compiled, 90, each="arithmetic", slow=False),
     Check("model", model.models, 240, each="machine"),
 )
-"""Experts, or another operation, are one more entry."""
+"""Another operation is one more entry."""
 
 
 def steps(device: Device) -> Iterator[tuple[str, Check, str | None, Activation | None]]:

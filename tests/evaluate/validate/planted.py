@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwen3_fp8_ascend.backends import registry
-from qwen3_fp8_ascend.evaluate.validate import checks, child, model, times
+from qwen3_fp8_ascend.evaluate.validate import checks, child, experts, model, times
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing import contenders, devices, timing
 
@@ -59,6 +59,14 @@ def without_nan(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tens
     return GOOD.quantize_activation(x.nan_to_num(), block_k)
 
 
+def without_last_slot(x: torch.Tensor, w13: Any, w2: Any, weights: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """A layer of experts that leaves the last expert of the first token out."""
+    weights = weights.clone()
+    weights[0, -1] = 0
+    assert GOOD.block_experts is not None
+    return GOOD.block_experts(x, w13, w2, weights, *rest)
+
+
 class Race:
     """Once in fifty calls another bit."""
 
@@ -84,6 +92,7 @@ def faults() -> None:
     plant("planted_scale", pack=wrong_scale_row)
     plant("planted_nan", linear=linear_with(lambda x, out: out.nan_to_num()), quantize_activation=without_nan)
     plant("planted_race", linear=linear_with(Race()))
+    plant("planted_slot", block_experts=without_last_slot)
     plant("planted_hang", linear=linear_with(at_17_rows(lambda: time.sleep(3600))))
     plant("planted_kill", linear=linear_with(at_17_rows(lambda: os.kill(os.getpid(), signal.SIGSEGV))))
 
@@ -174,6 +183,7 @@ def fewer() -> None:
     checks.ROWS = (0, 1, 17, 65)
     checks.SMALL = (((1,), 1), ((130, 70), 300))
     checks.FULL, checks.FULL_ROWS = {"o": (1024, 256)}, (1, 65)
+    experts.ROWS, experts.SHAPES, experts.LARGE_ROWS = (0, 1, 17), ((4, 4, 130, 72),), ()
     times.ROWS, times.SECONDS = (1, 16), 0.05
     times.FULL = {"qkv": (512, 256), "o": (256, 256)}
     times.cache_bytes = timing.cache_bytes = lambda device=None: 1 << 20  # type: ignore[assignment]

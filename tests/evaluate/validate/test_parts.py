@@ -133,7 +133,7 @@ def test_pytest_refuses_a_device_that_is_not_there() -> None:
 
 def test_every_backend_for_a_cpu_is_judged_in_every_way() -> None:
     names = {name for name, *_ in plan.steps(open_device("cpu"))}
-    for check in ("linear", "prefill", "nonfinite", "determinism", "graph", "compile"):
+    for check in ("linear", "prefill", "experts", "nonfinite", "determinism", "graph", "compile"):
         assert {f"{check}/cpu/w8a8", f"{check}/cpu/w8a16"} <= names
     assert {"linear/reference/w8a8", "quantize/cpu", "dequantize/cpu", "probes", "times", "model"} <= names
     assert json.dumps(plan.outline(open_device("cpu")))

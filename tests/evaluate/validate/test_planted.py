@@ -56,6 +56,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Any:
 FINDERS = {
     "linear/planted_ulp/w8a8",
     "linear/planted_scale/w8a8",
+    "experts/planted_slot/w8a8",
     "nonfinite/planted_nan/w8a8",
     "quantize/planted_nan",
     "determinism/planted_race/w8a8",
@@ -83,6 +84,12 @@ def test_a_wrong_scale_row_at_a_shards_edge(faulty: Any) -> None:
     step = by_step(faulty[1])["linear/planted_scale/w8a8"]
     assert {failure["case"].split("/")[-2] for failure in step["failures"]} == {"n130+70"}
     assert "the first at (0, 130)" in words(step)
+
+
+def test_an_expert_that_is_left_out(faulty: Any) -> None:
+    step = by_step(faulty[1])["experts/planted_slot/w8a8"]
+    assert {failure["case"].split("/")[-4] for failure in step["failures"]} == {"m1", "m17"}
+    assert "elements are no rounding of what the oracle allows, the first at (0, 0)" in words(step)
 
 
 def test_a_nan_that_is_swallowed(faulty: Any) -> None:
@@ -129,7 +136,7 @@ def test_the_command_that_is_printed_repeats_the_case(
 def test_from_start_to_file_on_a_stand_in_for_an_npu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = validate(monkeypatch, tmp_path, "npu")
     steps = by_step(found)
-    arithmetic = {"linear", "prefill", "nonfinite", "determinism", "graph", "compile"}
+    arithmetic = {"linear", "prefill", "experts", "nonfinite", "determinism", "graph", "compile"}
     expected = {f"{name}/triton/w8a8" for name in arithmetic} | {"quantize/triton", "dequantize/triton"}
     assert set(steps) == expected | {"probes", "times", "model"}
     assert found["verdict"] == "passed", [(s["step"], s["outcome"], s["detail"], words(s)) for s in found["steps"]]
