@@ -363,16 +363,12 @@ def check_scale_values(scale: torch.Tensor, where: object = None, limit: float =
         )
 
 
+@torch.compiler.assume_constant_result
 def _choose(
     backend: str | None, device_type: str, block_n: int = DEFAULT_BLOCK.n, block_k: int = DEFAULT_BLOCK.k
 ) -> str:
     """The name of the backend to use. `select_backend` looks at files: torch.compile calls it and does not trace it."""
     return select_backend(backend, device_type, block=BlockSize(block_n, block_k)).name
-
-
-# What torch.compiler.assume_constant_result does. That would load the compiler, in half of the time that a process of
-# this package takes to start; tests/test_ops.py compiles with it.
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
