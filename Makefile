@@ -59,6 +59,7 @@ lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*/*.cpp csrc/*/*/*.h)
 
 bench: venv  ## CPU micro-benchmark: correctness, then interleaved medians against the peers
 	$(PY) -m benchmarks.bench_linear

@@ -278,20 +278,22 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
 
 }  // namespace
 
-const Kernels kAmxKernels = {
-    amax,
-    quantize_values,
-    quantize_codes,
-    split_values,
-    dequantize,
-    silu_product,
-    weighted_sum,
-    ArithmeticDecoder::kExponent,
-    linear,
-    sizeof(AmxScratch),
-    kAmxRows,
-    kFewRows,
-    false,  // tdpbf16ps adds even and odd k apart, vdpbf16ps in turn
-};
+constexpr Kernels kAmxKernels = [] {
+  Kernels kernels{};
+  kernels.amax = amax;
+  kernels.quantize_values = quantize_values;
+  kernels.quantize_codes = quantize_codes;
+  kernels.split_values = split_values;
+  kernels.dequantize = dequantize;
+  kernels.silu_product = silu_product;
+  kernels.weighted_sum = weighted_sum;
+  kernels.weight_exponent = ArithmeticDecoder::kExponent;
+  kernels.linear = linear;
+  kernels.scratch_bytes = sizeof(AmxScratch);
+  kernels.max_rows = kAmxRows;
+  kernels.register_rows = kFewRows;
+  kernels.paths_agree = false;  // tdpbf16ps adds even and odd k apart, vdpbf16ps in turn
+  return kernels;
+}();
 
 }  // namespace qwen3_fp8_ascend::cpu

@@ -72,7 +72,7 @@ inline __m128 add_pairs(__m256 v) {
 }
 
 struct Scratch {
-  alignas(64) float x[kMaxRows][kChunk];              // one chunk of activations as fp32
+  alignas(64) float x[kMaxRows][kChunk];               // one chunk of activations as fp32
   alignas(64) float weights[kChunk / 4][kGroups][16];  // one decoded chunk: [quad][lane][pair 0, pair 1]
   alignas(64) float sums[kMaxRows][kPanelRows];
 };
@@ -205,20 +205,22 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {
-    amax,
-    quantize_values,
-    quantize_codes,
-    split_values,
-    dequantize,
-    silu_product,
-    weighted_sum,
-    0,
-    linear,
-    sizeof(Scratch),
-    kMaxRows,
-    kMaxRegisterRows,
-    true,
-};
+constexpr Kernels kAvx2Kernels = [] {
+  Kernels kernels{};
+  kernels.amax = amax;
+  kernels.quantize_values = quantize_values;
+  kernels.quantize_codes = quantize_codes;
+  kernels.split_values = split_values;
+  kernels.dequantize = dequantize;
+  kernels.silu_product = silu_product;
+  kernels.weighted_sum = weighted_sum;
+  kernels.weight_exponent = 0;
+  kernels.linear = linear;
+  kernels.scratch_bytes = sizeof(Scratch);
+  kernels.max_rows = kMaxRows;
+  kernels.register_rows = kMaxRegisterRows;
+  kernels.paths_agree = true;
+  return kernels;
+}();
 
 }  // namespace qwen3_fp8_ascend::cpu

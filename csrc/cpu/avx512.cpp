@@ -7,8 +7,8 @@ namespace {
 // With two sums for each row, this many leave registers for four decoded weights and the decoder's constants.
 constexpr int kRegisterRows = 12;
 
-// The processor's own prefetching ends with a page, which is one chunk of a panel: two of them are asked for ahead. Less
-// than one is slower than nothing.
+// The processor's own prefetching ends with a page, which is one chunk of a panel: two of them are asked for ahead.
+// Less than one is slower than nothing.
 constexpr int kAhead = 2 * kChunk * kPanelRows;
 
 void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* scratch) {
@@ -21,20 +21,22 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {
-    amax,
-    quantize_values,
-    quantize_codes,
-    split_values,
-    dequantize,
-    silu_product,
-    weighted_sum,
-    0,
-    linear,
-    sizeof(Avx512Scratch),
-    kMostTileRows,
-    kRegisterRows,
-    true,
-};
+constexpr Kernels kAvx512Kernels = [] {
+  Kernels kernels{};
+  kernels.amax = amax;
+  kernels.quantize_values = quantize_values;
+  kernels.quantize_codes = quantize_codes;
+  kernels.split_values = split_values;
+  kernels.dequantize = dequantize;
+  kernels.silu_product = silu_product;
+  kernels.weighted_sum = weighted_sum;
+  kernels.weight_exponent = 0;
+  kernels.linear = linear;
+  kernels.scratch_bytes = sizeof(Avx512Scratch);
+  kernels.max_rows = kMostTileRows;
+  kernels.register_rows = kRegisterRows;
+  kernels.paths_agree = true;
+  return kernels;
+}();
 
 }  // namespace qwen3_fp8_ascend::cpu

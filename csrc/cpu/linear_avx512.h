@@ -208,8 +208,8 @@ inline void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int
       next.source[0] = w.codes_of(panel) + ahead;
       next.source[1] = w.codes_of(panel + panels - 1) + ahead;
       const auto step_of = [&](std::int64_t row) {
-        return TileStep{scratch.weights, x.values_of(chunk, row), pairs,
-                        x.scales_of(chunk, row), w_scale, scratch.sums + row};
+        return TileStep{scratch.weights, x.values_of(chunk, row), pairs, x.scales_of(chunk, row),
+                        w_scale,         scratch.sums + row};
       };
       std::int64_t row = 0;
       for (; row + kTileRows <= x.rows; row += kTileRows) {

@@ -1,8 +1,8 @@
 // Block-scaled linear on AArch64, once for every arithmetic.
 //
-// A unit is a register of numbers: a quad of k, in the order of the packed codes, of each of one or two rows. Each output
-// has one chain of products per chunk, quad by quad, whether weights are decoded in registers or into L1, so that its
-// bits depend neither on the number of rows nor on the number of threads.
+// A unit is a register of numbers: a quad of k, in the order of the packed codes, of each of one or two rows. Each
+// output has one chain of products per chunk, quad by quad, whether weights are decoded in registers or into L1, so
+// that its bits depend neither on the number of rows nor on the number of threads.
 //
 // An arithmetic says what a unit is:
 //   Unit                          the register
@@ -22,14 +22,14 @@ namespace qwen3_fp8_ascend::cpu {
 namespace {
 
 constexpr int kQuads = kChunk / 4;
-constexpr int kGroupRows = 4;                      // weight rows whose codes fill a register
-constexpr int kGroups = kPanelRows / kGroupRows;   // of a panel
-constexpr int kGroupBytes = 4 * kGroupRows;        // of a quad
-constexpr int kSums = 16;                          // registers that hold sums: half of all
-constexpr int kMostUnits = 4;                      // units of x that share decoded weights in registers
+constexpr int kGroupRows = 4;                     // weight rows whose codes fill a register
+constexpr int kGroups = kPanelRows / kGroupRows;  // of a panel
+constexpr int kGroupBytes = 4 * kGroupRows;       // of a quad
+constexpr int kSums = 16;                         // registers that hold sums: half of all
+constexpr int kMostUnits = 4;                     // units of x that share decoded weights in registers
 constexpr std::int64_t kMaxRows = 128;
-constexpr std::int64_t kTilePanels = 4;            // panels that share a chunk of arranged activations
-constexpr int kAhead = kChunk * kPanelRows;        // codes are prefetched a chunk before use
+constexpr std::int64_t kTilePanels = 4;      // panels that share a chunk of arranged activations
+constexpr int kAhead = kChunk * kPanelRows;  // codes are prefetched a chunk before use
 
 template <class Arithmetic>
 constexpr int kGroupUnits = kGroupRows / Arithmetic::kUnitRows;
@@ -43,7 +43,7 @@ constexpr int groups_beside(int units) {
 template <class Arithmetic>
 struct NeonScratch {
   using Unit = typename Arithmetic::Unit;
-  alignas(64) Unit x[kMaxRows / Arithmetic::kUnitRows][kQuads];         // one chunk of activations
+  alignas(64) Unit x[kMaxRows / Arithmetic::kUnitRows][kQuads];        // one chunk of activations
   alignas(64) Unit weights[kQuads][kGroups][kGroupUnits<Arithmetic>];  // one decoded chunk of a panel
   alignas(64) float sums[kTilePanels][kMaxRows][kPanelRows];
 };
@@ -100,8 +100,8 @@ class DecodedTile {
 // What the rows of one step have in common: a chunk of a panel.
 struct ChunkStep {
   std::int64_t quads;
-  std::int64_t rows;      // of x, from the first row of the step on
-  const float* x_scale;   // of the first row
+  std::int64_t rows;     // of x, from the first row of the step on
+  const float* x_scale;  // of the first row
   float w_scale;
   float (*sums)[kPanelRows];
 };
@@ -243,7 +243,8 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
         }
       }
     }
-    for (std::int64_t p = 0; p < panels; ++p) store_panel(problem, first + p, scratch.sums[p][0], kPanelRows, 0, x.rows);
+    for (std::int64_t p = 0; p < panels; ++p)
+      store_panel(problem, first + p, scratch.sums[p][0], kPanelRows, 0, x.rows);
   }
 }
 

@@ -49,20 +49,22 @@ struct Fp32Arithmetic {
 
 }  // namespace
 
-const Kernels kNeonKernels = {
-    amax,
-    quantize_values,
-    quantize_codes,
-    split_values,
-    dequantize,
-    silu_product,
-    weighted_sum,
-    0,
-    linear<Fp32Arithmetic>,
-    sizeof(NeonScratch<Fp32Arithmetic>),
-    kMaxRows,
-    kMostUnits * Fp32Arithmetic::kUnitRows,
-    true,
-};
+constexpr Kernels kNeonKernels = [] {
+  Kernels kernels{};
+  kernels.amax = amax;
+  kernels.quantize_values = quantize_values;
+  kernels.quantize_codes = quantize_codes;
+  kernels.split_values = split_values;
+  kernels.dequantize = dequantize;
+  kernels.silu_product = silu_product;
+  kernels.weighted_sum = weighted_sum;
+  kernels.weight_exponent = 0;
+  kernels.linear = linear<Fp32Arithmetic>;
+  kernels.scratch_bytes = sizeof(NeonScratch<Fp32Arithmetic>);
+  kernels.max_rows = kMaxRows;
+  kernels.register_rows = kMostUnits * Fp32Arithmetic::kUnitRows;
+  kernels.paths_agree = true;
+  return kernels;
+}();
 
 }  // namespace qwen3_fp8_ascend::cpu

@@ -8,8 +8,8 @@
 namespace qwen3_fp8_ascend::cpu {
 namespace {
 
-// Weights are decoded as code * 2^-105, as for AMX: the four bits of a code's exponent, offset by 15, are the low ones of
-// bf16's, and a byte holds them with the mantissa.
+// Weights are decoded as code * 2^-105, as for AMX: the four bits of a code's exponent, offset by 15, are the low ones
+// of bf16's, and a byte holds them with the mantissa.
 constexpr int kExponent = -105;
 constexpr std::uint8_t kOffset = 0x78;
 
@@ -70,20 +70,22 @@ struct Bf16Arithmetic {
 
 }  // namespace
 
-const Kernels kNeonBf16Kernels = {
-    amax,
-    quantize_values,
-    quantize_codes,
-    split_values,
-    dequantize,
-    silu_product,
-    weighted_sum,
-    kExponent,
-    linear<Bf16Arithmetic>,
-    sizeof(NeonScratch<Bf16Arithmetic>),
-    kMaxRows,
-    kMostUnits * Bf16Arithmetic::kUnitRows,
-    true,
-};
+constexpr Kernels kNeonBf16Kernels = [] {
+  Kernels kernels{};
+  kernels.amax = amax;
+  kernels.quantize_values = quantize_values;
+  kernels.quantize_codes = quantize_codes;
+  kernels.split_values = split_values;
+  kernels.dequantize = dequantize;
+  kernels.silu_product = silu_product;
+  kernels.weighted_sum = weighted_sum;
+  kernels.weight_exponent = kExponent;
+  kernels.linear = linear<Bf16Arithmetic>;
+  kernels.scratch_bytes = sizeof(NeonScratch<Bf16Arithmetic>);
+  kernels.max_rows = kMaxRows;
+  kernels.register_rows = kMostUnits * Bf16Arithmetic::kUnitRows;
+  kernels.paths_agree = true;
+  return kernels;
+}();
 
 }  // namespace qwen3_fp8_ascend::cpu

@@ -26,14 +26,10 @@ inline void require_contiguous(const Tensor& tensor, const char* name, std::int6
 
 inline std::optional<Dtype> float_dtype(ScalarType type) {
   switch (type) {
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::fp16;
-    case ScalarType::Float:
-      return Dtype::fp32;
-    default:
-      return std::nullopt;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::fp16;
+    case ScalarType::Float: return Dtype::fp32;
+    default: return std::nullopt;
   }
 }
 

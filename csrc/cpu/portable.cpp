@@ -69,20 +69,22 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
 
 }  // namespace
 
-const Kernels kPortableKernels = {
-    amax,
-    quantize_values,
-    quantize_codes,
-    split_values,
-    dequantize,
-    silu_product,
-    weighted_sum,
-    0,
-    linear,
-    sizeof(Scratch) + kMaxRows * kPanelRows * sizeof(float),
-    kMaxRows,
-    0,
-    true,
-};
+constexpr Kernels kPortableKernels = [] {
+  Kernels kernels{};
+  kernels.amax = amax;
+  kernels.quantize_values = quantize_values;
+  kernels.quantize_codes = quantize_codes;
+  kernels.split_values = split_values;
+  kernels.dequantize = dequantize;
+  kernels.silu_product = silu_product;
+  kernels.weighted_sum = weighted_sum;
+  kernels.weight_exponent = 0;
+  kernels.linear = linear;
+  kernels.scratch_bytes = sizeof(Scratch) + kMaxRows * kPanelRows * sizeof(float);
+  kernels.max_rows = kMaxRows;
+  kernels.register_rows = 0;
+  kernels.paths_agree = true;
+  return kernels;
+}();
 
 }  // namespace qwen3_fp8_ascend::cpu

@@ -65,14 +65,10 @@ CoreCounts cores_of(aclrtStream stream) {
 
 Dtype dtype_of(at::ScalarType type) {
   switch (type) {
-    case at::kHalf:
-      return kFloat16;
-    case at::kBFloat16:
-      return kBfloat16;
-    case at::kFloat:
-      return kFloat32;
-    default:
-      TORCH_CHECK(false, "ascendc: float16, bfloat16 or float32 expected, got ", type);
+    case at::kHalf: return kFloat16;
+    case at::kBFloat16: return kBfloat16;
+    case at::kFloat: return kFloat32;
+    default: TORCH_CHECK(false, "ascendc: float16, bfloat16 or float32 expected, got ", type);
   }
 }
 
