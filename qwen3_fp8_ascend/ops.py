@@ -317,7 +317,8 @@ def _check_values(
     """Refuse NaN codes and scales that are no scales, by the name of the shard that has them."""
     if names and len(names) != len(grid.widths):
         raise BlockFp8Error("each shard has one name", expected=len(grid.widths), got=list(names))
-    shards = zip(weight.split(list(grid.widths)), scale.split(list(grid.scale_rows)), strict=True)
+    parts = weight.view(torch.uint8).split(list(grid.widths))
+    shards = zip(parts, scale.split(list(grid.scale_rows)), strict=True)
     for number, (codes, scales) in enumerate(shards):
         name = names[number] if names else None
         check_codes(codes, f"{name}{WEIGHT_SUFFIX}" if name else None)
