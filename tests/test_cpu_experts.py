@@ -65,7 +65,7 @@ def test_layer_of_qwen3_30b_a3b(isa: str, m: int) -> None:
 
 
 def exp_as_the_kernels_do(x: torch.Tensor) -> torch.Tensor:
-    """e^x by the steps of csrc/cpu/rows.h, each rounded to fp32."""
+    """e^x by the steps of csrc/cpu/runs.h, each rounded to fp32."""
     f = torch.tensor
     bounded = torch.where(x > 89, f(89.0), x)
     bounded = torch.where(bounded < -80, f(-80.0), bounded)

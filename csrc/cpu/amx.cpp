@@ -279,14 +279,7 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
 }  // namespace
 
 constexpr Kernels kAmxKernels = [] {
-  Kernels kernels{};
-  kernels.amax = amax;
-  kernels.quantize_values = quantize_values;
-  kernels.quantize_codes = quantize_codes;
-  kernels.split_values = split_values;
-  kernels.dequantize = dequantize;
-  kernels.silu_product = silu_product;
-  kernels.weighted_sum = weighted_sum;
+  Kernels kernels = run_kernels();
   kernels.weight_exponent = ArithmeticDecoder::kExponent;
   kernels.linear = linear;
   kernels.scratch_bytes = sizeof(AmxScratch);

@@ -4,7 +4,7 @@
 // An fp32 register holds a pair of k for each of four rows: x is repeated to match, and the pairs are added at the end.
 #include <immintrin.h>
 
-#include "rows.h"
+#include "runs.h"
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {
@@ -206,15 +206,7 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
 }  // namespace
 
 constexpr Kernels kAvx2Kernels = [] {
-  Kernels kernels{};
-  kernels.amax = amax;
-  kernels.quantize_values = quantize_values;
-  kernels.quantize_codes = quantize_codes;
-  kernels.split_values = split_values;
-  kernels.dequantize = dequantize;
-  kernels.silu_product = silu_product;
-  kernels.weighted_sum = weighted_sum;
-  kernels.weight_exponent = 0;
+  Kernels kernels = run_kernels();
   kernels.linear = linear;
   kernels.scratch_bytes = sizeof(Scratch);
   kernels.max_rows = kMaxRows;

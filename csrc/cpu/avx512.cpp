@@ -22,15 +22,7 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
 }  // namespace
 
 constexpr Kernels kAvx512Kernels = [] {
-  Kernels kernels{};
-  kernels.amax = amax;
-  kernels.quantize_values = quantize_values;
-  kernels.quantize_codes = quantize_codes;
-  kernels.split_values = split_values;
-  kernels.dequantize = dequantize;
-  kernels.silu_product = silu_product;
-  kernels.weighted_sum = weighted_sum;
-  kernels.weight_exponent = 0;
+  Kernels kernels = run_kernels();
   kernels.linear = linear;
   kernels.scratch_bytes = sizeof(Avx512Scratch);
   kernels.max_rows = kMostTileRows;

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "decode_avx512.h"
-#include "rows.h"
+#include "runs.h"
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {

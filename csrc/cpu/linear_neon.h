@@ -16,7 +16,7 @@
 
 #include <arm_neon.h>
 
-#include "rows.h"
+#include "runs.h"
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {

@@ -50,15 +50,7 @@ struct Fp32Arithmetic {
 }  // namespace
 
 constexpr Kernels kNeonKernels = [] {
-  Kernels kernels{};
-  kernels.amax = amax;
-  kernels.quantize_values = quantize_values;
-  kernels.quantize_codes = quantize_codes;
-  kernels.split_values = split_values;
-  kernels.dequantize = dequantize;
-  kernels.silu_product = silu_product;
-  kernels.weighted_sum = weighted_sum;
-  kernels.weight_exponent = 0;
+  Kernels kernels = run_kernels();
   kernels.linear = linear<Fp32Arithmetic>;
   kernels.scratch_bytes = sizeof(NeonScratch<Fp32Arithmetic>);
   kernels.max_rows = kMaxRows;

@@ -71,14 +71,7 @@ struct Bf16Arithmetic {
 }  // namespace
 
 constexpr Kernels kNeonBf16Kernels = [] {
-  Kernels kernels{};
-  kernels.amax = amax;
-  kernels.quantize_values = quantize_values;
-  kernels.quantize_codes = quantize_codes;
-  kernels.split_values = split_values;
-  kernels.dequantize = dequantize;
-  kernels.silu_product = silu_product;
-  kernels.weighted_sum = weighted_sum;
+  Kernels kernels = run_kernels();
   kernels.weight_exponent = kExponent;
   kernels.linear = linear<Bf16Arithmetic>;
   kernels.scratch_bytes = sizeof(NeonScratch<Bf16Arithmetic>);

@@ -1,5 +1,5 @@
 // The kernels in plain C++: right on any processor, and the reading version of the others.
-#include "rows.h"
+#include "runs.h"
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {
@@ -70,15 +70,7 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
 }  // namespace
 
 constexpr Kernels kPortableKernels = [] {
-  Kernels kernels{};
-  kernels.amax = amax;
-  kernels.quantize_values = quantize_values;
-  kernels.quantize_codes = quantize_codes;
-  kernels.split_values = split_values;
-  kernels.dequantize = dequantize;
-  kernels.silu_product = silu_product;
-  kernels.weighted_sum = weighted_sum;
-  kernels.weight_exponent = 0;
+  Kernels kernels = run_kernels();
   kernels.linear = linear;
   kernels.scratch_bytes = sizeof(Scratch) + kMaxRows * kPanelRows * sizeof(float);
   kernels.max_rows = kMaxRows;

@@ -266,5 +266,18 @@ inline void store_panel(const Problem& problem, std::int64_t panel, const float*
   }
 }
 
+// What of an instruction set's table is compiled from here.
+constexpr Kernels run_kernels() {
+  Kernels kernels{};
+  kernels.amax = amax;
+  kernels.quantize_values = quantize_values;
+  kernels.quantize_codes = quantize_codes;
+  kernels.split_values = split_values;
+  kernels.dequantize = dequantize;
+  kernels.silu_product = silu_product;
+  kernels.weighted_sum = weighted_sum;
+  return kernels;
+}
+
 }  // namespace
 }  // namespace qwen3_fp8_ascend::cpu
