@@ -1,7 +1,8 @@
 """Ascend C kernels on Atlas A2 and A3: weights decoded by the vector cores, multiplied by the cube.
 
 The kernels are in csrc/ascend; `docs/ascendc.md` says how they work and what was measured. Up to `HAND_OVER_ROWS` rows
-go to the fused kernel, which is exact, more to a scratch and the stock fp16 product (`prefill`).
+go to the fused kernel, which is exact, more to a scratch and the stock fp16 product (`prefill`). Of experts, so many on
+average.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from qwen3_fp8_ascend.backends import e4m3, prefill, soc
+from qwen3_fp8_ascend.backends import e4m3, grouped, prefill, soc
 from qwen3_fp8_ascend.backends.operators import torch_operator
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
@@ -148,7 +149,23 @@ def ascendc_linear(
 
 
 def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
-    return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, activation is Activation.W8A8)
+    return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, activation is Activation.W8A8, x.dtype)
+
+
+def _unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+    w8a8 = activation is Activation.W8A8
+    return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, w8a8, torch.float32)
+
+
+def block_experts(
+    x: torch.Tensor,
+    w13: PackedWeight,
+    w2: PackedWeight,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: Activation,
+) -> torch.Tensor:
+    return grouped.block_experts(grouped_linear, x, w13, w2, topk_weights, topk_ids, activation, _unrounded)
 
 
 def _fake_grouped_linear(
@@ -159,8 +176,9 @@ def _fake_grouped_linear(
     ends: torch.Tensor,
     n: int,
     w8a8: bool,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    return x.new_empty(x.shape[0], n)
+    return x.new_empty(x.shape[0], n, dtype=dtype)
 
 
 @torch_operator(_fake_grouped_linear)
@@ -172,15 +190,20 @@ def ascendc_grouped_linear(
     ends: torch.Tensor,
     n: int,
     w8a8: bool,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The fused kernel for rows sorted by expert.
+    """The way that suits the number of rows, for rows sorted by expert.
 
-    Shapes: x (m, k), codes, scales and spans as `pack_experts` returns them, ends (E,) int64 -> (m, n) in x.dtype.
-    Semantics: an expert's rows go through its weight `HAND_OVER_ROWS` at a time. Only the device knows how many it has:
-        nothing here asks. Beyond `MAX_GROUPED_ROWS` rows there are several launches, each of which finds its part of
-        the list: an expert whose rows lie in two of them is decoded for both.
+    Shapes: x (m, k), codes, scales and spans as `pack_experts` returns them, ends (E,) int64 -> (m, n) `dtype`: x's, or
+        fp32.
+    Semantics: only the device knows how many rows an expert has, and nothing here asks. With more than `HAND_OVER_ROWS`
+        on average the whole layer is decoded into a scratch, where it fits (`prefill`). Else an expert's rows go
+        through its weight `HAND_OVER_ROWS` at a time, exactly. Beyond `MAX_GROUPED_ROWS` rows there are several
+        launches, each of which finds its part of the list: an expert with rows in two of them is decoded for both.
     """
-    x = x.contiguous()
+    if x.shape[0] > HAND_OVER_ROWS * ends.shape[0] and prefill.fits(ends.shape[0] * n, x.shape[1]):
+        return _grouped_through_scratch(x.contiguous(), codes, scales, spans, ends, n, w8a8, dtype)
+    x = x.to(dtype).contiguous()  # the kernel's results have the dtype of its activations
     out = []
     for first in range(0, x.shape[0], MAX_GROUPED_ROWS):
         part = x[first : first + MAX_GROUPED_ROWS]
@@ -189,6 +212,32 @@ def ascendc_grouped_linear(
             torch.ops.qwen3_fp8_ascend.ascendc_block_grouped_linear(part, codes, scales, spans, of_part, n, w8a8)
         )
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _grouped_through_scratch(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    spans: torch.Tensor,
+    ends: torch.Tensor,
+    n: int,
+    w8a8: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """All experts' weights, each normalised by its own power of two, in one scratch, and the stock grouped product."""
+    experts, (m, k) = ends.shape[0], x.shape
+    weights = prefill.scratch(experts * n, k, x)
+    powers = spans[:, 0, 2:4].view(torch.float32)
+    below = spans.clone()
+    below[:, :, 0] += (torch.arange(experts, device=x.device, dtype=torch.int32) * n).unsqueeze(1)
+    normalised = scales * powers[:, :1, None, None]
+    torch.ops.qwen3_fp8_ascend.ascendc_block_dequantize_out(
+        codes.flatten(0, 1), normalised.flatten(0, 1), below.flatten(0, 1), weights
+    )
+    operand, grow = _quantized_operand(x) if w8a8 else prefill.normalise_rows(x)
+    owner = torch.searchsorted(ends, torch.arange(m, device=x.device), right=True).clamp_(max=experts - 1)
+    grow = grow * powers[:, 1:].index_select(0, owner)
+    return prefill.multiply_groups(operand, weights.view(experts, n, k), ends, grow, dtype)
 
 
 @functools.cache
@@ -291,6 +340,7 @@ BACKEND = Backend(
     dequantize_weight=dequantize_weight,
     pack_experts=pack_experts,
     grouped_linear=grouped_linear,
+    block_experts=block_experts,
     unsupported=unsupported,
     detail=lambda: soc.device_name() or "",
     plan=_plan,

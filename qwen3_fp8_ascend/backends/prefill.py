@@ -133,6 +133,31 @@ def stock_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
+def multiply_groups(
+    operand: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor, grow: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """`multiply` of each expert for its own rows, which are sorted by expert.
+
+    Shapes: operand (m, k), weights (E, n, k), ends (E,) int64, grow (m, 1) fp32 -> (m, n) `dtype`. Rows behind the last
+        end are nobody's, and are anything.
+    Semantics: dtype(grow * product) with fp32 in between.
+    """
+    return (stock_grouped_product(operand, weights, ends) * grow).to(dtype)
+
+
+def stock_grouped_product(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """`stock_product` of each expert for its own rows: the chip's own operator.
+
+    Shapes: x (m, k), weights (E, n, k), ends (E,) int64 -> (m, n), all but ends of one dtype.
+    Source: CANN's documentation of aclnnGroupedMatmulV5: groups of rows, a cumulative list, transposed weights.
+    """
+    (out,) = torch.ops.npu.npu_grouped_matmul(
+        [x], [weights.transpose(1, 2)], group_list=ends, split_item=3, group_type=0, group_list_type=0
+    )
+    product: torch.Tensor = out
+    return product
+
+
 def _powers(largest: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The power of two by which numbers of up to `largest` * 2^bits come below 1, and its inverse.
 

@@ -192,6 +192,10 @@ def _grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, a
     return torch_npu_native_grouped_linear(x, *packed.grouped_tensors, ends, list(packed.grid.widths), x.dtype)
 
 
+def _unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+    return torch_npu_native_grouped_linear(x, *packed.grouped_tensors, ends, list(packed.grid.widths), torch.float32)
+
+
 def _block_experts(
     x: torch.Tensor,
     w13: PackedWeight,
@@ -200,16 +204,7 @@ def _block_experts(
     topk_ids: torch.Tensor,
     activation: Activation,
 ) -> torch.Tensor:
-    """`grouped.block_experts`, whose second linear is asked for fp32 results by fp32 activations.
-
-    Those are numbers of x's dtype, and so the quantization, which takes no fp32, loses nothing.
-    """
-
-    def linear(rows: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
-        widths = list(packed.grid.widths)
-        return torch_npu_native_grouped_linear(rows.to(x.dtype), *packed.grouped_tensors, ends, widths, rows.dtype)
-
-    return grouped.block_experts(linear, x, w13, w2, topk_weights, topk_ids, activation)
+    return grouped.block_experts(_grouped_linear, x, w13, w2, topk_weights, topk_ids, activation, _unrounded)
 
 
 def _fake_native_grouped_linear(

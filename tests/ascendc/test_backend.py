@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,14 @@ def schemas() -> None:
     torch.ops.load_library(build_schemas())
 
 
+def grouped_product(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """npu_grouped_matmul of 16-bit operands as documented: fp32 sums, one rounding, nobody's rows not written."""
+    out = torch.full((x.shape[0], weights.shape[1]), float("nan"), dtype=x.dtype)
+    for weight, (start, end) in zip(weights, itertools.pairwise([0, *ends.tolist()]), strict=True):
+        out[start:end] = (x[start:end].float() @ weight.float().T).to(x.dtype)
+    return out
+
+
 @pytest.fixture
 def on_cpu(schemas: None, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
     """Gives the operators a CPU implementation, the emulator, and lets the backend run on the CPU."""
@@ -73,6 +82,7 @@ def on_cpu(schemas: None, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -
     backend = dataclasses.replace(ascendc.BACKEND, device_types=frozenset({"cpu"}), unusable=lambda: None)
     monkeypatch.setitem(registry.LOADED, "ascendc", backend)
     monkeypatch.setattr(prefill, "stock_product", lambda x, w: (x.float() @ w.float().T).to(x.dtype))
+    monkeypatch.setattr(prefill, "stock_grouped_product", grouped_product)
     registry.select_backend.cache_clear()
     ascendc._single_row_kernel.cache_clear()
     yield emulator

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 
 from qwen3_fp8_ascend import ops, reference
-from qwen3_fp8_ascend.backends import ascendc
+from qwen3_fp8_ascend.backends import ascendc, prefill
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid
 from qwen3_fp8_ascend.testing.experts import ExpertsProblem, assert_layer_exact, random_experts
-from qwen3_fp8_ascend.testing.judges import Problem, assert_exact
+from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, assert_prefill
 
 from .conftest import DTYPES, FLAG_COUNTING, Emulator, Weight, random_activation, random_weight, relative_error
 from .test_backend import on_cpu, schemas  # noqa: F401
@@ -150,6 +152,10 @@ def watched_linears(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor,
     return seen
 
 
+def in_fp32(problem: Problem) -> Problem:
+    return dataclasses.replace(problem, x=problem.x.float())
+
+
 def routed(problem: ExpertsProblem, to: Sequence[int]) -> ExpertsProblem:
     """The same layer with every token sent to these experts."""
     ids = torch.tensor(to).expand(problem.x.shape[0], -1).contiguous()
@@ -181,10 +187,9 @@ def test_a_layer_of_experts_stage_by_stage(
     stages = ((problem.w13, problem.w13_scale, problem.w13_grid), (problem.w2, problem.w2_scale, problem.w2_grid))
     assert len(seen) == len(stages)
     for (x, ends, got), (codes, scales, grid) in zip(seen, stages, strict=True):
-        assert got.dtype == x.dtype
         for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
             one = Problem(x[start:end], codes[expert], scales[expert], grid=grid)
-            assert_exact(got[start:end], one, activation)
+            assert_exact(got[start:end], one if got.dtype == x.dtype else in_fp32(one), activation)
     assert int(seen[0][1][-1]) == int((problem.topk_ids >= 0).sum())
 
 
@@ -209,6 +214,87 @@ def test_more_rows_than_a_launch_takes(on_cpu: Emulator, monkeypatch: pytest.Mon
     x = random_activation(20, 130, torch.float32)
     got = ops.grouped_linear(x, layer, ends_of(counts))
     assert relative_error(got[:18], oracle_of(x, weights, ends_of(counts))[:18]) <= EXACT
+
+
+def many_rows(dtype: torch.dtype) -> ExpertsProblem:
+    """66 rows an expert on average, nearly all of them two experts'; each with weights of a size of their own."""
+    problem = random_experts(66, 3, 3, 130, 96, dtype=dtype)
+    # The share of equal values is judged where there are thousands of them, so not for the third expert.
+    ids = torch.where(torch.arange(66)[:, None] < 64, problem.topk_ids % 2, problem.topk_ids)
+    ids[0] = -1
+    sizes = torch.tensor([1.0, 64.0, 2.0**-5])[:, None, None]  # so that each has a power of two of its own
+    scales = {"w13_scale": problem.w13_scale * sizes, "w2_scale": problem.w2_scale / sizes}
+    return dataclasses.replace(problem.with_tokens(problem.x, problem.topk_weights, ids), **scales)
+
+
+def judge_prefill_stage_by_stage(
+    problem: ExpertsProblem, monkeypatch: pytest.MonkeyPatch, activation: Activation
+) -> torch.Tensor:
+    w13, w2 = problem.pack("ascendc", activation=activation)
+    assert all(len(set(packed.tensors[2][:, 0, 2].tolist())) == 3 for packed in (w13, w2))
+    seen = watched_linears(monkeypatch)
+    out = ops.block_experts(problem.x, w13, w2, problem.topk_weights, problem.topk_ids, activation)
+    stages = ((problem.w13, problem.w13_scale, problem.w13_grid), (problem.w2, problem.w2_scale, problem.w2_grid))
+    for (x, ends, got), (codes, scales, grid) in zip(seen, stages, strict=True):
+        assert x.dtype == problem.x.dtype
+        for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+            one = Problem(x[start:end], codes[expert], scales[expert], grid=grid)
+            assert_prefill(got[start:end].to(x.dtype), one, activation)
+    assert seen[1][2].dtype == torch.float32
+    return out
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_many_rows_go_through_the_scratch_stage_by_stage(
+    on_cpu: Emulator,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    activation: Activation,
+) -> None:
+    """By the bound that the dense prefill has, whichever expert has how many."""
+    taken: list[tuple[int, ...]] = []
+    honest = prefill.scratch
+
+    def watched(*shape: Any) -> torch.Tensor:
+        taken.append(shape[:2])
+        return honest(*shape)
+
+    monkeypatch.setattr(prefill, "scratch", watched)
+    out = judge_prefill_stage_by_stage(many_rows(dtype), monkeypatch, activation)
+    assert taken == [(3 * 192, 130), (3 * 130, 96)]
+    assert out.isfinite().all() and not out[0].any()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda operand, weights, ends, grow: (operand, weights.roll(1, 0), ends, grow),
+        lambda operand, weights, ends, grow: (operand, weights, ends - 1, grow),
+        lambda operand, weights, ends, grow: (operand, weights, ends, grow.roll(1, 0)),
+    ],
+    ids=["another expert's weight", "ends that are off by one", "another row's power of two"],
+)
+def test_planted_faults_of_the_prefill_are_caught(
+    on_cpu: Emulator,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[..., tuple[torch.Tensor, ...]],
+) -> None:
+    honest = prefill.multiply_groups
+    monkeypatch.setattr(
+        prefill, "multiply_groups", lambda *operands: honest(*fault(*operands[:4]), operands[4]).nan_to_num()
+    )
+    with pytest.raises(AssertionError, match=r"element is off|relative L2|equal the rounded"):
+        judge_prefill_stage_by_stage(many_rows(torch.bfloat16), monkeypatch, Activation.W8A8)
+
+
+def test_a_layer_beyond_the_scratch_keeps_to_the_fused_kernel(
+    on_cpu: Emulator,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    problem = routed(random_experts(70, 1, 1, 128, 64), [0])
+    monkeypatch.setattr(prefill, "MAX_WEIGHTS", 1000)
+    assert_layer_exact(problem.layer("ascendc"), problem)
 
 
 def test_experts_are_packed_one_by_one(on_cpu: Emulator) -> None:  # noqa: F811
