@@ -347,7 +347,7 @@ def test_wrong_instruction_set_is_reported(monkeypatch: pytest.MonkeyPatch, valu
 
 def test_missing_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "LIBRARY", cpu.LIBRARY.with_name("_absent.so"))
-    reason = cpu._load.__wrapped__()
+    reason = cpu.unusable.__wrapped__()
     assert reason is not None and "was not built; reinstall" in reason
 
 

@@ -123,4 +123,5 @@ def test_a_torch_that_is_newer_is_built_with_and_told(torch_of, capsys: pytest.C
 def test_the_library_is_not_loaded_by_a_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu.torch, "__version__", "2.9.1+cpu")
     monkeypatch.setattr(cpu.torch.ops, "load_library", lambda path: pytest.fail("it was loaded"))
-    assert cpu._load.__wrapped__() == f"its library is for torch {torch_range.DESCRIBED}, and this is torch 2.9.1+cpu"
+    expected = f"its library is for torch {torch_range.DESCRIBED}, and this is torch 2.9.1+cpu"
+    assert cpu.unusable.__wrapped__() == expected

@@ -152,7 +152,7 @@ def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, ac
     return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, activation is Activation.W8A8, x.dtype)
 
 
-def _unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+def unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
     w8a8 = activation is Activation.W8A8
     return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, w8a8, torch.float32)
 
@@ -165,7 +165,7 @@ def block_experts(
     topk_ids: torch.Tensor,
     activation: Activation,
 ) -> torch.Tensor:
-    return grouped.block_experts(grouped_linear, x, w13, w2, topk_weights, topk_ids, activation, _unrounded)
+    return grouped.block_experts(grouped_linear, x, w13, w2, topk_weights, topk_ids, activation, unrounded)
 
 
 def _fake_grouped_linear(
@@ -320,7 +320,7 @@ def unsupported(block: BlockSize) -> str | None:
     return None
 
 
-def _plan() -> tuple[tuple[str, str], ...]:
+def plan() -> tuple[tuple[str, str], ...]:
     return (
         ("m = 1", f"{_single_row_kernel()} kernel, exact"),
         (f"m <= {HAND_OVER_ROWS}", "fused kernel, exact: decoded on vector cores, multiplied by the cube"),
@@ -343,6 +343,6 @@ BACKEND = Backend(
     block_experts=block_experts,
     unsupported=unsupported,
     detail=lambda: soc.device_name() or "",
-    plan=_plan,
+    plan=plan,
     max_scale=torch.finfo(torch.float32).max / DECODE_BIAS,
 )

@@ -56,7 +56,7 @@ _OPS = torch.ops.qwen3_fp8_ascend
 
 
 @functools.cache
-def _load() -> str | None:
+def unusable() -> str | None:
     """Load the library and choose the instruction set; the reason why not, or None."""
     if not LIBRARY.is_file():
         return (
@@ -229,21 +229,21 @@ def _panel_table(grid: BlockGrid) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
 
 
-def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
+def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
     panels = _panel_table(grid)
     codes = _empty_codes((panels.shape[0], ceil_div(grid.k, 4) * 4, PANEL_ROWS))
     _OPS.cpu_pack(weight, panels, codes)
     return codes, scale.clone(), panels
 
 
-def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
+def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     codes, scales, panels = packed.tensors
     grid = packed.grid
     w8a8 = activation is Activation.W8A8
     return _OPS.cpu_block_linear(x, codes, scales, panels, bias, grid.n, grid.k, grid.block.k, w8a8)
 
 
-def _pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
+def pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
     """All experts in one piece of memory, filled one by one."""
     panels = _panel_table(grid).repeat(scales.shape[0], 1, 1)
     codes = _empty_codes((*panels.shape[:2], ceil_div(grid.k, 4) * 4, PANEL_ROWS))
@@ -252,13 +252,13 @@ def _pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: B
     return codes, scales.clone(), panels
 
 
-def _grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
     grid = packed.grid
     w8a8 = activation is Activation.W8A8
     return _OPS.cpu_grouped_linear(x, *packed.grouped_tensors, ends, grid.n, grid.k, grid.block.k, w8a8)
 
 
-def _block_experts(
+def block_experts(
     x: torch.Tensor,
     w13: PackedWeight,
     w2: PackedWeight,
@@ -272,25 +272,25 @@ def _block_experts(
     )
 
 
-def _quantize(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _OPS.cpu_quantize_activation(x, block_k)
 
 
-def _dequantize(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, dtype: torch.dtype) -> torch.Tensor:
     blocks = torch.arange(grid.scale_shape[0], dtype=torch.int32)
     rows = blocks.repeat_interleave(torch.tensor([span.rows for span in grid.spans()]), output_size=grid.n)
     # A copy, because the scale of a tensor over a buffer may start at an address that is no multiple of 4.
     return _OPS.cpu_dequantize_weight(weight, scale.clone(), rows, grid.block.k, dtype)
 
 
-def _plan() -> tuple[tuple[str, str], ...]:
+def plan() -> tuple[tuple[str, str], ...]:
     limit = register_rows(isa())
     if limit == 0:
         return (("any", f"decoded into tiles ({isa()})"),)
     return ((f"m <= {limit}", f"decoded in registers ({isa()})"), (f"m > {limit}", f"decoded into tiles ({isa()})"))
 
 
-def _unsupported(block: BlockSize) -> str | None:
+def unsupported(block: BlockSize) -> str | None:
     if block.n < PANEL_ROWS or block.k < 4 or block.k % 4:
         return f"needs blocks of at least {PANEL_ROWS} rows and a multiple of 4 columns, not {block}"
     return None
@@ -301,15 +301,15 @@ BACKEND = Backend(
     summary="C++ kernels for AMX, AVX-512, AVX2, NEON or any processor; weights decoded in registers",
     computes=frozenset(Activation),
     device_types=frozenset({"cpu"}),
-    unusable=_load,
-    pack=_pack,
-    linear=_linear,
-    quantize_activation=_quantize,
-    dequantize_weight=_dequantize,
-    pack_experts=_pack_experts,
-    grouped_linear=_grouped_linear,
-    block_experts=_block_experts,
-    unsupported=_unsupported,
+    unusable=unusable,
+    pack=pack,
+    linear=linear,
+    quantize_activation=quantize_activation,
+    dequantize_weight=dequantize_weight,
+    pack_experts=pack_experts,
+    grouped_linear=grouped_linear,
+    block_experts=block_experts,
+    unsupported=unsupported,
     detail=isa,
-    plan=_plan,
+    plan=plan,
 )

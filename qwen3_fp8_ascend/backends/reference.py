@@ -12,22 +12,22 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid
 
 
-def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
+def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
     return weight.clone(), scale.clone()
 
 
-def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
+def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     weight, scale = packed.tensors
     return reference.block_linear(x, weight, scale, bias, activation=activation, grid=packed.grid)
 
 
-def _pack_experts(
+def pack_experts(
     weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([weight.view(torch.uint8) for weight in weights]).view(torch.float8_e4m3fn), scales.clone()
 
 
-def _grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
     weights, scales = packed.grouped_tensors
     if x.device.type == "cpu" and bool((torch.diff(ends, prepend=ends.new_zeros(1)) < 0).any() or ends[-1] > len(x)):
         raise BlockFp8Error(
@@ -38,7 +38,7 @@ def _grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, a
     return reference.grouped_linear(x, weights, scales, ends, activation=activation, grid=packed.grid)
 
 
-def _block_experts(
+def block_experts(
     x: torch.Tensor,
     w13: PackedWeight,
     w2: PackedWeight,
@@ -73,12 +73,12 @@ BACKEND = Backend(
     computes=frozenset(Activation),
     device_types=frozenset({"cpu", "cuda"}),
     unusable=lambda: None,
-    pack=_pack,
-    linear=_linear,
+    pack=pack,
+    linear=linear,
     quantize_activation=reference.quantize_activation,
     dequantize_weight=reference.dequantize_weight,
-    pack_experts=_pack_experts,
-    grouped_linear=_grouped_linear,
-    block_experts=_block_experts,
+    pack_experts=pack_experts,
+    grouped_linear=grouped_linear,
+    block_experts=block_experts,
     by_name_only=lambda: "only when asked for by name: it is the slow specification",
 )

@@ -52,14 +52,14 @@ def _has_fp8_matmul() -> bool:
     return generation is not None and generation.fp8_matmul
 
 
-def _unusable() -> str | None:
+def unusable() -> str | None:
     if reason := soc.missing_npu():
         return reason
     absent = [name for name in NATIVE_OPERATORS if not hasattr(_operators(), name)] if _has_fp8_matmul() else []
     return f"this torch_npu has no {' and no '.join(absent)}: install a newer one" if absent else None
 
 
-def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
+def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
     """Codes as bytes, in whole blocks of columns.
 
     Shapes: A5: codes (n', k'), every shard padded to whole blocks of rows, scale (n' / 128, k' / 128) fp32, and, only
@@ -90,7 +90,7 @@ def _pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[t
     return padded, scale.contiguous(), torch.tensor(kept, dtype=torch.int64, device=codes.device)
 
 
-def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
+def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     if packed.layout == NATIVE:
         codes, scale, *kept = packed.tensors
         return torch_npu_native_linear(x, codes, scale, kept[0] if kept else None, bias)
@@ -117,7 +117,7 @@ def torch_npu_native_linear(
 ) -> torch.Tensor:
     """W8A8 in the chip's own block-scaled product (A5).
 
-    Shapes: x (m, k) bf16/fp16; codes, scale and kept as `_pack` returns them, bias (n,) -> (m, n) in x.dtype.
+    Shapes: x (m, k) bf16/fp16; codes, scale and kept as `pack` returns them, bias (n,) -> (m, n) in x.dtype.
     Raises:
         BlockFp8Error: operands that do not fit each other. The operators' own shape functions accept almost anything.
     Semantics: the product takes no bias beside FP8 operands with these scales, but gives fp32 on request: with a bias
@@ -152,7 +152,7 @@ def _native_quantize(x: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch
     return codes, scale
 
 
-def _pack_experts(
+def pack_experts(
     weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes as bytes, every shard in whole blocks of rows, and the scales as they are.
@@ -188,15 +188,15 @@ def _shards(padded: torch.Tensor, widths: Sequence[int], dim: int) -> list[torch
     return out
 
 
-def _grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
     return torch_npu_native_grouped_linear(x, *packed.grouped_tensors, ends, list(packed.grid.widths), x.dtype)
 
 
-def _unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+def unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
     return torch_npu_native_grouped_linear(x, *packed.grouped_tensors, ends, list(packed.grid.widths), torch.float32)
 
 
-def _block_experts(
+def block_experts(
     x: torch.Tensor,
     w13: PackedWeight,
     w2: PackedWeight,
@@ -204,7 +204,7 @@ def _block_experts(
     topk_ids: torch.Tensor,
     activation: Activation,
 ) -> torch.Tensor:
-    return grouped.block_experts(_grouped_linear, x, w13, w2, topk_weights, topk_ids, activation, _unrounded)
+    return grouped.block_experts(grouped_linear, x, w13, w2, topk_weights, topk_ids, activation, unrounded)
 
 
 def _fake_native_grouped_linear(
@@ -229,7 +229,7 @@ def torch_npu_native_grouped_linear(
 ) -> torch.Tensor:
     """W8A8 of rows sorted by expert in the chip's own grouped block-scaled product (A5).
 
-    Shapes: x (m, k) bf16/fp16; codes and scale as `_pack_experts` returns them, ends (E,) int64, widths of the shards
+    Shapes: x (m, k) bf16/fp16; codes and scale as `pack_experts` returns them, ends (E,) int64, widths of the shards
         -> (m, sum of widths) `dtype`: x's, or fp32. Rows behind the last end are not written.
     Raises:
         BlockFp8Error: operands that do not fit each other. The operator's own shape function accepts almost anything.
@@ -294,20 +294,20 @@ def torch_npu_scratch_linear(
     return prefill.multiply(operand, weight, rows, grow * powers[1], bias, x.dtype)
 
 
-def _quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     k = x.shape[1]
     values, scale = e4m3.quantize_values(x, block_k)
     codes = e4m3.encode(values).flatten(1).narrow(1, 0, k).contiguous()
     return codes.view(torch.float8_e4m3fn), scale
 
 
-def _dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, dtype: torch.dtype) -> torch.Tensor:
     scales = row_scales(scale, grid).repeat_interleave(grid.block.k, dim=1).narrow(1, 0, grid.k)
     return (e4m3.decode(weight.view(torch.uint8)) * scales).to(dtype)
 
 
 def _check_packed(codes: torch.Tensor, scale: torch.Tensor, k: int, *, rows: int, where: str) -> None:
-    """Refuse operands that `_pack` did not make for this k, by shapes and dtypes alone; a scale covers `rows` rows."""
+    """Refuse operands that `pack` did not make for this k, by shapes and dtypes alone; a scale covers `rows` rows."""
     blocks = ceil_div(k, _BLOCK)
     shapes = {"codes": (scale.shape[0] * rows, blocks * _BLOCK), "scale": (scale.shape[0], blocks)}
     for (what, shape), tensor, dtype in zip(shapes.items(), (codes, scale), (torch.uint8, torch.float32), strict=True):
@@ -331,19 +331,19 @@ def _check_activation(x: torch.Tensor) -> None:
         )
 
 
-def _unsupported(block: BlockSize) -> str | None:
+def unsupported(block: BlockSize) -> str | None:
     if block != DEFAULT_BLOCK:
         return f"torch_npu's operators are used with blocks of {DEFAULT_BLOCK}, not of {block}"
     return None
 
 
-def _by_name_only() -> str | None:
+def by_name_only() -> str | None:
     if _has_fp8_matmul():
         return None
     return "only when asked for by name: without FP8 in the chip it decodes every weight for every step"
 
 
-def _plan() -> tuple[tuple[str, str], ...]:
+def plan() -> tuple[tuple[str, str], ...]:
     if _has_fp8_matmul():
         return (("any", "npu_dynamic_block_quant, npu_quant_matmul with 1x128 and 128x128 scales"),)
     return (("any", prefill.PLAN),)
@@ -354,17 +354,17 @@ BACKEND = Backend(
     summary="torch_npu's operators: the FP8 product of Ascend 950, exact; on A2 and A3 an fp16 scratch for any rows",
     computes=frozenset({Activation.W8A8}),
     device_types=frozenset({"npu"}),
-    unusable=_unusable,
-    pack=_pack,
-    linear=_linear,
-    quantize_activation=_quantize_activation,
-    dequantize_weight=_dequantize_weight,
-    pack_experts=_pack_experts,
-    grouped_linear=_grouped_linear,
-    block_experts=_block_experts,
-    unsupported=_unsupported,
+    unusable=unusable,
+    pack=pack,
+    linear=linear,
+    quantize_activation=quantize_activation,
+    dequantize_weight=dequantize_weight,
+    pack_experts=pack_experts,
+    grouped_linear=grouped_linear,
+    block_experts=block_experts,
+    unsupported=unsupported,
     detail=lambda: soc.device_name() or "",
-    by_name_only=_by_name_only,
+    by_name_only=by_name_only,
     layout=lambda: NATIVE if _has_fp8_matmul() else SCRATCH,
-    plan=_plan,
+    plan=plan,
 )

@@ -31,7 +31,7 @@ def product(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor, torch.Te
 def linear(problem: Problem, activation: Activation = Activation.W8A8) -> torch.Tensor:
     """What a backend does beyond its hand-over, from the pieces in this module; `torch_npu` decodes."""
     x = problem.x
-    codes, scales, powers = torch_npu._pack(problem.weight, problem.scale, problem.grid)
+    codes, scales, powers = torch_npu.pack(problem.weight, problem.scale, problem.grid)
     weight = prefill.scratch(*codes.shape, x)
     weight.copy_((e4m3.decode(codes).unflatten(1, (-1, 128)) * (scales * powers[0]).unsqueeze(-1)).flatten(1))
     if activation is Activation.W8A8:

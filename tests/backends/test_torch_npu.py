@@ -255,12 +255,12 @@ def test_a_weight_beyond_the_scratch_is_refused_at_load(chip: str, monkeypatch: 
 @pytest.mark.parametrize("chip", ["A5"], indirect=True)
 def test_a_torch_npu_without_the_operators_is_a_reason(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soc, "missing_npu", lambda: None)
-    assert torch_npu._unusable() is None
+    assert torch_npu.unusable() is None
     monkeypatch.delattr(DocumentedOperators, "npu_quant_matmul")
-    assert torch_npu._unusable() == "this torch_npu has no npu_quant_matmul: install a newer one"
+    assert torch_npu.unusable() == "this torch_npu has no npu_quant_matmul: install a newer one"
     monkeypatch.delattr(DocumentedOperators, "npu_grouped_matmul")
     assert (
-        torch_npu._unusable() == "this torch_npu has no npu_quant_matmul and no npu_grouped_matmul: install a newer one"
+        torch_npu.unusable() == "this torch_npu has no npu_quant_matmul and no npu_grouped_matmul: install a newer one"
     )
 
 

@@ -29,7 +29,7 @@ ONE_LAYER = QWEN3_8B | {"num_hidden_layers": 1, "vocab_size": 264}
 @pytest.fixture(autouse=True)
 def any_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dummy weights are filled with numbers; FakeTensors have none."""
-    monkeypatch.setattr(linear, "_fill_with_small_values", lambda codes, scale: None)
+    monkeypatch.setattr(linear, "fill_with_small_values", lambda codes, scale: None)
 
 
 def load(model: torch.nn.Module, config: Any) -> dict[str, torch.nn.Module]:

@@ -44,7 +44,7 @@ HAND_OVER_ROWS = 64
 product (docs/triton.md), since partial products cross L2 with the rows, while the scratch costs one decode."""
 
 
-def _unsupported(block: BlockSize) -> str | None:
+def unsupported(block: BlockSize) -> str | None:
     if block != DEFAULT_BLOCK:
         return f"its kernels are written for blocks of {DEFAULT_BLOCK}, not {block}"
     return None
@@ -164,11 +164,11 @@ def triton_block_linear(
     return total.to(x.dtype).clone(memory_format=torch.contiguous_format)
 
 
-def _linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
+def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     return triton_block_linear(x, *packed.tensors, packed.n, activation is Activation.W8A8, bias)
 
 
-def _plan() -> tuple[tuple[str, str], ...]:
+def plan() -> tuple[tuple[str, str], ...]:
     if current_device_type() != "npu":
         return (("any", "fused kernel, exact"),)
     return (
@@ -184,9 +184,9 @@ BACKEND = Backend(
     device_types=frozenset({"npu", "cuda", "cpu"} if INTERPRETED else {"npu", "cuda"}),
     unusable=unusable,
     pack=pack,
-    linear=_linear,
+    linear=linear,
     quantize_activation=quantize_activation,
     dequantize_weight=dequantize_weight,
-    unsupported=_unsupported,
-    plan=_plan,
+    unsupported=unsupported,
+    plan=plan,
 )
