@@ -351,6 +351,15 @@ def test_missing_library_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason is not None and "was not built; reinstall" in reason
 
 
+def test_a_library_of_older_sources_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        torch.library.register_fake("qwen3_fp8_ascend::cpu_of_tomorrow", lambda: None)
+
+    monkeypatch.setattr(cpu, "_register_fakes", absent)
+    reason = cpu.unusable.__wrapped__()
+    assert reason is not None and "is older than this package" in reason and "cpu_of_tomorrow" in reason
+
+
 def test_only_torch_runs_threads() -> None:
     """The library links no OpenMP runtime of its own: a second one would fight over the cores."""
     needed = subprocess.run(["readelf", "-d", str(cpu.LIBRARY)], capture_output=True, text=True, check=True).stdout

@@ -72,7 +72,10 @@ def unusable() -> str | None:
             f"the C++ library {LIBRARY.name} cannot be loaded ({error}); it is for torch {torch_range.DESCRIBED} "
             f"(here: {torch.__version__}) and the processor type it was built for"
         )
-    _register_fakes()
+    try:
+        _register_fakes()
+    except RuntimeError as error:  # torch's way of saying that the library has no such operator
+        return f"the C++ library {LIBRARY.name} is older than this package ({error}); install it again, or `make venv`"
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=_after_fork)
     return _choose_isa()
