@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwen3_fp8_ascend.evaluate.results import Result, chip_of
 
@@ -63,15 +64,22 @@ def _runs(kind: str, result: Result) -> Iterator[Run]:
             yield from _run(result["device"], name, date)
     elif kind == "validate":
         device = result["device"]
+        # A backend whose linears are right has failed all the same if another step found it wrong.
+        wrong = {s["step"].split("/")[1] for s in result["steps"] if "/" in s["step"] and _is_wrong(s)}
         for step in result["steps"]:
             check, _, rest = step["step"].partition("/")
             good = step["outcome"] == "finished" and not step["failed"]
             if check in ("linear", "prefill") and step["cases"]:
-                yield from _run(device["name"], rest.partition("/")[0], date, good, device["kind"])
+                backend = rest.partition("/")[0]
+                yield from _run(device["name"], backend, date, good and backend not in wrong, device["kind"])
             if check == "model" and "vllm" in step["values"]:
                 yield from _run(device["name"], SERVE, date, good, device["kind"])
     else:
         yield from _run(result["provenance"].get("npu"), SERVE, date)
+
+
+def _is_wrong(step: Mapping[str, Any]) -> bool:
+    return bool(step["failed"]) or step["outcome"] not in ("finished", "out of time")
 
 
 def _run(device: str | None, what: str, date: str, good: bool = True, kind: str | None = None) -> Iterator[Run]:

@@ -45,6 +45,27 @@ def test_a_cell() -> None:
     assert cell("ran: npu/*/ascendc", A2, bad, later) == "run 2027-03-05"
 
 
+@pytest.mark.parametrize(
+    ("name", "outcome", "failed", "good"),
+    [
+        ("determinism/ascendc/w8a8", "finished", 0, True),
+        ("determinism/ascendc/w8a8", "finished", 2, False),
+        ("quantize/ascendc", "finished", 1, False),
+        ("experts/ascendc/w8a8", "killed", 0, False),
+        ("graph/ascendc/w8a8", "out of time", 0, True),
+        ("experts/triton/w8a8", "finished", 1, True),
+    ],
+)
+def test_right_linears_do_not_hide_what_another_step_found(name: str, outcome: str, failed: int, good: bool) -> None:
+    steps = [
+        {"step": "linear/ascendc/w8a8", "outcome": "finished", "failed": 0, "cases": 9, "values": {}},
+        {"step": name, "outcome": outcome, "failed": failed, "cases": 5, "values": {}},
+    ]
+    device, provenance = {"kind": "npu", "name": "Ascend910B3"}, {"date": "2027-01-02"}
+    found = compatibility.runs({"validate": [{"device": device, "provenance": provenance, "steps": steps}]})
+    assert found == [Run("npu", "Ascend910B3", "ascendc", "2027-01-02", good)]
+
+
 def test_a_kind_of_chip() -> None:
     assert cell("ran: npu") == "**Nothing has run on an NPU.**"
     assert cell("ran: npu", A2) == "Run on Ascend910B3."
