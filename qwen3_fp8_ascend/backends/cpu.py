@@ -106,6 +106,11 @@ def isas() -> tuple[str, ...]:
     return ISAS[: _OPS.cpu_best_isa() + 1]
 
 
+def levels() -> dict[str, dict[str, str]]:
+    """The same, and the environment that holds a process to each."""
+    return {name: {ENVIRONMENT_VARIABLE: name} for name in isas()}
+
+
 def isa() -> str:
     """The instruction set in use."""
     return ISAS[_OPS.cpu_current_isa()]
@@ -315,4 +320,5 @@ BACKEND = Backend(
     unsupported=unsupported,
     detail=isa,
     plan=plan,
+    levels=levels,
 )

@@ -12,7 +12,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,8 @@ class Backend:
     layout: of what `pack` makes on this machine, where there are several.
     plan: what serves which number of rows on this machine, as pairs like ("m <= 64", "fused kernel"), once usable.
     max_scale: the largest block scale it can represent.
+    levels: kernels for several processors that this machine can all run, from the lowest to the best: the name of each,
+    as `detail` has it, and the environment of a process that is to use it.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Backend:
     layout: Callable[[], str] = lambda: ""
     plan: Callable[[], tuple[tuple[str, str], ...]] | None = None
     max_scale: float = math.inf
+    levels: Callable[[], Mapping[str, Mapping[str, str]]] = dict
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
-"""What documents say has run on a GPU or an NPU: written from result files, between marks in their text.
+"""What documents say has run where: written from result files, between marks in their text.
 
 `<!-- ran: npu/Ascend910B/ascendc -->not run<!-- end -->` is about chips of that kind whose names begin so ("*": all of
-them) and a backend or "serve"; `<!-- ran: npu -->` about the kind as a whole. After `ran?` nothing is written where
-nothing has run, because the text behind it says what was shown instead. `make report` renews them.
+them) and a backend or "serve"; a CPU's are its instruction sets. `<!-- ran: npu -->` is about the kind as a whole,
+`<!-- held: quantize,linear/cpu -->` about where checks of `validate` have held for a backend. After `ran?` and `held?`
+nothing is written where nothing has run, because the text behind it says what was shown instead. `make report` renews
+them.
 """
 
 from __future__ import annotations
@@ -15,11 +17,31 @@ from typing import Any
 
 from qwen3_fp8_ascend.evaluate.results import Result, chip_of
 
-MARK = re.compile(r"<!-- ran(?P<silent>\??): (?P<key>.+?) -->.*?<!-- end -->")
+MARK = re.compile(r"<!-- (?P<about>ran|held)(?P<silent>\??): (?P<key>.+?) -->.*?<!-- end -->")
 SERVE = "serve"
+LINEAR = "linear"
+CHECKS = ("quantize", "dequantize", LINEAR, "prefill", "experts", "nonfinite")
+"""Those of `validate` that claims are made of."""
+
 FORMS = {
-    "en": {"none": "not run", "run": "run {date}", "failed": "run {date}, failed", "separator": "; "},
-    "zh": {"none": "未运行", "run": "已运行 {date}", "failed": "已运行 {date}，失败", "separator": "；"},
+    "en": {
+        "none": "not run",
+        "run": "run {date}",
+        "failed": "run {date}, failed",
+        "lower": ", on a processor that has more",
+        "held": "run: {chips}",
+        "wrong": "{chip} (failed)",
+        "separator": "; ",
+    },
+    "zh": {
+        "none": "未运行",
+        "run": "已运行 {date}",
+        "failed": "已运行 {date}，失败",
+        "lower": "（在指令集更多的处理器上）",
+        "held": "已运行：{chips}",
+        "wrong": "{chip}（失败）",
+        "separator": "；",
+    },
 }
 WHOLE = {
     "en": {
@@ -37,17 +59,23 @@ WHOLE = {
 
 @dataclass(frozen=True)
 class Run:
-    """A backend, or the server ("serve"), on a device; `good` is false if a result says that it was wrong there."""
+    """A backend, or the server ("serve"), on a device; `good` is false if a result says that it was wrong there.
+
+    device: its name; a CPU's is its instruction set. check: of `CHECKS`, or None if the result is of another kind.
+    lower: a processor that has more was held to that instruction set.
+    """
 
     chip: str
     device: str
     what: str
     date: str
     good: bool = True
+    check: str | None = None
+    lower: bool = False
 
 
 def runs(results: Mapping[str, Sequence[Result]]) -> list[Run]:
-    """What result files show, on GPUs and NPUs."""
+    """What result files show."""
     return [run for kind, found in results.items() for result in found for run in _runs(kind, result)]
 
 
@@ -63,43 +91,62 @@ def _runs(kind: str, result: Result) -> Iterator[Run]:
         for name in {row["name"] for row in result["rows"]}:
             yield from _run(result["device"], name, date)
     elif kind == "validate":
-        device = result["device"]
-        # A backend whose linears are right has failed all the same if another step found it wrong.
-        wrong = {s["step"].split("/")[1] for s in result["steps"] if "/" in s["step"] and _is_wrong(s)}
-        for step in result["steps"]:
-            check, _, rest = step["step"].partition("/")
-            good = step["outcome"] == "finished" and not step["failed"]
-            if check in ("linear", "prefill") and step["cases"]:
-                backend = rest.partition("/")[0]
-                yield from _run(device["name"], backend, date, good and backend not in wrong, device["kind"])
-            if check == "model" and "vllm" in step["values"]:
-                yield from _run(device["name"], SERVE, date, good, device["kind"])
+        yield from _validated(result, date)
     else:
         yield from _run(result["provenance"].get("npu"), SERVE, date)
+
+
+def _run(device: str | None, what: str, date: str) -> Iterator[Run]:
+    chip = chip_of(device or "not said")
+    if device and chip in ("gpu", "npu") and not what.startswith("reference"):
+        yield Run(chip, device, what, date)
+
+
+def _validated(result: Result, date: str) -> Iterator[Run]:
+    kind, device = result["device"]["kind"], result["device"]["name"]
+    chip = {"cuda": "gpu"}.get(kind, kind)
+    # A backend whose linears are right has failed all the same if another step found it wrong.
+    wrong = {step["step"].split("/")[1] for step in result["steps"] if "/" in step["step"] and _is_wrong(step)}
+    served_by = None
+    for step in result["steps"]:
+        check, _, rest = step["step"].partition("/")
+        name = rest.partition("/")[0]
+        backend, _, level = name.partition(":")
+        if chip == "cpu" and backend:
+            if not step.get("uses"):  # the specification
+                continue
+            device = step["uses"]
+            served_by = served_by or device
+        good = step["outcome"] == "finished" and not step["failed"]
+        if check in CHECKS and step["cases"] > sum(step["skipped"].values()) and not backend.startswith("reference"):
+            whole = check in (LINEAR, "prefill")
+            yield Run(chip, device, backend, date, good and not (whole and name in wrong), check, bool(level))
+        if check == "model" and "vllm" in step["values"]:
+            yield Run(chip, served_by or device, SERVE, date, good)
 
 
 def _is_wrong(step: Mapping[str, Any]) -> bool:
     return bool(step["failed"]) or step["outcome"] not in ("finished", "out of time")
 
 
-def _run(device: str | None, what: str, date: str, good: bool = True, kind: str | None = None) -> Iterator[Run]:
-    chip = {"cuda": "gpu"}.get(kind, kind) if kind else chip_of(device or "not said")
-    if device and chip in ("gpu", "npu") and not what.startswith("reference"):
-        yield Run(chip, device, what, date, good)
-
-
 def renew(text: str, found: Sequence[Run], language: str) -> str:
     """A document with what is between its marks written anew."""
 
     def between(mark: re.Match[str]) -> str:
-        kind, _, rest = mark["key"].partition("/")
-        opening = f"<!-- ran{mark['silent']}: {mark['key']} -->"
-        if not rest:
-            return f"{opening}{_whole(kind, found, language)}<!-- end -->"
-        prefix, _, what = rest.rpartition("/")
-        names = tuple("" if name == "*" else name for name in prefix.split(","))
-        these = [run for run in found if run.chip == kind and run.device.startswith(names) and run.what == what]
-        return f"{opening}{_cell(these, bool(mark['silent']), language)}<!-- end -->"
+        about, key, silent = mark["about"], mark["key"], bool(mark["silent"])
+        kind, _, rest = key.partition("/")
+        if about == "held":
+            checks = set(kind.split(","))
+            new = _held([run for run in found if run.check in checks and run.what == rest], checks, silent, language)
+        elif not rest:
+            new = _whole(kind, found, language)
+        else:
+            prefix, _, what = rest.rpartition("/")
+            names = tuple("" if name == "*" else name for name in prefix.split(","))
+            on = [run for run in found if run.chip == kind and run.device.startswith(names) and run.what == what]
+            # Of a backend, its linears are what it is for.
+            new = _cell([run for run in on if run.check in (None, LINEAR, "prefill")], silent, language)
+        return f"<!-- {about}{mark['silent']}: {key} -->{new}<!-- end -->"
 
     return MARK.sub(between, text)
 
@@ -108,9 +155,27 @@ def _cell(these: Sequence[Run], silent: bool, language: str) -> str:
     form = FORMS[language]
     if not these:
         return "" if silent else form["none"]
+    these = [run for run in these if not run.lower] or these
     newest = max(run.date for run in these)
     good = all(run.good for run in these if run.date == newest)
-    return form["run" if good else "failed"].format(date=newest) + (form["separator"] if silent else "")
+    text = form["run" if good else "failed"].format(date=newest) + (form["lower"] if these[0].lower else "")
+    return text + (form["separator"] if silent else "")
+
+
+def _held(these: Sequence[Run], checks: set[str], silent: bool, language: str) -> str:
+    """The devices on which all of these checks were run, by their newest results."""
+    form = FORMS[language]
+    chips = []
+    for device in dict.fromkeys(run.device for run in these):
+        on = [run for run in these if run.device == device]
+        if {run.check for run in on} != checks:
+            continue
+        newest = max(run.date for run in on)
+        good = all(run.good for run in on if run.date == newest)
+        chips.append(device if good else form["wrong"].format(chip=device))
+    if not chips:
+        return "" if silent else form["none"]
+    return form["held"].format(chips=", ".join(chips)) + (form["separator"] if silent else "")
 
 
 def _whole(kind: str, found: Sequence[Run], language: str) -> str:

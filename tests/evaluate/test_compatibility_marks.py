@@ -45,6 +45,51 @@ def test_a_cell() -> None:
     assert cell("ran: npu/*/ascendc", A2, bad, later) == "run 2027-03-05"
 
 
+def test_a_processor_held_to_less_than_it_has() -> None:
+    lower = Run("cpu", "avx2", "cpu", "2027-03-05", check="linear", lower=True)
+    real = Run("cpu", "avx2", "cpu", "2027-01-01", check="linear")
+    assert cell("ran: cpu/avx2/cpu", lower) == "run 2027-03-05, on a processor that has more"
+    assert cell("ran: cpu/avx2/cpu", lower, real) == "run 2027-01-01"
+    assert cell("ran: cpu/avx512/cpu", lower) == "not run"
+    experts = Run("cpu", "avx512", "cpu", "2027-03-05", check="experts")
+    assert cell("ran: cpu/avx512/cpu", experts) == "not run"
+
+
+def test_a_claim() -> None:
+    def run(check: str, device: str = "avx2", good: bool = True, date: str = "2027-01-02") -> Run:
+        return Run("cpu", device, "cpu", date, good, check)
+
+    assert cell("held: quantize/cpu") == "not run"
+    assert cell("held?: quantize/cpu") == ""
+    assert cell("held: quantize/cpu", run("quantize"), run("quantize", "amx")) == "run: avx2, amx"
+    assert cell("held?: quantize/cpu", run("quantize")) == "run: avx2; "
+    assert cell("held: quantize/ascendc", run("quantize")) == "not run"
+    assert cell("held: linear,prefill/cpu", run("linear")) == "not run"
+    assert cell("held: linear,prefill/cpu", run("linear"), run("prefill")) == "run: avx2"
+    wrong = run("prefill", good=False, date="2027-01-03")
+    assert cell("held: linear,prefill/cpu", run("linear"), run("prefill"), wrong) == "run: avx2 (failed)"
+    assert cell("held: quantize/cpu", run("quantize"), language="zh") == "已运行：avx2"
+
+
+def step(name: str, outcome: str = "finished", failed: int = 0, **more: Any) -> dict[str, Any]:
+    """A line of a result of `validate`."""
+    return {
+        "step": name,
+        "uses": None,
+        "outcome": outcome,
+        "failed": failed,
+        "cases": 9,
+        "skipped": {},
+        "values": {},
+    } | more
+
+
+def validated(kind: str, name: str, *steps: dict[str, Any]) -> list[Run]:
+    """What a result with these steps shows."""
+    device, provenance = {"kind": kind, "name": name}, {"date": "2027-01-02"}
+    return compatibility.runs({"validate": [{"device": device, "provenance": provenance, "steps": list(steps)}]})
+
+
 @pytest.mark.parametrize(
     ("name", "outcome", "failed", "good"),
     [
@@ -57,13 +102,30 @@ def test_a_cell() -> None:
     ],
 )
 def test_right_linears_do_not_hide_what_another_step_found(name: str, outcome: str, failed: int, good: bool) -> None:
-    steps = [
-        {"step": "linear/ascendc/w8a8", "outcome": "finished", "failed": 0, "cases": 9, "values": {}},
-        {"step": name, "outcome": outcome, "failed": failed, "cases": 5, "values": {}},
+    first, *_ = validated("npu", "Ascend910B3", step("linear/ascendc/w8a8"), step(name, outcome, failed))
+    assert first == Run("npu", "Ascend910B3", "ascendc", "2027-01-02", good, "linear")
+
+
+def test_a_cpu_is_known_by_its_instruction_set() -> None:
+    found = validated(
+        "cpu",
+        "a processor",
+        step("linear/cpu/w8a8", uses="amx"),
+        step("linear/reference/w8a8"),
+        step("model", values={"vllm": {"distance": 0.1}}),
+        step("linear/cpu:avx2/w8a8", uses="avx2"),
+        step("nonfinite/cpu:portable/w8a8", failed=1, uses="portable"),
+    )
+    assert found == [
+        Run("cpu", "amx", "cpu", "2027-01-02", check="linear"),
+        Run("cpu", "amx", "serve", "2027-01-02"),
+        Run("cpu", "avx2", "cpu", "2027-01-02", check="linear", lower=True),
+        Run("cpu", "portable", "cpu", "2027-01-02", False, "nonfinite", lower=True),
     ]
-    device, provenance = {"kind": "npu", "name": "Ascend910B3"}, {"date": "2027-01-02"}
-    found = compatibility.runs({"validate": [{"device": device, "provenance": provenance, "steps": steps}]})
-    assert found == [Run("npu", "Ascend910B3", "ascendc", "2027-01-02", good)]
+
+
+def test_what_was_only_skipped_was_not_run() -> None:
+    assert validated("npu", "Ascend910B3", step("experts/triton/w8a8", skipped={"no kernels": 9})) == []
 
 
 def test_a_kind_of_chip() -> None:
@@ -97,7 +159,7 @@ def test_runs_of_result_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     made_on_an_npu(tmp_path / "results", monkeypatch)
     found = set(compatibility.runs(read_results([tmp_path / "results"])))
     assert found == {
-        Run("npu", "Ascend910B3", "ascendc", "2026-01-02"),
+        Run("npu", "Ascend910B3", "ascendc", "2026-01-02", check="linear"),
         Run("npu", "Ascend910B3", "ascendc", "2026-02-03"),
         Run("npu", "Ascend910B3", "serve", "2026-01-02"),
     }

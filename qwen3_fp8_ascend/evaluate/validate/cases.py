@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3_fp8_ascend.backends.registry import Backend
+from qwen3_fp8_ascend.backends.registry import Backend, load_backend
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.devices import Device
 from qwen3_fp8_ascend.testing.judges import Judgement
@@ -29,6 +29,8 @@ class Context:
     seed: int
     backend: Backend | None = None
     activation: Activation = Activation.W8A8
+    full_size: bool = True
+    """Whether linears and layers of a real model's size are worth their time."""
 
     def seed_of(self, case: str) -> int:
         """A case's own seed: the same whether it runs among others or alone."""
@@ -53,7 +55,8 @@ class Check:
 
     seconds: the longest that a step may take.
     each: "machine" for one step, "backend" for one a backend, "arithmetic" for one a backend and what it computes.
-    slow: whether backends that the automatic choice passes over (the specification) are left out.
+    slow: whether backends that the automatic choice passes over (the specification) are judged too.
+    lower: whether kernels for lesser processors than this one are judged too.
     """
 
     name: str
@@ -61,3 +64,21 @@ class Check:
     seconds: float
     each: str = "backend"
     slow: bool = True
+    lower: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """A check of one backend, or of the machine; `environment` is that of its process."""
+
+    name: str
+    check: Check
+    backend: str | None = None
+    activation: Activation | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    full_size: bool = True
+
+    def context(self, device: Device, seed: int) -> Context:
+        """What its cases work on."""
+        backend = load_backend(self.backend) if self.backend else None
+        return Context(device, seed, backend, self.activation or Activation.W8A8, self.full_size)

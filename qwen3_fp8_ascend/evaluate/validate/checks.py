@@ -80,7 +80,7 @@ def _linears(context: Context, wanted: Callable[[int], bool]) -> Iterator[Case]:
         for rows in filter(wanted, rows_of(backend)):
             run = functools.partial(_linear, context, rows, widths, k, dtype)
             yield Case(name_of(dtype, rows, widths, k), run)
-    if backend.by_name_only() is None:
+    if context.full_size and backend.by_name_only() is None:
         for n, k in FULL.values():
             for rows in filter(wanted, FULL_ROWS):
                 run = functools.partial(_full_size, context, rows, n, k)

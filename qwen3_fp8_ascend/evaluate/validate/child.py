@@ -77,9 +77,11 @@ def _step(request: dict[str, Any], pipe: TextIO) -> None:
     from qwen3_fp8_ascend.testing.devices import host_memory, open_device
 
     device = open_device(request["device"])
-    found = next(found for found in plan.steps(device) if found[0] == request["step"])
-    context = plan.context_of(device, request["seed"], *found[2:])
-    for case in found[1].cases(context):
+    step = plan.find(device, request["step"])
+    context = step.context(device, request["seed"])
+    if context.backend is not None and context.backend.detail is not None:
+        _say(pipe, uses=context.backend.detail())
+    for case in step.check.cases(context):
         name = f"{request['step']}/{case.name}"
         if not matches(name, request["only"]):
             continue

@@ -30,7 +30,7 @@ def layers(context: Context) -> Iterator[Case]:
         return
     for shape, dtype, rows in itertools.product(SHAPES, ops.ACTIVATION_DTYPES, ROWS):
         yield Case(_name(shape, dtype, rows), functools.partial(_layer, context, shape, dtype, rows))
-    if backend.by_name_only() is None:
+    if context.full_size and backend.by_name_only() is None:
         experts, _, hidden, intermediate = LARGE
         for rows in LARGE_ROWS:
             run = functools.partial(_layer, context, LARGE, torch.bfloat16, rows)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
-from qwen3_fp8_ascend.backends import load_backend
-from qwen3_fp8_ascend.backends.registry import usable_backends
+from qwen3_fp8_ascend.backends.registry import Backend, usable_backends
 from qwen3_fp8_ascend.evaluate.validate import checks, experts, model, probes, times
-from qwen3_fp8_ascend.evaluate.validate.cases import Check, Context
+from qwen3_fp8_ascend.evaluate.validate.cases import Check, Step
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.devices import Device
 
 CHECKS = (
     Check("probes", probes.probes, 60, each="machine"),
-    Check("quantize", checks.quantize, 60),
-    Check("dequantize", checks.dequantize, 60),
-    Check("linear", checks.decode, 120, each="arithmetic"),
-    Check("prefill", checks.many_rows, 120, each="arithmetic", slow=False),
-    Check("experts", experts.layers, 120, each="arithmetic", slow=False),
-    Check("nonfinite", checks.not_finite, 60, each="arithmetic"),
+    Check("quantize", checks.quantize, 60, lower=True),
+    Check("dequantize", checks.dequantize, 60, lower=True),
+    Check("linear", checks.decode, 120, each="arithmetic", lower=True),
+    Check("prefill", checks.many_rows, 120, each="arithmetic", slow=False, lower=True),
+    Check("experts", experts.layers, 120, each="arithmetic", slow=False, lower=True),
+    Check("nonfinite", checks.not_finite, 60, each="arithmetic", lower=True),
     Check("determinism", checks.determinism, 60, each="arithmetic", slow=False),
     Check("graph", checks.graphs, 60, each="arithmetic", slow=False),
     Check("times", times.times, 180, each="machine"),
@@ -28,26 +29,50 @@ CHECKS = (
 )
 """Another operation is one more entry."""
 
+NONE: Mapping[str, str] = MappingProxyType({})
 
-def steps(device: Device) -> Iterator[tuple[str, Check, str | None, Activation | None]]:
-    """(name, check, backend, what it computes) of each step on this machine."""
+
+def steps(device: Device) -> Iterator[Step]:
+    """Each step on this machine: first the kernels that serve here, then those for lesser processors."""
     for check in CHECKS:
         if check.each == "machine":
-            yield check.name, check, None, None
+            yield Step(check.name, check)
             continue
         for backend in usable_backends(device.place.type, check.slow):
-            if check.each == "backend":
-                yield f"{check.name}/{backend.name}", check, backend.name, None
-                continue
-            for activation in filter(backend.computes.__contains__, Activation):
-                yield f"{check.name}/{backend.name}/{activation}", check, backend.name, activation
+            yield from _steps(check, backend)
+    for backend in usable_backends(device.place.type, slow=False):
+        for check in (check for check in CHECKS if check.lower):
+            for level, environment in _lower(backend):
+                yield from _steps(check, backend, f":{level}", environment)
 
 
-def context_of(device: Device, seed: int, backend: str | None, activation: Activation | None) -> Context:
-    """What a step works on."""
-    return Context(device, seed, load_backend(backend) if backend else None, activation or Activation.W8A8)
+def _steps(check: Check, backend: Backend, level: str = "", environment: Mapping[str, str] = NONE) -> Iterator[Step]:
+    name = f"{check.name}/{backend.name}{level}"
+    if check.each == "backend":
+        yield Step(name, check, backend.name, None, environment, not level)
+        return
+    for activation in filter(backend.computes.__contains__, Activation):
+        yield Step(f"{name}/{activation}", check, backend.name, activation, environment, not level)
+
+
+def _lower(backend: Backend) -> list[tuple[str, Mapping[str, str]]]:
+    """Levels below the one in use, the best first."""
+    levels = list(backend.levels().items())
+    names = [name for name, _ in levels]
+    used = names.index(backend.detail()) if backend.detail and names else 0
+    return levels[:used][::-1]
+
+
+def find(device: Device, name: str) -> Step:
+    """The step of that name, in the process that runs it: there its level is the one in use."""
+    plain = "/".join(part.partition(":")[0] for part in name.split("/"))
+    step = next(step for step in steps(device) if step.name == plain)
+    return replace(step, name=name, full_size=":" not in name)
 
 
 def outline(device: Device) -> list[dict[str, Any]]:
-    """The steps as the process that runs them knows them."""
-    return [{"step": name, "seconds": check.seconds} for name, check, _, _ in steps(device)]
+    """The steps as the process that starts theirs knows them."""
+    return [
+        {"step": step.name, "seconds": step.check.seconds, "environment": dict(step.environment)}
+        for step in steps(device)
+    ]

@@ -153,8 +153,7 @@ def _run(request: Request, kind: str, step: dict[str, Any], seconds: float, watc
     with tempfile.TemporaryFile() as errors, os.fdopen(reading, "rb", buffering=0) as pipe:
         process = subprocess.Popen(
             line,
-            # torch loads torch_npu by itself, which may not be whole where nobody asks for it.
-            env=os.environ | ({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} if kind in ("cpu", "cuda") else {}),
+            env=os.environ | _environment(kind) | step.get("environment", {}),
             pass_fds=[writing],
             stdin=subprocess.DEVNULL,
             stdout=errors,
@@ -197,6 +196,11 @@ def _run(request: Request, kind: str, step: dict[str, Any], seconds: float, watc
     if record["at"]:
         record["repeat"] = repeat(kind, request, record["at"])
     return record
+
+
+def _environment(kind: str) -> dict[str, str]:
+    """torch loads torch_npu by itself, which may not be whole where nobody asks for it."""
+    return {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} if kind in ("cpu", "cuda") else {}
 
 
 def _lines(pipe: Any, end: float) -> Iterator[dict[str, Any]]:
@@ -244,6 +248,7 @@ def _record(
                 worst[measure] = {"value": value, "limit": limit, "share": share, "case": case["case"]}
     record = {
         "step": step["step"],
+        "uses": next((line["uses"] for line in lines if "uses" in line), None),
         "outcome": outcome,
         "detail": detail,
         "at": None,

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import pytest
 import torch
 
 from benchmarks import predictions
-from qwen3_fp8_ascend.backends import prefill
+from qwen3_fp8_ascend.backends import cpu, prefill
 from qwen3_fp8_ascend.backends.registry import load_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.evaluate.validate import checks, child, model, plan, times
-from qwen3_fp8_ascend.evaluate.validate.cases import Case
+from qwen3_fp8_ascend.evaluate.validate import checks, child, model, plan, run, times
+from qwen3_fp8_ascend.evaluate.validate.cases import Case, Context
 from qwen3_fp8_ascend.testing import devices
 from qwen3_fp8_ascend.testing.devices import open_device
 from qwen3_fp8_ascend.testing.judges import random_problem
@@ -42,7 +43,7 @@ def test_the_model_is_transformers_qwen3(tmp_path: Path) -> None:
 
 
 def test_a_model_with_wrong_scales_is_noticed() -> None:
-    context = plan.context_of(open_device("cpu"), 0, None, None)
+    context = Context(open_device("cpu"), 0)
     with torch.inference_mode():
         assert model._in_torch(context, "cpu", 5).faults == []
         sizes = model._Sizes(qwen3_config(), 5)
@@ -132,11 +133,39 @@ def test_pytest_refuses_a_device_that_is_not_there() -> None:
 
 
 def test_every_backend_for_a_cpu_is_judged_in_every_way() -> None:
-    names = {name for name, *_ in plan.steps(open_device("cpu"))}
+    names = {step.name for step in plan.steps(open_device("cpu"))}
     for check in ("linear", "prefill", "experts", "nonfinite", "determinism", "graph", "compile"):
         assert {f"{check}/cpu/w8a8", f"{check}/cpu/w8a16"} <= names
     assert {"linear/reference/w8a8", "quantize/cpu", "dequantize/cpu", "probes", "times", "model"} <= names
     assert json.dumps(plan.outline(open_device("cpu")))
+
+
+def test_instruction_sets_below_the_one_in_use_are_judged_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = open_device("cpu")
+    monkeypatch.setattr(cpu, "isas", lambda: ("portable", "avx2", "avx512"))
+    for used, lower in (("avx512", ["avx2", "portable"]), ("avx2", ["portable"]), ("portable", [])):
+        monkeypatch.setattr(plan, "usable_backends", lambda *_, **__: [replace(cpu.BACKEND, detail=lambda: used)])  # noqa: B023
+        held = {step.name: step for step in plan.steps(device) if ":" in step.name}
+        levels = list(dict.fromkeys(name.split("/")[1].removeprefix("cpu:") for name in held))
+        assert levels == lower
+        for level in lower:
+            step = held[f"linear/cpu:{level}/w8a8"]
+            assert step.environment == {cpu.ENVIRONMENT_VARIABLE: level} and not step.full_size
+            assert f"quantize/cpu:{level}" in held
+    step = plan.find(device, "linear/cpu:avx2/w8a16")
+    assert (step.name, step.activation, step.full_size) == ("linear/cpu:avx2/w8a16", checks.Activation.W8A16, False)
+
+
+def test_a_process_for_a_lower_instruction_set_uses_it() -> None:
+    level = cpu.isas()[0]
+    if level == cpu.isa():
+        pytest.skip("this machine has one instruction set only")
+    request = run.Request("cpu", only=f"linear/cpu:{level}/w8a8/bfloat16/m1/*")
+    result, _ = run.validate(request, None, lambda text: None)
+    (step,) = result["steps"]
+    assert (step["step"], step["outcome"], step["failed"]) == (f"linear/cpu:{level}/w8a8", "finished", 0)
+    assert step["uses"] == level
+    assert step["cases"] == len(checks.SMALL)
 
 
 def test_a_dequantization_off_by_one_unit_in_the_last_place() -> None:
