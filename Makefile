@@ -9,7 +9,7 @@ MODEL ?=
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
-$(VENV)/.dependencies: pyproject.toml constraints.txt scripts/create_venv.sh tools/vllm_metadata/setup.py
+$(VENV)/.dependencies: pyproject.toml constraints.txt scripts/create_venv.sh $(wildcard tools/*/*.py)
 	PYTHON=$(PYTHON) scripts/create_venv.sh $(VENV)
 	@touch $@
 

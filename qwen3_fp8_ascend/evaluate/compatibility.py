@@ -117,6 +117,8 @@ def _validated(result: Result, date: str) -> Iterator[Run]:
                 continue
             device = step["uses"]
             served_by = served_by or device
+        if step["outcome"] == "out of time" and not step["failed"]:
+            continue
         good = step["outcome"] == "finished" and not step["failed"]
         if check in CHECKS and step["cases"] > sum(step["skipped"].values()) and not backend.startswith("reference"):
             whole = check in (LINEAR, "prefill")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +109,23 @@ def write_qwen3(folder: Path, seed: int = 0, **changes: Any) -> Path:
     return folder
 
 
-def write_byte_tokenizer(folder: Path) -> None:
-    """A tokenizer whose 256 tokens are the bytes, with <bos> = 256 and <eos> = 257."""
+def byte_tokenizer(special: Sequence[str] = ()) -> Any:
+    """A tokenizer whose 256 tokens are the bytes, with <bos> = 256, <eos> = 257, and further special ones from 258."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*alphabet, "<bos>", "<eos>"])}
+    vocabulary = {token: i for i, token in enumerate([*alphabet, "<bos>", "<eos>", *special])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>").save_pretrained(folder)
+    more = {"additional_special_tokens": list(special)} if special else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", **more)
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """Write `byte_tokenizer` into a checkpoint's folder."""
+    byte_tokenizer().save_pretrained(folder)
 
 
 def write_block_fp8_qwen3(folder: Path, seed: int = 0, **changes: Any) -> Path:

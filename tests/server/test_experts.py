@@ -84,6 +84,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: write_experts(folder / family, family) for family in FAMILIES}
 
 
+BF16 = {"dtype": "bfloat16"}
 BF16_ONLY = "qwen3_next"
 """vLLM's delta net on a CPU is for bf16: there the model's own rounding is what is seen."""
 
@@ -111,7 +112,7 @@ def test_families_against_the_same_weights_dequantized(families: dict[str, Path]
 
 
 def _dtype(family: str) -> dict[str, Any]:
-    return {"dtype": "bfloat16"} if family == BF16_ONLY else {}
+    return BF16 if family == BF16_ONLY else {}
 
 
 def _master(folder: Path) -> Path:

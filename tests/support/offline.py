@@ -30,6 +30,10 @@ class Run:
 
     model: str
     options: dict[str, Any] = field(default_factory=dict)
+    image: str | None = None
+    """Text that is put before each prompt to show it an image of noise."""
+    seed: int = 0
+    """Of the images."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,22 @@ def ask(run: Run) -> dict[str, Any]:
     options: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True} | run.options
     llm = LLM(run.model, **options)
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, prompt_logprobs=0, ignore_eos=True)
-    outputs = llm.generate(list(TEXTS), sampling, use_tqdm=False)
+    outputs = llm.generate([_prompt(text, run) for text in TEXTS], sampling, use_tqdm=False)
     logprobs = [next(iter(entry.values())).logprob for out in outputs for entry in out.prompt_logprobs[1:]]
     tokens = [list(out.outputs[0].token_ids) for out in outputs]
     del llm, outputs
     cleanup_dist_env_and_memory()
     gc.collect()
     return {"logprobs": logprobs, "tokens": tokens}
+
+
+def _prompt(text: str, run: Run) -> Any:
+    if run.image is None:
+        return text
+    from PIL import Image
+
+    pixels = np.random.default_rng(run.seed).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    return {"prompt": run.image + text, "multi_modal_data": {"image": Image.fromarray(pixels)}}
 
 
 if __name__ == "__main__":

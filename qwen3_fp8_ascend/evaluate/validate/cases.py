@@ -29,8 +29,8 @@ class Context:
     seed: int
     backend: Backend | None = None
     activation: Activation = Activation.W8A8
-    full_size: bool = True
-    """Whether linears and layers of a real model's size are worth their time."""
+    thorough: bool = True
+    """Whether every number of rows, and linears and layers of a real model's size, are worth their time."""
 
     def seed_of(self, case: str) -> int:
         """A case's own seed: the same whether it runs among others or alone."""
@@ -76,9 +76,9 @@ class Step:
     backend: str | None = None
     activation: Activation | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
-    full_size: bool = True
+    thorough: bool = True
 
     def context(self, device: Device, seed: int) -> Context:
         """What its cases work on."""
         backend = load_backend(self.backend) if self.backend else None
-        return Context(device, seed, backend, self.activation or Activation.W8A8, self.full_size)
+        return Context(device, seed, backend, self.activation or Activation.W8A8, self.thorough)

@@ -67,7 +67,7 @@ def find(device: Device, name: str) -> Step:
     """The step of that name, in the process that runs it: there its level is the one in use."""
     plain = "/".join(part.partition(":")[0] for part in name.split("/"))
     step = next(step for step in steps(device) if step.name == plain)
-    return replace(step, name=name, full_size=":" not in name)
+    return replace(step, name=name, thorough=":" not in name)
 
 
 def outline(device: Device) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import importlib.util
 import json
 import math
 import os
@@ -79,7 +80,9 @@ def validate(request: Request, journal: Path | None, say: Say) -> tuple[dict[str
             continue
         watch = _Watch(say, f"{number} of {len(steps)}: {name}")
         record = scrub(_run(request, machine["kind"], step, min(step["seconds"], left), watch))
-        if notes:
+        if record["outcome"] == "timed out" and left < step["seconds"]:
+            record |= {"outcome": "out of time", "detail": f"the {request.minutes:g} minutes were over", "repeat": None}
+        elif notes:
             notes.note(record)
         records.append(record)
     if request.only != "*":
@@ -200,7 +203,8 @@ def _run(request: Request, kind: str, step: dict[str, Any], seconds: float, watc
 
 def _environment(kind: str) -> dict[str, str]:
     """torch loads torch_npu by itself, which may not be whole where nobody asks for it."""
-    return {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} if kind in ("cpu", "cuda") else {}
+    unwanted = kind in ("cpu", "cuda") and importlib.util.find_spec("torch_npu") is not None
+    return {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} if unwanted else {}
 
 
 def _lines(pipe: Any, end: float) -> Iterator[dict[str, Any]]:

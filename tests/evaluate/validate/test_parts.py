@@ -150,10 +150,10 @@ def test_instruction_sets_below_the_one_in_use_are_judged_too(monkeypatch: pytes
         assert levels == lower
         for level in lower:
             step = held[f"linear/cpu:{level}/w8a8"]
-            assert step.environment == {cpu.ENVIRONMENT_VARIABLE: level} and not step.full_size
+            assert step.environment == {cpu.ENVIRONMENT_VARIABLE: level} and not step.thorough
             assert f"quantize/cpu:{level}" in held
     step = plan.find(device, "linear/cpu:avx2/w8a16")
-    assert (step.name, step.activation, step.full_size) == ("linear/cpu:avx2/w8a16", checks.Activation.W8A16, False)
+    assert (step.name, step.activation, step.thorough) == ("linear/cpu:avx2/w8a16", checks.Activation.W8A16, False)
 
 
 def test_a_process_for_a_lower_instruction_set_uses_it() -> None:
