@@ -54,6 +54,8 @@ class Check:
     seconds: the longest that a step may take.
     each: "machine" for one step, "backend" for one a backend, "arithmetic" for one a backend and what it computes.
     slow: whether backends that the automatic choice passes over (the specification) are left out.
+    all_scales: whether one for each arithmetic includes W8A8 with scales that are powers of two, which is W8A8 but for
+        the quantization.
     """
 
     name: str
@@ -61,3 +63,4 @@ class Check:
     seconds: float
     each: str = "backend"
     slow: bool = True
+    all_scales: bool = False
