@@ -23,9 +23,15 @@ WEIGHT_SUFFIX = ".weight"
 SCALE_SUFFIX = ".weight_scale_inv"
 """In spite of its name the checkpoint's ``weight_scale_inv`` MULTIPLIES the codes."""
 
-SCALE_DTYPES = ("F32", "BF16")
-"""safetensors dtypes seen for ``weight_scale_inv``; bf16 is upcast to fp32 at load."""
+SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
+"""safetensors dtypes seen for ``weight_scale_inv``; all become fp32 at load, which is exact."""
 
+FP32_SCALES, UE8M0_SCALES = "fp32", "ue8m0"
+"""What ``scale_fmt`` says of all scales, those of activations included: any fp32 numbers, or powers of two."""
+
+
+SCALE_FORMATS = {**dict.fromkeys(("none", "float", "fp32", "float32"), FP32_SCALES), "ue8m0": UE8M0_SCALES}
+"""Spellings of ``scale_fmt``, in lower case."""
 
 MAX_IGNORED = 1 << 16
 """Bound on the names of an ignore list: many times what the largest models have."""
@@ -38,6 +44,8 @@ class Activation(str, Enum):
     """Quantized to e4m3 in groups of channels first: what the checkpoint's ``"activation_scheme": "dynamic"`` says."""
     W8A16 = "w8a16"
     """Taken as it is."""
+    W8A8_UE8M0 = "w8a8-ue8m0"
+    """As W8A8, each group's scale rounded up to a power of two: what W8A8 means where ``"scale_fmt": "ue8m0"``."""
 
     def __str__(self) -> str:
         return self.value
@@ -50,7 +58,7 @@ class Activation(str, Enum):
             BlockFp8Error: there is no such value.
         """
         word = {"dynamic": "w8a8", "none": "w8a16"}.get(text, text) if isinstance(text, str) else text
-        if word in (cls.W8A8.value, cls.W8A16.value):
+        if isinstance(word, str) and word in list(cls):
             return cls(word)
         raise BlockFp8Error("unknown activation mode", where=where, expected=" or ".join(cls), got=describe(text))
 
@@ -152,18 +160,20 @@ class BlockFp8Config:
     """What a checkpoint's ``quantization_config`` says, checked.
 
     ``ignored`` names modules that stay unquantized (``ignored_layers`` or ``modules_to_not_convert``).
+    ``scale_fmt`` is `FP32_SCALES` or `UE8M0_SCALES`.
     """
 
     block: BlockSize = DEFAULT_BLOCK
     ignored: tuple[str, ...] = ()
+    scale_fmt: str = FP32_SCALES
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str = "config.json: quantization_config") -> BlockFp8Config:
         """Parse and check a ``quantization_config``.
 
         Raises:
-            BlockFp8Error: not FP8, no block size, static or per-tensor activations, another FP8 format,
-                or ue8m0 scales. The message names the key.
+            BlockFp8Error: not FP8, no block size, static or per-tensor activations, another FP8 format, or scales of
+                a format that is not known. The message names the key.
         """
         if not isinstance(config, Mapping):
             raise BlockFp8Error("quantization_config is not an object", where=where, got=type(config).__name__)
@@ -184,11 +194,10 @@ class BlockFp8Config:
             raise refuse("fmt", "'e4m3'", quantize_hint)
         if config.get("activation_scheme", "dynamic") != "dynamic":
             raise refuse("activation_scheme", "'dynamic' (one scale per token and 128 channels)", quantize_hint)
-        scale_fmt = config.get("scale_fmt")
-        if scale_fmt is not None and (
-            not isinstance(scale_fmt, str) or scale_fmt.lower() not in ("float", "fp32", "float32", "none")
-        ):
-            raise refuse("scale_fmt", "fp32 scales ('ue8m0' is not supported)", quantize_hint)
+        named = config.get("scale_fmt")
+        scale_fmt = SCALE_FORMATS.get("none" if named is None else named.lower() if isinstance(named, str) else "")
+        if scale_fmt is None:
+            raise refuse("scale_fmt", "'ue8m0' (powers of two), or 'float' or nothing (fp32)", quantize_hint)
         sizes = config.get("weight_block_size")
         if (
             not isinstance(sizes, Sequence)
@@ -211,7 +220,14 @@ class BlockFp8Config:
                     fix="correct the list in config.json",
                 )
             ignored |= dict.fromkeys(names)
-        return cls(BlockSize(*sizes), tuple(ignored))
+        return cls(BlockSize(*sizes), tuple(ignored), scale_fmt)
+
+    def activation(self, asked: Activation) -> Activation:
+        """What a linear of this checkpoint does with x where a user asks for `asked`: W8A8 has the checkpoint's scales.
+
+        The one place where that is decided.
+        """
+        return Activation.W8A8_UE8M0 if asked is Activation.W8A8 and self.scale_fmt == UE8M0_SCALES else asked
 
     def to_dict(self) -> dict[str, Any]:
         """The ``quantization_config`` to write into config.json."""
@@ -221,6 +237,8 @@ class BlockFp8Config:
             "activation_scheme": "dynamic",
             "weight_block_size": list(self.block),
         }
+        if self.scale_fmt != FP32_SCALES:
+            out["scale_fmt"] = self.scale_fmt
         if self.ignored:
             out["modules_to_not_convert"] = list(self.ignored)
         return out

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.backends import grouped
 from qwen3_fp8_ascend.backends.gradients import refuse_gradients
-from qwen3_fp8_ascend.backends.registry import LOADED, PackedWeight, select_backend
+from qwen3_fp8_ascend.backends.registry import LOADED, Backend, PackedWeight, select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import (
     DEFAULT_BLOCK,
@@ -27,6 +28,8 @@ DAMAGED = "the checkpoint does not fit the model or is damaged; look at it with 
 
 ACTIVATION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float8_e8m0fnu)
+
 __all__ = [
     "PackedWeight",
     "block_experts",
@@ -40,23 +43,31 @@ __all__ = [
 
 
 def quantize_activation(
-    x: torch.Tensor, *, block_k: int = DEFAULT_BLOCK.k, backend: str | None = None
+    x: torch.Tensor,
+    *,
+    block_k: int = DEFAULT_BLOCK.k,
+    activation: Activation | str = Activation.W8A8,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize each group of `block_k` consecutive channels of a token to e4m3 with an fp32 scale.
 
     Shapes: x (..., k) bf16/fp16/fp32 -> codes (..., k) float8_e4m3fn, scale (..., ceil(k / block_k)) fp32.
+    activation: W8A8, or W8A8_UE8M0 for scales that are powers of two.
     Raises:
-        BlockFp8Error: x is a scalar, sparse or of another dtype, block_k is no positive 64-bit integer, a gradient is
-            wanted (`refuse_gradients`), or the backend cannot run here.
+        BlockFp8Error: x is a scalar, sparse or of another dtype, block_k is no positive 64-bit integer, W8A16, a
+            gradient is wanted (`refuse_gradients`), or the backend cannot run here or has no such scales.
     Semantics and source: `qwen3_fp8_ascend.reference.quantize_activation`, bit for bit.
     """
     _check_activation(x)
     check_block_sizes((block_k,), "block_k")
+    activation = _activation(activation)
+    if activation is Activation.W8A16:
+        raise BlockFp8Error("W8A16 does not quantize activations", expected="w8a8 or w8a8-ue8m0", got=activation)
     refuse_gradients("quantize_activation", x)
-    chosen = LOADED[_choose(backend, x.device.type)]
+    chosen = LOADED[_choose(backend, x.device.type, computes=activation)]
     rows = _as_rows(x)
     if rows.numel():
-        codes, scale = chosen.quantize_activation(rows, block_k)
+        codes, scale = chosen.quantize_activation(rows, block_k, activation)
     else:
         codes = rows.new_empty(rows.shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
         scale = rows.new_empty(rows.shape[0], ceil_div(rows.shape[1], block_k), dtype=torch.float32)
@@ -73,8 +84,8 @@ def dequantize_weight(
 ) -> torch.Tensor:
     """Multiply e4m3 codes by their block's scale.
 
-    Shapes: weight (n, k) float8_e4m3fn, scale `grid.scale_shape` fp32 or bf16 -> (n, k) `dtype`; without a grid, one
-        shard in blocks of 128 x 128.
+    Shapes: weight (n, k) float8_e4m3fn, scale `grid.scale_shape` fp32, bf16 or float8_e8m0fnu -> (n, k) `dtype`;
+        without a grid, one shard in blocks of 128 x 128.
     Raises:
         BlockFp8Error: wrong dtype, layout or shape, a gradient is wanted (`refuse_gradients`), or the backend cannot
             run here.
@@ -89,7 +100,7 @@ def dequantize_weight(
     chosen = LOADED[_choose(backend, weight.device.type, *grid.block)]
     if not weight.numel():
         return weight.new_empty(weight.shape, dtype=dtype)
-    return chosen.dequantize_weight(_contiguous_codes(weight), scale.float().contiguous(), grid, dtype)
+    return chosen.dequantize_weight(_contiguous_codes(weight), _fp32_scales(scale), grid, dtype)
 
 
 def pack_weight(
@@ -104,8 +115,8 @@ def pack_weight(
 ) -> PackedWeight:
     """Lay a weight out for a backend, once; the result is the only copy that has to stay resident.
 
-    Shapes: weight (n, k) float8_e4m3fn, scale `grid.scale_shape` fp32 or bf16; without a grid, one shard in blocks of
-        128 x 128.
+    Shapes: weight (n, k) float8_e4m3fn, scale `grid.scale_shape` fp32, bf16 or float8_e8m0fnu; without a grid, one
+        shard in blocks of 128 x 128.
     names: of the modules that the grid's shards are, for errors.
     activation: what the weight will be used with, so that a backend that cannot compute it is refused here, not at the
         first token.
@@ -115,9 +126,10 @@ def pack_weight(
     """
     grid = _check_weight(weight, scale, grid)
     chosen = select_backend(backend, weight.device.type, _activation(activation), grid.block)
+    scale = _fp32_scales(scale)
     if check_values:
         _check_values(weight, scale, grid, names, chosen.max_scale)
-    tensors = chosen.pack(_contiguous_codes(weight), scale.float().contiguous(), grid)
+    tensors = chosen.pack(_contiguous_codes(weight), scale, grid)
     return PackedWeight(chosen.name, grid, tensors, chosen.layout())
 
 
@@ -131,8 +143,8 @@ def block_linear(
 
     Shapes: x (..., k) bf16/fp16/fp32, bias (n,) -> (..., n) in x.dtype.
     Raises:
-        BlockFp8Error: shapes, dtypes, layouts or devices that do not fit, or a gradient is wanted
-            (`refuse_gradients`).
+        BlockFp8Error: shapes, dtypes, layouts or devices that do not fit, an activation that the weight's backend does
+            not compute, or a gradient is wanted (`refuse_gradients`).
     Semantics and source: `qwen3_fp8_ascend.reference.block_linear`, up to the order of fp32 additions.
     """
     _check_activation(x)
@@ -151,9 +163,9 @@ def block_linear(
             )
         bias = (bias if bias.dtype in ACTIVATION_DTYPES else bias.float()).contiguous()
     refuse_gradients("block_linear", x, bias)
-    rows = _as_rows(x)
+    rows, backend = _as_rows(x), _backend_of(packed, activation)
     if rows.shape[0] and packed.n and packed.k:
-        out = LOADED[packed.backend].linear(rows, packed, bias, activation)
+        out = backend.linear(rows, packed, bias, activation)
     else:
         out = rows.new_zeros(rows.shape[0], packed.n)
         out = out if bias is None else out + bias.to(out.dtype)
@@ -173,8 +185,8 @@ def pack_experts(
     """`pack_weight` for one weight of each expert of a layer: all in one piece of memory, checked and laid out in turn.
 
     Shapes: weights (E, n, k) float8_e4m3fn, or E of (n, k) that come one by one, so that none has to stay; scales
-        (E, *grid.scale_shape) fp32 or bf16. The gate and up projections together are a grid of two shards, the gate
-        first; without a grid, one shard in blocks of 128 x 128.
+        (E, *grid.scale_shape) fp32, bf16 or float8_e8m0fnu. The gate and up projections together are a grid of two
+        shards, the gate first; without a grid, one shard in blocks of 128 x 128.
     names: of the grid's shards, or of every expert's, one expert after the other; errors say which expert's it is.
     activation, check_values: as for `pack_weight`.
     Raises:
@@ -196,6 +208,7 @@ def pack_experts(
     grid = _check_weight(first, scales[0], grid)
     chosen = select_backend(backend, scales.device.type, _activation(activation), grid.block, experts=True)
     assert chosen.pack_experts is not None
+    scales = _fp32_scales(scales)
 
     def checked() -> Iterator[torch.Tensor]:
         count = 0
@@ -215,7 +228,7 @@ def pack_experts(
             more = "more" if count > scales.shape[0] else "fewer"
             raise BlockFp8Error(f"there are {more} weights than scales", expected=scales.shape[0], got=count)
 
-    tensors = chosen.pack_experts(checked(), scales.float().contiguous(), grid)
+    tensors = chosen.pack_experts(checked(), scales, grid)
     groups = scales.shape[0]
     return PackedWeight(
         chosen.name, grid, tensors if groups > 1 else tuple(t[0] for t in tensors), chosen.layout(), groups
@@ -230,8 +243,8 @@ def grouped_linear(
     Shapes: x (m, k) bf16/fp16/fp32, ends (E,) int64 on x's device: rows [ends[e - 1], ends[e]) are expert e's
         -> (m, n) in x.dtype. Rows behind the last end are nobody's, and what is in their outputs is not specified.
     Raises:
-        BlockFp8Error: shapes, dtypes, layouts or devices that do not fit, a backend that has no grouped linear, or a
-            gradient is wanted (`refuse_gradients`).
+        BlockFp8Error: shapes, dtypes, layouts or devices that do not fit, a backend that has no grouped linear or does
+            not compute `activation`, or a gradient is wanted (`refuse_gradients`).
         BlockFp8Error or RuntimeError, on a CPU: ends that decrease or lie behind the last row. A device would have to
             wait for a look.
     Semantics and source: `qwen3_fp8_ascend.reference.grouped_linear`, up to the order of fp32 additions.
@@ -239,7 +252,7 @@ def grouped_linear(
     _check_tokens(x, packed)
     activation = _activation(activation)
     _check_operand("ends", ends, (packed.groups,), (torch.int64,), x.device)
-    backend = LOADED[packed.backend]
+    backend = _backend_of(packed, activation)
     if backend.grouped_linear is None:
         raise BlockFp8Error(f"the backend {packed.backend!r} has no grouped linear", fix="use block_experts")
     refuse_gradients("grouped_linear", x)
@@ -261,7 +274,8 @@ def block_experts(
     Shapes: x (m, hidden) bf16/fp16/fp32; w13 of two shards (gate, up) of `intermediate` rows; topk_weights (m, top_k)
         floating point, topk_ids (m, top_k) int32 or int64 -> (m, hidden) in x.dtype. An id of -1 adds nothing.
     Raises:
-        BlockFp8Error: shapes, dtypes, layouts or devices that do not fit, or a gradient is wanted (`refuse_gradients`).
+        BlockFp8Error: shapes, dtypes, layouts or devices that do not fit, an activation that the weights' backend does
+            not compute, or a gradient is wanted (`refuse_gradients`).
         BlockFp8Error or RuntimeError, on a CPU: an id below -1, or not below the number of experts. On a device, which
             would have to wait for a look, such an id adds nothing.
     Semantics and source: `qwen3_fp8_ascend.reference.block_experts`, up to the order of fp32 additions in its linears.
@@ -290,7 +304,7 @@ def block_experts(
     refuse_gradients("block_experts", x, topk_weights)
     if not (x.shape[0] and topk_ids.shape[1] and w13.k and w2.k):
         return torch.zeros_like(x)
-    backend = LOADED[w13.backend]
+    backend = _backend_of(w13, activation)
     operands = _as_rows(x), w13, w2, topk_weights.float().contiguous(), topk_ids.contiguous(), activation
     if backend.block_experts is not None:
         return backend.block_experts(*operands)
@@ -349,6 +363,7 @@ def check_scale_values(scale: torch.Tensor, where: object = None, limit: float =
     Raises:
         BlockFp8Error: with the count and the first position.
     """
+    scale = reference.scales_as_fp32(scale)
     bad = ~(torch.isfinite(scale) & (scale >= 0) & (scale <= limit))
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
@@ -366,10 +381,36 @@ def check_scale_values(scale: torch.Tensor, where: object = None, limit: float =
 
 @torch.compiler.assume_constant_result
 def _choose(
-    backend: str | None, device_type: str, block_n: int = DEFAULT_BLOCK.n, block_k: int = DEFAULT_BLOCK.k
+    backend: str | None,
+    device_type: str,
+    block_n: int = DEFAULT_BLOCK.n,
+    block_k: int = DEFAULT_BLOCK.k,
+    computes: Activation | None = None,
 ) -> str:
     """The name of the backend to use. `select_backend` looks at files: torch.compile calls it and does not trace it."""
-    return select_backend(backend, device_type, block=BlockSize(block_n, block_k)).name
+    return select_backend(backend, device_type, computes, BlockSize(block_n, block_k)).name
+
+
+def _backend_of(packed: PackedWeight, activation: Activation) -> Backend:
+    """The backend of a packed weight.
+
+    Raises:
+        BlockFp8Error: it does not compute `activation`, and must not compute something else in silence.
+    """
+    backend = LOADED[packed.backend]
+    if activation not in backend.computes:
+        raise BlockFp8Error(
+            f"the backend {packed.backend!r} does not compute {activation}",
+            expected=" or ".join(sorted(backend.computes)),
+            got=activation,
+            fix="pack the weight for a backend that does; `qwen3-fp8-ascend doctor` lists them",
+        )
+    return backend
+
+
+def _fp32_scales(scale: torch.Tensor) -> torch.Tensor:
+    """What a `Backend` is given."""
+    return reference.scales_as_fp32(scale).contiguous()
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -451,8 +492,8 @@ def _check_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid | N
             expected=tuple(weight.shape),
             got=(grid.n, grid.k),
         )
-    if scale.dtype not in (torch.float32, torch.bfloat16):
-        raise BlockFp8Error("unsupported scale dtype", expected="float32 or bfloat16", got=scale.dtype)
+    if scale.dtype not in SCALE_DTYPES:
+        raise BlockFp8Error("unsupported scale dtype", expected=_names(SCALE_DTYPES), got=scale.dtype)
     if tuple(scale.shape) != grid.scale_shape:
         raise BlockFp8Error(
             f"the scale does not fit a weight of shape {tuple(weight.shape)} with shards {grid.widths} "

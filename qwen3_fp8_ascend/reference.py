@@ -19,16 +19,22 @@ NAN_CODE = 0x7F
 """The one NaN code that quantization produces, whatever the sign of the NaN."""
 
 
-def quantize_activation(x: torch.Tensor, block_k: int = DEFAULT_BLOCK.k) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_activation(
+    x: torch.Tensor, block_k: int = DEFAULT_BLOCK.k, activation: Activation = Activation.W8A8
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize each group of `block_k` consecutive channels of a token to e4m3 with an fp32 scale.
 
     Shapes: x (..., k) bf16/fp16/fp32 -> codes (..., k) float8_e4m3fn, scale (..., ceil(k / block_k)) fp32.
-    Semantics: scale = max(amax(|group|), 1e-10) / 448 by true division; code = round-to-nearest-even of
-        x / scale (true division), clamped to +-448. A ragged last group uses the channels it has. A NaN
-        makes its whole group NaN; an infinity makes the scale infinite, itself NaN and the rest zero.
+    Semantics: scale = max(amax(|group|), 1e-10) / 448 by true division, in W8A8_UE8M0 then rounded up to a power of
+        two (`round_up_to_power_of_two`); code = round-to-nearest-even of x / scale (true division), clamped to +-448.
+        A ragged last group uses the channels it has. A NaN makes its whole group NaN; an infinity makes the scale
+        infinite, itself NaN and the rest zero.
     Source: ``native_per_token_group_quant_fp8`` of vLLM's tests: byte-identical for finite input in groups whose
         largest magnitude is at least 1e-10. Below, as in groups of zeros, bf16 and fp16 differ: that helper applies the
         floor in the dtype of x. vLLM's ``QuantFP8`` has a higher floor and is byte-identical from 1/512 on.
+        ue8m0: the same place of vLLM with ``use_ue8m0`` (``exp2(ceil(log2(scale)))`` after the floor), its logarithm
+        taken exactly, as DeepGEMM's ``ceil_to_ue8m0`` does by bits. Floors differ there too: DeepGEMM's is 1e-4, that
+        of vLLM's CUDA kernel is 1e-10 for the scale instead of the maximum.
     """
     k = x.shape[-1]
     groups = ceil_div(k, block_k)
@@ -36,9 +42,36 @@ def quantize_activation(x: torch.Tensor, block_k: int = DEFAULT_BLOCK.k) -> tupl
     padded = torch.nn.functional.pad(x.float(), (0, groups * block_k - k))
     grouped = padded.unflatten(-1, (groups, block_k))
     scale = grouped.abs().amax(-1).clamp_min(AMAX_FLOOR) / E4M3_MAX
+    if activation is Activation.W8A8_UE8M0:
+        scale = round_up_to_power_of_two(scale)
     scaled = (grouped / scale.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
     codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8).masked_fill(scaled.isnan(), NAN_CODE)
     return codes.flatten(-2)[..., :k].contiguous().view(torch.float8_e4m3fn), scale
+
+
+def round_up_to_power_of_two(scale: torch.Tensor) -> torch.Tensor:
+    """The smallest power of two that is not below a scale, by its bits: logarithms of a device need not be exact.
+
+    Shapes: scale, any shape, fp32, normal positive numbers up to 2^127 -> the same shape. Infinity and NaN stay.
+    Source: the numbers of e8m0 in the OCP Microscaling specification 1.0, 5.4.1, but its 2^-127.
+    """
+    mantissa = (1 << 23) - 1
+    up = (scale.view(torch.int32) + mantissa) & ~mantissa  # carries into the exponent unless the mantissa is zero
+    return torch.where(scale.isnan(), scale, up.view(torch.float32))
+
+
+def scales_as_fp32(scale: torch.Tensor) -> torch.Tensor:
+    """A checkpoint's scales as fp32, which holds all of them exactly.
+
+    Shapes: scale, any shape, fp32, bf16 or float8_e8m0fnu -> the same shape.
+    Semantics: byte b of e8m0 is 2^(b - 127), 0xFF NaN. Made by bits, since a device without FP8 casts none; 2^-127 is
+        subnormal in fp32.
+    """
+    if scale.dtype != torch.float8_e8m0fnu:
+        return scale.float()
+    exponent = scale.view(torch.uint8).to(torch.int32)
+    bits = torch.where(exponent == 0, 1 << 22, torch.where(exponent == 0xFF, 0x7FC00000, exponent << 23))
+    return bits.to(torch.int32).view(torch.float32)
 
 
 def row_scales(scale: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
@@ -47,7 +80,7 @@ def row_scales(scale: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
     Shapes: scale `grid.scale_shape` -> (n, ceil(k / block.k)) fp32.
     """
     index = [span.scale_row for span in grid.spans() for _ in range(span.rows)]
-    return scale.float().index_select(0, torch.tensor(index, dtype=torch.long, device=scale.device))
+    return scales_as_fp32(scale).index_select(0, torch.tensor(index, dtype=torch.long, device=scale.device))
 
 
 def dequantize_weight(
@@ -96,8 +129,8 @@ def block_linear(
     block = grid.block
     w_scale = row_scales(scale, grid)
     rows = x.reshape(math.prod(x.shape[:-1]), k)
-    if activation is Activation.W8A8:
-        codes, x_scale = quantize_activation(rows, block.k)
+    if activation is not Activation.W8A16:
+        codes, x_scale = quantize_activation(rows, block.k, activation)
         rows = codes
     else:
         x_scale = torch.ones(rows.shape[0], w_scale.shape[1], device=x.device)

@@ -90,13 +90,20 @@ def test_dequantizes_every_code(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 # The fixture sets the same instruction set for all examples.
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), k=st.integers(1, 300), block_k=st.sampled_from([128, 128, 64, 7, 1, 300]))
-def test_quantizes_any_bits(isa: str, dtype: torch.dtype, data: st.DataObject, k: int, block_k: int) -> None:
+@given(
+    data=st.data(),
+    k=st.integers(1, 300),
+    block_k=st.sampled_from([128, 128, 64, 7, 1, 300]),
+    activation=st.sampled_from([Activation.W8A8, Activation.W8A8_UE8M0]),
+)
+def test_quantizes_any_bits(
+    isa: str, dtype: torch.dtype, data: st.DataObject, k: int, block_k: int, activation: Activation
+) -> None:
     """Random bit patterns: subnormals, infinities, NaN of any payload, both zeros."""
     kind = "int32" if dtype == torch.float32 else "int16"
     x = torch.from_numpy(data.draw(arrays(kind, (2, k)))).view(dtype)
-    codes, scale = ops.quantize_activation(x, block_k=block_k, backend="cpu")
-    want_codes, want_scale = reference.quantize_activation(x, block_k)
+    codes, scale = ops.quantize_activation(x, block_k=block_k, activation=activation, backend="cpu")
+    want_codes, want_scale = reference.quantize_activation(x, block_k, activation)
     assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
     assert_same_numbers(scale, want_scale)
 
@@ -254,9 +261,9 @@ def test_operators_agree_with_their_fakes() -> None:
     codes, scales, panels = pack(problem).tensors
     operators = torch.ops.qwen3_fp8_ascend
     checks = ("test_schema", "test_faketensor")
-    arguments = (problem.x, codes, scales, panels, problem.bias, 40, 36, 128, True)
+    arguments = (problem.x, codes, scales, panels, problem.bias, 40, 36, 128, 1)
     torch.library.opcheck(operators.cpu_block_linear.default, arguments, test_utils=checks)
-    torch.library.opcheck(operators.cpu_quantize_activation.default, (problem.x, 128), test_utils=checks)
+    torch.library.opcheck(operators.cpu_quantize_activation.default, (problem.x, 128, 2), test_utils=checks)
     rows = torch.zeros(40, dtype=torch.int32)
     arguments = (problem.weight.view(torch.uint8), problem.scale, rows, 128, torch.bfloat16)
     torch.library.opcheck(operators.cpu_dequantize_weight.default, arguments, test_utils=checks)
@@ -281,6 +288,7 @@ def _misuses() -> dict[str, tuple[dict[str, object], str]]:
         "another n": ({"n": 41}, "the panels hold 40 rows, expected 41"),
         "a negative k": ({"k": -36}, "must not be negative"),
         "a block of 6": ({"block_k": 6}, "multiple of 4"),
+        "an unknown quantization": ({"quantization": 3}, r"quantization must be 0 \(none\), 1 .* got 3"),
         "a block of 0": ({"block_k": 0}, "multiple of 4"),
         "a bias of fp64": ({"bias": torch.zeros(40).double()}, "bias must be bfloat16, float16 or float32"),
         "a short bias": ({"bias": torch.zeros(39).bfloat16()}, "bias must be contiguous and have 40"),
@@ -300,7 +308,7 @@ def test_direct_misuse_raises(misuse: str) -> None:
         "n": 40,
         "k": 36,
         "block_k": 128,
-        "quantize_activation": True,
+        "quantization": 1,
     }
     change, message = _misuses()[misuse]
     with pytest.raises(RuntimeError, match=message):
@@ -316,7 +324,9 @@ def test_direct_misuse_of_the_other_operators_raises() -> None:
         with pytest.raises(RuntimeError, match=r"must|panel"):
             operators.cpu_pack(*arguments)
     with pytest.raises(RuntimeError, match="block_k must be positive"):
-        operators.cpu_quantize_activation(torch.zeros(1, 4), 0)
+        operators.cpu_quantize_activation(torch.zeros(1, 4), 0, 1)
+    with pytest.raises(RuntimeError, match="quantization must be 1 or 2"):
+        operators.cpu_quantize_activation(torch.zeros(1, 4), 128, 0)
     with pytest.raises(RuntimeError, match=r"scale_rows\[39\] is 1 of 1"):
         rows = torch.zeros(40, dtype=torch.int32)
         rows[39] = 1

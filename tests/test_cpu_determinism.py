@@ -30,7 +30,7 @@ ROWS_OF_A_PASS = 700
 
 def terms(dtype: torch.dtype, activation: Activation) -> int:
     """How many bf16 rows a row of x becomes."""
-    return 1 if activation == Activation.W8A8 else {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
+    return {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype] if activation == Activation.W8A16 else 1
 
 
 def most_register_rows(isa: str, dtype: torch.dtype, activation: Activation) -> int:

@@ -44,9 +44,9 @@ def good_arguments(name: str) -> Arguments:
         "cpu_pack": lambda: {"weight": weight, "panels": panels, "codes": torch.zeros_like(codes)},
         "cpu_block_linear": lambda: {
             **{"x": problem.x, "codes": codes, "scales": scales, "panels": panels, "bias": problem.bias},
-            **{"n": N, "k": K, "block_k": BLOCK, "quantize_activation": True},
+            **{"n": N, "k": K, "block_k": BLOCK, "quantization": 1},
         },
-        "cpu_quantize_activation": lambda: {"x": problem.x, "block_k": BLOCK},
+        "cpu_quantize_activation": lambda: {"x": problem.x, "block_k": BLOCK, "quantization": 1},
         "cpu_dequantize_weight": lambda: {
             **{"weight": weight, "scales": scales, "scale_rows": torch.zeros(N, dtype=torch.int32)},
             **{"block_k": BLOCK, "dtype": torch.float32},
@@ -54,13 +54,13 @@ def good_arguments(name: str) -> Arguments:
         "cpu_read": lambda: {"bytes": weight},
         "cpu_grouped_linear": lambda: {
             **{"x": experts.x, "codes": w13[0], "scales": w13[1], "panels": w13[2], "ends": torch.tensor([1, 1, 3])},
-            **{"n": 2 * INTERMEDIATE, "k": K, "block_k": BLOCK, "quantize_activation": True},
+            **{"n": 2 * INTERMEDIATE, "k": K, "block_k": BLOCK, "quantization": 1},
         },
         "cpu_block_experts": lambda: {
             **{"x": experts.x, "w13_codes": w13[0], "w13_scales": w13[1], "w13_panels": w13[2], "w2_codes": w2[0]},
             **{"w2_scales": w2[1], "w2_panels": w2[2], "topk_weights": experts.topk_weights},
             **{"topk_ids": torch.tensor([[0, -1], [2, 2], [1, 0]])},
-            **{"intermediate": INTERMEDIATE, "block_k": BLOCK, "quantize_activation": True},
+            **{"intermediate": INTERMEDIATE, "block_k": BLOCK, "quantization": 1},
         },
     }[name]()
 
@@ -250,7 +250,8 @@ def test_sizes_that_overflow(name: str, number: int) -> None:
         one_block = key == "block_k" and number > K and (any_size or number % 4 == 0)
         for scales in (other for other in arguments if one_block and other.endswith("scales")):
             arguments[scales] = arguments[scales][..., :1].contiguous()
-        assert check(name, arguments) == one_block, key
+        not_quantized = key == "quantization" and number == 0 and not any_size
+        assert check(name, arguments) == (one_block or not_quantized), key
         if one_block:
             got = call(name, arguments)
             for one, other in zip(got, call(name, arguments | {"block_k": 512}), strict=True):
@@ -427,11 +428,11 @@ def test_a_hundred_thousand_rows(n: int, k: int) -> None:
 
 def test_no_columns_and_no_rows_take_no_time() -> None:
     """2^62 rows of nothing are nothing to do."""
-    codes, scale = OPERATORS.cpu_quantize_activation(torch.empty(2**62, 0), 128)
+    codes, scale = OPERATORS.cpu_quantize_activation(torch.empty(2**62, 0), 128, 1)
     assert codes.shape == scale.shape == (2**62, 0)
     empty = {"codes": torch.empty(0, 4, 32, dtype=torch.uint8), "panels": torch.empty(0, 4, dtype=torch.int32)}
     x = torch.zeros(1, 4).expand(2**40, 4)
     y = OPERATORS.cpu_block_linear(
-        x=x, **empty, scales=torch.empty(0, 1), bias=None, n=0, k=4, block_k=128, quantize_activation=True
+        x=x, **empty, scales=torch.empty(0, 1), bias=None, n=0, k=4, block_k=128, quantization=1
     )
     assert y.shape == (2**40, 0)

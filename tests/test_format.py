@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import MAX_IGNORED, BlockFp8Config, BlockGrid, BlockSize, scale_shape
+from qwen3_fp8_ascend.format import MAX_IGNORED, Activation, BlockFp8Config, BlockGrid, BlockSize, scale_shape
 
 QWEN3 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
@@ -36,7 +36,8 @@ def test_both_spellings_of_ignored_layers() -> None:
         ({"weight_block_size": "128"}, "weight_block_size"),
         ({"activation_scheme": "static"}, "activation_scheme"),
         ({"fmt": "e5m2"}, "fmt"),
-        ({"scale_fmt": "ue8m0"}, "scale_fmt"),
+        ({"scale_fmt": "ue4m3"}, "scale_fmt"),
+        ({"scale_fmt": ["ue8m0"]}, "scale_fmt"),
         ({"ignored_layers": "lm_head"}, "ignored_layers"),
         ({"modules_to_not_convert": [1]}, "modules_to_not_convert"),
     ],
@@ -45,6 +46,22 @@ def test_refused_configs_name_the_key(change: dict, named: str) -> None:
     config = {key: value for key, value in (QWEN3 | change).items() if value is not None}
     with pytest.raises(BlockFp8Error, match=rf"quantization_config\.{named}"):
         BlockFp8Config.from_dict(config)
+
+
+@pytest.mark.parametrize("spelling", ["ue8m0", "UE8M0"])
+def test_scales_that_are_powers_of_two(spelling: str) -> None:
+    config = BlockFp8Config.from_dict(QWEN3 | {"scale_fmt": spelling})
+    assert config == BlockFp8Config(scale_fmt="ue8m0")
+    assert config.to_dict() == QWEN3 | {"scale_fmt": "ue8m0"}
+    assert config.activation(Activation.W8A8) is Activation.W8A8_UE8M0
+    assert config.activation(Activation.W8A16) is Activation.W8A16
+
+
+@pytest.mark.parametrize("spelling", [None, "float", "fp32", "float32", "FP32"])
+def test_any_scales(spelling: str | None) -> None:
+    config = BlockFp8Config.from_dict(QWEN3 | {"scale_fmt": spelling})
+    assert config == BlockFp8Config() and config.to_dict() == QWEN3
+    assert [config.activation(asked) for asked in Activation] == list(Activation)
 
 
 @pytest.mark.parametrize("value", [["x"] * 10**6, "x" * 10**6, "\x1b[2J\n", json.loads("[" * 900 + "]" * 900)])

@@ -34,10 +34,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cpu"
 
 
+@pytest.mark.parametrize("activation", [Activation.W8A8, Activation.W8A8_UE8M0])
 @pytest.mark.parametrize("case", nonfinite.NON_FINITE, ids=str)
-def test_quantization(backend: str, case: nonfinite.NonFinite) -> None:
+def test_quantization(backend: str, case: nonfinite.NonFinite, activation: Activation) -> None:
     x = nonfinite.activation(case)
-    assert nonfinite.wrong_quantization(x, *ops.quantize_activation(x, backend=backend)) == []
+    got = ops.quantize_activation(x, activation=activation, backend=backend)
+    assert nonfinite.wrong_quantization(x, *got, activation) == []
 
 
 @pytest.mark.parametrize("activation", list(Activation))

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import load_backend, select_backend
-from qwen3_fp8_ascend.backends.registry import ENVIRONMENT_VARIABLE
+from qwen3_fp8_ascend.backends.registry import ENVIRONMENT_VARIABLE, LOADED
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.validate.checks import judge
 from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize
 from qwen3_fp8_ascend.testing.judges import Problem, assert_bias_before_rounding, assert_exact, random_problem
-from qwen3_fp8_ascend.testing.strategies import activations, problems
+from qwen3_fp8_ascend.testing.strategies import activations, beside_powers_of_two, problems
 from tests.support.devices import backends, device
 
 BACKENDS = backends()
@@ -45,6 +45,8 @@ def test_linear(backend: str, activation: Activation, problem: Problem) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m", [1, 9, 70])
 def test_bias_is_added_before_the_rounding(backend: str, m: int, dtype: torch.dtype, activation: Activation) -> None:
+    if activation not in load_backend(backend).computes:
+        pytest.skip(f"{backend} does not compute {activation}")
     problem = random_problem(m, (200, 64), 300, dtype=dtype, bias=True, seed=m).to(PLACE)
     packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, backend)
     assert_bias_before_rounding(lambda bias: ops.block_linear(problem.x, packed, bias, activation))
@@ -65,14 +67,89 @@ def test_a_bias_added_after_the_rounding_is_noticed() -> None:
         assert_exact(sums + problem.bias, problem)
 
 
+QUANTIZING = (Activation.W8A8, Activation.W8A8_UE8M0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", QUANTIZING)
 @given(x=activations(), block_k=st.sampled_from([128, 128, 64, 32]))
-def test_quantize_activation(backend: str, x: torch.Tensor, block_k: int) -> None:
+def test_quantize_activation(backend: str, activation: Activation, x: torch.Tensor, block_k: int) -> None:
+    assume(activation in load_backend(backend).computes)
     assume(block_k == DEFAULT_BLOCK.k or load_backend(backend).unsupported(BlockSize(block_k, block_k)) is None)
-    codes, scale = ops.quantize_activation(x.to(PLACE), block_k=block_k, backend=backend)
-    want_codes, want_scale = reference.quantize_activation(x, block_k)
+    codes, scale = ops.quantize_activation(x.to(PLACE), block_k=block_k, activation=activation, backend=backend)
+    want_codes, want_scale = reference.quantize_activation(x, block_k, activation)
     assert torch.equal(scale.cpu().view(torch.int32), want_scale.view(torch.int32))
     assert torch.equal(codes.view(torch.uint8).cpu(), want_codes.view(torch.uint8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ops.ACTIVATION_DTYPES)
+def test_scales_at_the_edges_of_powers_of_two(backend: str, dtype: torch.dtype) -> None:
+    """A power of two stays, the next larger number goes up; the largest number of a group never overflows its code."""
+    if Activation.W8A8_UE8M0 not in load_backend(backend).computes:
+        with pytest.raises(BlockFp8Error, match="not w8a8-ue8m0"):
+            ops.quantize_activation(torch.zeros(1, 128, device=PLACE), activation="w8a8-ue8m0", backend=backend)
+        return
+    x = beside_powers_of_two(dtype)
+    assert_power_of_two_scales(x, *ops.quantize_activation(x.to(PLACE), activation="w8a8-ue8m0", backend=backend))
+
+
+def assert_power_of_two_scales(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """Without the specification: the scale is the smallest power of two that no code overflows with.
+
+    Shapes: x (tokens, 128), whose first number is its largest; codes (tokens, 128), scale (tokens, 1).
+    """
+    scale, largest = scale.cpu()[:, 0].double(), x[:, 0].double()
+    mantissa, _ = torch.frexp(scale)
+    assert (mantissa == 0.5).all()
+    assert (largest <= 448 * scale).all() and (largest > 448 * scale / 2).all()
+    values = codes.view(torch.uint8).cpu().view(torch.float8_e4m3fn).double()
+    exact = x.double() / scale[:, None]  # which a power of two leaves exact
+    step = torch.exp2(torch.frexp(exact.abs().clamp_min(2.0**-6))[1].double() - 1 - 3)
+    assert ((values - exact).abs() <= step / 2).all()
+
+
+PLANTED_ROUNDINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "down": lambda s: torch.exp2(torch.floor(torch.log2(s.double()))).float(),
+    "to nearest": lambda s: torch.exp2(torch.round(torch.log2(s.double()))).float(),
+    "up, powers of two too": lambda s: torch.exp2(torch.floor(torch.log2(s.double())) + 1).float(),
+    "by a logarithm in fp32": lambda s: torch.exp2(torch.ceil(torch.log2(s))),
+    "not at all": lambda s: s,
+}
+
+
+@pytest.mark.parametrize("rounding", PLANTED_ROUNDINGS)
+def test_other_roundings_of_scales_are_noticed(rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "round_up_to_power_of_two", PLANTED_ROUNDINGS[rounding])
+    x = beside_powers_of_two(torch.float32)
+    with pytest.raises(AssertionError):
+        assert_power_of_two_scales(x, *reference.quantize_activation(x, activation=Activation.W8A8_UE8M0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_e8m0_scales_are_the_fp32_numbers_that_they_stand_for(backend: str) -> None:
+    problem = random_problem(3, (96,), 160)
+    scale = torch.tensor([[120, 115]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    upcast = dataclasses.replace(problem, scale=torch.tensor([[2.0**-7, 2.0**-12]]))
+    want = linear(upcast, backend)
+    packed = ops.pack_weight(problem.weight.to(PLACE), scale.to(PLACE), backend=backend)
+    assert torch.equal(ops.block_linear(problem.x.to(PLACE), packed), want)
+    with pytest.raises(BlockFp8Error, match=r"\(0, 1\): nan"):
+        ops.pack_weight(
+            problem.weight, torch.tensor([[120, 255]], dtype=torch.uint8).view(scale.dtype), backend=backend
+        )
+
+
+def test_a_backend_never_computes_another_activation_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = random_problem(3, (96,), 160)
+    packed = ops.pack_weight(problem.weight, problem.scale, backend="reference")
+    less = dataclasses.replace(load_backend("reference"), computes=frozenset({Activation.W8A8}))
+    monkeypatch.setitem(LOADED, "reference", less)
+    for activation in (Activation.W8A16, Activation.W8A8_UE8M0):
+        with pytest.raises(BlockFp8Error, match=f"'reference' does not compute {activation}"):
+            ops.block_linear(problem.x, packed, activation=activation)
+    with pytest.raises(BlockFp8Error, match="W8A16 does not quantize"):
+        ops.quantize_activation(problem.x, activation="w8a16")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -34,6 +34,11 @@ def test_activation_codes_as_in_ml_dtypes(x: torch.Tensor) -> None:
     )
 
 
+def powers_of_two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scale = reference.quantize_activation(x, activation=Activation.W8A8_UE8M0)
+    return codes.view(torch.uint8), scale
+
+
 def test_every_rounding_boundary_as_in_ml_dtypes() -> None:
     values = np.unique(np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32))
     values = values[np.isfinite(values)]
@@ -45,6 +50,7 @@ def test_every_rounding_boundary_as_in_ml_dtypes() -> None:
     x[:, 0], x[:, 1] = 448.0, torch.from_numpy(points)
     codes, scale = reference.quantize_activation(x)
     assert (scale == 1).all()
+    assert all(map(torch.equal, (codes.view(torch.uint8), scale), powers_of_two(x)))
     want = points.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
     np.testing.assert_array_equal(codes[:, 1].view(torch.uint8).numpy(), want)
 
@@ -64,6 +70,41 @@ def test_activation_quantization_as_in_vllm() -> None:
     assert 0 < same.sum() < same.numel() and torch.equal(our_scale[same], scale[same])
     assert torch.equal(*(c.view(torch.uint8).unflatten(1, (-1, 128))[same] for c in (ours, codes)))
     assert (scale[~same] == torch.tensor(1 / 512) / 448).all()
+
+
+def test_e8m0_scales_as_in_ml_dtypes() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    ours = reference.scales_as_fp32(codes.view(torch.float8_e8m0fnu))
+    theirs = codes.numpy().view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    np.testing.assert_array_equal(ours.numpy(), theirs)
+    assert ours[0] == 2.0**-127 and ours[-1].isnan()
+
+
+def test_scales_are_rounded_up_to_powers_of_two_exactly() -> None:
+    """Every normal exponent: the power itself, its neighbours, the middle, and what logarithms get wrong."""
+    powers = torch.exp2(torch.arange(-126.0, 127))
+    for factor in (1.0, 1 + 2.0**-23, 1.5, 2 - 2.0**-23):
+        up = reference.round_up_to_power_of_two(powers * factor)
+        assert torch.equal(up, powers if factor == 1 else powers * 2)
+    special = torch.tensor([torch.inf, torch.nan])
+    assert torch.equal(reference.round_up_to_power_of_two(special).isnan(), special.isnan())
+    assert reference.round_up_to_power_of_two(special)[0] == torch.inf
+
+
+def test_activation_quantization_with_powers_of_two_as_in_vllm() -> None:
+    vllm_quant = pytest.importorskip("vllm.model_executor.layers.quantization.input_quant_fp8")
+    shape = pytest.importorskip("vllm.model_executor.layers.quantization.utils.quant_utils").GroupShape(1, 128)
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    x = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    x = (x * torch.exp2(torch.arange(64.0) - 52)[:, None]).bfloat16()
+    with set_current_vllm_config(VllmConfig()):
+        codes, scale = vllm_quant.QuantFP8(static=False, group_shape=shape, use_ue8m0=True).forward_native(x)
+    ours, our_scale = reference.quantize_activation(x, activation=Activation.W8A8_UE8M0)
+    same = x.float().unflatten(1, (-1, 128)).abs().amax(-1) >= 1 / 512  # its floor; ours is 1e-10
+    assert 0 < same.sum() < same.numel() and torch.equal(our_scale[same], scale[same])
+    assert torch.equal(*(c.view(torch.uint8).unflatten(1, (-1, 128))[same] for c in (ours, codes)))
+    assert not torch.equal(our_scale[same], reference.quantize_activation(x)[1][same])
 
 
 def test_special_activations() -> None:

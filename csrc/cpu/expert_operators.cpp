@@ -53,7 +53,7 @@ void require_same_panels(const ExpertWeights& weights, std::int64_t expert, cons
 }
 
 Tensor cpu_grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, Tensor ends, std::int64_t n,
-                          std::int64_t k, std::int64_t block_k, bool quantize) {
+                          std::int64_t k, std::int64_t block_k, std::int64_t quantization) {
   const Rows rows = rows_of(x);
   require(n >= 0 && k >= 0, "n and k must not be negative, got ", n, " and ", k);
   require(x.size(1) == k, "x must have shape (m, ", k, "), got (", x.size(0), ", ", x.size(1), ")");
@@ -71,7 +71,7 @@ Tensor cpu_grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, 
   }
   const std::int64_t shape[2] = {rows.rows, n};
   Tensor y = torch::stable::empty({shape, 2}, x.scalar_type(), std::nullopt, x.device());
-  grouped_linear(rows, weights, end_of, quantize, y.mutable_data_ptr(), n);
+  grouped_linear(rows, weights, end_of, require_quantization(quantization), y.mutable_data_ptr(), n);
   return y;
 }
 
@@ -91,7 +91,7 @@ thread_local std::vector<char> used;
 
 Tensor cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w13_panels, Tensor w2_codes,
                          Tensor w2_scales, Tensor w2_panels, Tensor topk_weights, Tensor topk_ids,
-                         std::int64_t intermediate, std::int64_t block_k, bool quantize) {
+                         std::int64_t intermediate, std::int64_t block_k, std::int64_t quantization) {
   const Rows rows = rows_of(x);
   const std::int64_t hidden = x.size(1);
   require(intermediate >= 0 && intermediate <= kMostColumns, "intermediate must be within 0..", kMostColumns, ", got ",
@@ -129,7 +129,7 @@ Tensor cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w
   const std::int64_t shape[2] = {rows.rows, hidden};
   Tensor out = torch::stable::empty({shape, 2}, x.scalar_type(), std::nullopt, x.device());
   const Routing routing{topk_weights.const_data_ptr<float>(), experts.data(), topk_weights.size(1)};
-  block_experts(rows, w13, w2, segments, routing, quantize, out.mutable_data_ptr(), hidden);
+  block_experts(rows, w13, w2, segments, routing, require_quantization(quantization), out.mutable_data_ptr(), hidden);
   return out;
 }
 
@@ -139,11 +139,11 @@ Tensor cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w
 STABLE_TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
   m.def(
       "cpu_grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, Tensor ends, int n, int k, "
-      "int block_k, bool quantize_activation) -> Tensor");
+      "int block_k, int quantization) -> Tensor");
   m.def(
       "cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w13_panels, Tensor w2_codes, "
       "Tensor w2_scales, Tensor w2_panels, Tensor topk_weights, Tensor topk_ids, int intermediate, int block_k, "
-      "bool quantize_activation) -> Tensor");
+      "int quantization) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, CPU, m) {

@@ -104,7 +104,7 @@ void make_shares(Plan& plan, int terms) {
 struct Manner {
   const Kernels& kernels;
   Dtype dtype;
-  bool quantize;
+  Quantization quantization;
   int terms;
   Path batch_path;  // of all shares, where paths do not agree
 
@@ -123,11 +123,11 @@ struct Manner {
   std::int64_t rows_of_task() const { return kernels.max_rows / terms / kTileRows * kTileRows; }
 };
 
-Manner manner_of(Dtype dtype, bool quantize, std::int64_t rows, std::int64_t experts) {
+Manner manner_of(Dtype dtype, Quantization quantization, std::int64_t rows, std::int64_t experts) {
   const Kernels& kernels = kernels_of(current_isa());
-  const int terms = terms_of(dtype, quantize);
+  const int terms = terms_of(dtype, quantization);
   const bool few = terms <= kernels.register_rows && ceil_div(rows, experts) * terms <= kernels.register_rows;
-  return {kernels, dtype, quantize, terms, few ? Path::registers : Path::tiles};
+  return {kernels, dtype, quantization, terms, few ? Path::registers : Path::tiles};
 }
 
 // Every share's rows, as many at once as tiles take, times every part of the weight's rows.
@@ -262,7 +262,7 @@ void prepare_tokens(const Manner& manner, const Rows& x, const Depth& depth, con
         const Share& share = plan.shares[plan.share_of[routing.experts[i]]];
         const std::int64_t row = plan.places[i] - share.first;
         if (first == nullptr) {
-          prepare_row(manner.kernels, x.row(token), x.dtype, manner.quantize, depth, out.of(share), row);
+          prepare_row(manner.kernels, x.row(token), x.dtype, manner.quantization, depth, out.of(share), row);
           first = &share;
           first_row = row;
         } else {
@@ -293,7 +293,8 @@ void activate(const Manner& manner, const ExpertWeights& w13, const Depth& down,
     manner.kernels.silu_product(gate + row * row_bytes, up + row * row_bytes, manner.dtype, segment.rows, product);
     for (std::int64_t block = segment.block_begin; block < segment.block_end; ++block) {
       const void* group = at(product, manner.dtype, (block - segment.block_begin) * down.block_k);
-      prepare_block(manner.kernels, group, manner.dtype, manner.quantize, down, block, activations, task.first + row);
+      prepare_block(manner.kernels, group, manner.dtype, manner.quantization, down, block, activations,
+                    task.first + row);
     }
   }
 }
@@ -343,10 +344,10 @@ std::vector<Segment> make_segments(const Panel* panels, std::int64_t panel_count
   return segments;
 }
 
-void grouped_linear(const Rows& x, const ExpertWeights& weights, const std::int64_t* ends, bool quantize, void* y,
-                    std::int64_t n) {
+void grouped_linear(const Rows& x, const ExpertWeights& weights, const std::int64_t* ends, Quantization quantization,
+                    void* y, std::int64_t n) {
   if (n == 0 || x.rows == 0) return;
-  const Manner manner = manner_of(x.dtype, quantize, x.rows, std::max<std::int64_t>(1, weights.experts));
+  const Manner manner = manner_of(x.dtype, quantization, x.rows, std::max<std::int64_t>(1, weights.experts));
   const std::int64_t row_bytes = n * size_of(x.dtype);
   const std::int64_t last = weights.experts == 0 ? 0 : ends[weights.experts - 1];
   std::memset(static_cast<char*>(y) + last * row_bytes, 0, static_cast<std::size_t>((x.rows - last) * row_bytes));
@@ -369,7 +370,7 @@ void grouped_linear(const Rows& x, const ExpertWeights& weights, const std::int6
         const std::int64_t first = std::max(first_row, share.first) - share.first;
         const std::int64_t behind = std::min(end_row, share.first + share.rows) - share.first;
         for (std::int64_t row = first; row < behind; ++row) {
-          prepare_row(manner.kernels, x.row(plan.places[share.expert] + row), x.dtype, quantize, weights.depth,
+          prepare_row(manner.kernels, x.row(plan.places[share.expert] + row), x.dtype, quantization, weights.depth,
                       prepared.of(share), row);
         }
       }
@@ -386,13 +387,13 @@ void grouped_linear(const Rows& x, const ExpertWeights& weights, const std::int6
 }
 
 void block_experts(const Rows& x, const ExpertWeights& w13, const ExpertWeights& w2,
-                   const std::vector<Segment>& segments, const Routing& routing, bool quantize, void* out,
+                   const std::vector<Segment>& segments, const Routing& routing, Quantization quantization, void* out,
                    std::int64_t n) {
   if (n == 0 || x.rows == 0) return;
   const std::int64_t top_k = routing.top_k;
   const std::int64_t experts = w13.experts;
   const std::int64_t intermediate = w2.depth.k;
-  const Manner manner = manner_of(x.dtype, quantize, x.rows * top_k, std::max<std::int64_t>(1, experts));
+  const Manner manner = manner_of(x.dtype, quantization, x.rows * top_k, std::max<std::int64_t>(1, experts));
   const std::int64_t slot_bytes = prepared_row_bytes(w13.depth, manner.terms) +
                                   prepared_row_bytes(w2.depth, manner.terms) +
                                   n * static_cast<std::int64_t>(sizeof(float));

@@ -55,13 +55,13 @@ struct Routing {
 
 // y (x.rows, n) of x.dtype: rows [ends[e - 1], ends[e]) of x times the weight of expert e; rows behind the last end
 // zero.
-void grouped_linear(const Rows& x, const ExpertWeights& weights, const std::int64_t* ends, bool quantize, void* y,
-                    std::int64_t n);
+void grouped_linear(const Rows& x, const ExpertWeights& weights, const std::int64_t* ends, Quantization quantization,
+                    void* y, std::int64_t n);
 
 // out (x.rows, n) of x.dtype: the sum over a token's experts, in their order, of w2(silu(gate) * up) times their
 // weight.
 void block_experts(const Rows& x, const ExpertWeights& w13, const ExpertWeights& w2,
-                   const std::vector<Segment>& segments, const Routing& routing, bool quantize, void* out,
+                   const std::vector<Segment>& segments, const Routing& routing, Quantization quantization, void* out,
                    std::int64_t n);
 
 }  // namespace qwen3_fp8_ascend::cpu

@@ -10,6 +10,10 @@ namespace qwen3_fp8_ascend::cpu {
 
 enum class Dtype { bf16, fp16, fp32 };
 
+// What becomes of x: it stays as it is (W8A16), or is rounded to e4m3 in groups whose scale is any number (W8A8) or a
+// power of two (ue8m0). The numbers are those that the operators take.
+enum class Quantization { none = 0, any_scale = 1, power_of_two = 2 };
+
 // Panels are 32 consecutive weight rows that share one row of scales. In a panel, four consecutive k make a quad of
 // 128 bytes, four for each row: k, k + 2, k + 1, k + 3. In 16-bit lanes the even bytes are then the pairs (k, k + 1) of
 // all rows and the odd bytes the pairs (k + 2, k + 3), in the order that vdpbf16ps and tdpbf16ps want, and no decoder

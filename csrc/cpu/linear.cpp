@@ -23,16 +23,16 @@ thread_local Scratch prepared_memory;
 thread_local Scratch kernel_memory;
 
 // All rows at once; they fit the kernel and the bound on prepared activations.
-void linear_pass(const Kernels& kernels, Path path, const Rows& x, const Weight& weight, bool quantize,
+void linear_pass(const Kernels& kernels, Path path, const Rows& x, const Weight& weight, Quantization quantization,
                  const Output& output) {
   const Depth& depth = weight.depth;
-  const int terms = terms_of(x.dtype, quantize);
+  const int terms = terms_of(x.dtype, quantization);
   const std::int64_t capacity = capacity_of(x.rows * terms);
   const Prepared prepared = prepared_at(prepared_memory.grow(prepared_bytes(depth, capacity)), depth, capacity, terms);
   const std::int64_t row_grain = std::max<std::int64_t>(1, kLeastNumbersPerThread / std::max<std::int64_t>(1, depth.k));
   parallel(x.rows, row_grain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
-      prepare_row(kernels, x.row(row), x.dtype, quantize, depth, prepared, row);
+      prepare_row(kernels, x.row(row), x.dtype, quantization, depth, prepared, row);
     }
   });
 
@@ -60,10 +60,10 @@ Depth make_depth(std::int64_t k, std::int64_t block_k) {
   return depth;
 }
 
-void block_linear(const Rows& x, const Weight& weight, bool quantize, const Output& output) {
+void block_linear(const Rows& x, const Weight& weight, Quantization quantization, const Output& output) {
   if (output.n == 0) return;
   const Kernels& kernels = kernels_of(current_isa());
-  const std::int64_t terms = terms_of(x.dtype, quantize);
+  const std::int64_t terms = terms_of(x.dtype, quantization);
   // By the whole batch, so that the rows of a short last pass have the bits of all others.
   const Path path = x.rows * terms <= kernels.register_rows ? Path::registers : Path::tiles;
   const std::int64_t row_bytes = std::max<std::int64_t>(1, weight.depth.chunks * kChunk * 2 * terms);
@@ -75,11 +75,12 @@ void block_linear(const Rows& x, const Weight& weight, bool quantize, const Outp
     part.rows = std::min(rows_per_pass, x.rows - row);
     Output target = output;
     target.y = static_cast<char*>(output.y) + row * output.n * (output.dtype == Dtype::fp32 ? 4 : 2);
-    linear_pass(kernels, path, part, weight, quantize, target);
+    linear_pass(kernels, path, part, weight, quantization, target);
   }
 }
 
-void quantize_activation(const Rows& x, std::int64_t k, std::int64_t block_k, std::uint8_t* codes, float* scale) {
+void quantize_activation(const Rows& x, std::int64_t k, std::int64_t block_k, Quantization quantization,
+                         std::uint8_t* codes, float* scale) {
   const Kernels& kernels = kernels_of(current_isa());
   const std::int64_t groups = ceil_div(k, block_k);
   if (groups == 0) return;
@@ -90,7 +91,7 @@ void quantize_activation(const Rows& x, std::int64_t k, std::int64_t block_k, st
         const std::int64_t start = group * block_k;
         const std::int64_t count = std::min(block_k, k - start);
         const void* source = at(x.row(row), x.dtype, start);
-        const float group_value = group_scale(kernels.amax(source, x.dtype, count));
+        const float group_value = group_scale(kernels.amax(source, x.dtype, count), quantization);
         scale[row * groups + group] = group_value;
         kernels.quantize_codes(source, x.dtype, count, group_value, codes + row * k + start);
       }

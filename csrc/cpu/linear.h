@@ -20,11 +20,12 @@ struct Rows {
 
 Depth make_depth(std::int64_t k, std::int64_t block_k);
 
-// y = x @ W.T + bias; with `quantize`, x is rounded to e4m3 first.
-void block_linear(const Rows& x, const Weight& weight, bool quantize, const Output& output);
+// y = x @ W.T + bias.
+void block_linear(const Rows& x, const Weight& weight, Quantization quantization, const Output& output);
 
 // codes (rows, k) and scale (rows, ceil(k / block_k)), both contiguous.
-void quantize_activation(const Rows& x, std::int64_t k, std::int64_t block_k, std::uint8_t* codes, float* scale);
+void quantize_activation(const Rows& x, std::int64_t k, std::int64_t block_k, Quantization quantization,
+                         std::uint8_t* codes, float* scale);
 
 // out (n, k) of `dtype` = weight (n, k) times the scales (scale rows, ceil(k / block_k)) of each row.
 void dequantize_weight(const std::uint8_t* weight, std::int64_t n, std::int64_t k, const float* scales,

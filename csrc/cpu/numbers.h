@@ -58,6 +58,13 @@ inline float float_of(std::uint32_t bits) {
   return value;
 }
 
+// The smallest power of two that is not below a positive normal number: any bit of the mantissa carries into the
+// exponent. Infinity and NaN stay.
+inline float round_up_to_power_of_two(float value) {
+  const std::uint32_t bits = bits_of(value);
+  return bits > kFp32Infinity ? value : float_of((bits + 0x7fffffu) & kFp32Infinity);
+}
+
 inline float fp32_of_bf16(std::uint16_t bits) { return float_of(static_cast<std::uint32_t>(bits) << 16); }
 
 // Round to nearest even; a NaN stays a (quiet) NaN.

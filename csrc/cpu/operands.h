@@ -95,6 +95,12 @@ inline void require_columns(std::int64_t k) {
   require(k <= kMostColumns, "a weight has at most ", kMostColumns, " columns, got ", k);
 }
 
+inline Quantization require_quantization(std::int64_t number) {
+  require(number >= 0 && number <= 2,
+          "quantization must be 0 (none), 1 (any scale) or 2 (scales that are powers of two), got ", number);
+  return static_cast<Quantization>(number);
+}
+
 inline void require_block_k(std::int64_t block_k) {
   require(block_k >= 4 && block_k % 4 == 0, "block_k must be a positive multiple of 4, got ", block_k);
 }

@@ -38,7 +38,7 @@ void cpu_pack(Tensor weight, Tensor panels, Tensor codes) {
 }
 
 Tensor cpu_block_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, std::optional<Tensor> bias,
-                        std::int64_t n, std::int64_t k, std::int64_t block_k, bool quantize) {
+                        std::int64_t n, std::int64_t k, std::int64_t block_k, std::int64_t quantization) {
   const Rows rows = rows_of(x);
   require(n >= 0 && k >= 0, "n and k must not be negative, got ", n, " and ", k);
   require(x.size(1) == k, "x must have shape (m, ", k, "), got (", x.size(0), ", ", x.size(1), ")");
@@ -62,19 +62,22 @@ Tensor cpu_block_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, st
   Tensor y = torch::stable::empty({shape, 2}, x.scalar_type(), std::nullopt, x.device());
   const Weight weight{codes.const_data_ptr<std::uint8_t>(), scales.const_data_ptr<float>(), table, panels.size(0),
                       depth};
-  block_linear(rows, weight, quantize, {y.mutable_data_ptr(), bias_data, rows.dtype, bias_dtype, n});
+  block_linear(rows, weight, require_quantization(quantization),
+               {y.mutable_data_ptr(), bias_data, rows.dtype, bias_dtype, n});
   return y;
 }
 
-std::tuple<Tensor, Tensor> cpu_quantize_activation(Tensor x, std::int64_t block_k) {
+std::tuple<Tensor, Tensor> cpu_quantize_activation(Tensor x, std::int64_t block_k, std::int64_t quantization) {
   const Rows rows = rows_of(x);
   require(block_k >= 1, "block_k must be positive, got ", block_k);
+  const Quantization how = require_quantization(quantization);
+  require(how != Quantization::none, "quantization must be 1 or 2 where x is quantized, got ", quantization);
   const std::int64_t k = x.size(1);
   const std::int64_t codes_shape[2] = {rows.rows, k};
   const std::int64_t scale_shape[2] = {rows.rows, ceil_div(k, block_k)};
   Tensor codes = torch::stable::empty({codes_shape, 2}, ScalarType::Float8_e4m3fn, std::nullopt, x.device());
   Tensor scale = torch::stable::empty({scale_shape, 2}, ScalarType::Float, std::nullopt, x.device());
-  quantize_activation(rows, k, block_k, static_cast<std::uint8_t*>(codes.mutable_data_ptr()),
+  quantize_activation(rows, k, block_k, how, static_cast<std::uint8_t*>(codes.mutable_data_ptr()),
                       scale.mutable_data_ptr<float>());
   return {codes, scale};
 }
@@ -126,8 +129,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
   m.def("cpu_pack(Tensor weight, Tensor(a!) panels, Tensor(b!) codes) -> ()");
   m.def(
       "cpu_block_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, Tensor? bias, int n, int k, "
-      "int block_k, bool quantize_activation) -> Tensor");
-  m.def("cpu_quantize_activation(Tensor x, int block_k) -> (Tensor, Tensor)");
+      "int block_k, int quantization) -> Tensor");
+  m.def("cpu_quantize_activation(Tensor x, int block_k, int quantization) -> (Tensor, Tensor)");
   m.def(
       "cpu_dequantize_weight(Tensor weight, Tensor scales, Tensor scale_rows, int block_k, ScalarType dtype) "
       "-> Tensor");

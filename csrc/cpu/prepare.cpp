@@ -31,8 +31,8 @@ PowerScale power_scale(float amax, int weight_exponent) {
 
 }  // namespace
 
-int terms_of(Dtype dtype, bool quantize) {
-  if (quantize || dtype == Dtype::bf16) return 1;
+int terms_of(Dtype dtype, Quantization quantization) {
+  if (quantization != Quantization::none || dtype == Dtype::bf16) return 1;
   return dtype == Dtype::fp16 ? 2 : 3;  // bf16 has 8 significant bits, fp16 11, fp32 24
 }
 
@@ -47,17 +47,20 @@ Prepared prepared_at(void* memory, const Depth& depth, std::int64_t capacity, in
   return {values, reinterpret_cast<float*>(values + depth.chunks * capacity * kChunk), capacity, terms};
 }
 
-float group_scale(float amax) {
+float group_scale(float amax, Quantization quantization) {
   const float floored = amax < kAmaxFloor ? kAmaxFloor : amax;  // keeps NaN
-  return floored / kE4m3Max;
+  const float scale = floored / kE4m3Max;
+  return quantization == Quantization::power_of_two ? round_up_to_power_of_two(scale) : scale;
 }
 
-void prepare_block(const Kernels& kernels, const void* x, Dtype dtype, bool quantize, const Depth& depth,
+void prepare_block(const Kernels& kernels, const void* x, Dtype dtype, Quantization quantization, const Depth& depth,
                    std::int64_t block, const Prepared& out, std::int64_t row) {
   const std::int64_t begin = block * depth.block_k;
   const std::int64_t count = std::min(depth.block_k, depth.k - begin);
   const float amax = kernels.amax(x, dtype, count);
-  const PowerScale power = quantize ? PowerScale{1.0f, group_scale(amax)} : power_scale(amax, kernels.weight_exponent);
+  const bool quantize = quantization != Quantization::none;
+  const PowerScale power =
+      quantize ? PowerScale{1.0f, group_scale(amax, quantization)} : power_scale(amax, kernels.weight_exponent);
   const float code_factor = std::ldexp(1.0f, -kernels.weight_exponent);
   const std::int64_t first = block * depth.chunks_per_block;
   for (std::int64_t chunk = first; chunk < first + ceil_div(count, kChunk); ++chunk) {
@@ -78,10 +81,10 @@ void prepare_block(const Kernels& kernels, const void* x, Dtype dtype, bool quan
   }
 }
 
-void prepare_row(const Kernels& kernels, const void* x, Dtype dtype, bool quantize, const Depth& depth,
+void prepare_row(const Kernels& kernels, const void* x, Dtype dtype, Quantization quantization, const Depth& depth,
                  const Prepared& out, std::int64_t row) {
   for (std::int64_t block = 0; block < depth.blocks; ++block) {
-    prepare_block(kernels, at(x, dtype, block * depth.block_k), dtype, quantize, depth, block, out, row);
+    prepare_block(kernels, at(x, dtype, block * depth.block_k), dtype, quantization, depth, block, out, row);
   }
 }
 

@@ -22,7 +22,7 @@ struct Prepared {
 };
 
 // How many rows of bf16 a row of x becomes.
-int terms_of(Dtype dtype, bool quantize);
+int terms_of(Dtype dtype, Quantization quantization);
 
 // The capacity for that many rows of bf16.
 std::int64_t capacity_of(std::int64_t rows);
@@ -31,8 +31,8 @@ std::int64_t capacity_of(std::int64_t rows);
 std::size_t prepared_bytes(const Depth& depth, std::int64_t capacity);
 Prepared prepared_at(void* memory, const Depth& depth, std::int64_t capacity, int terms);
 
-// amax / 448, floored as the specification has it.
-float group_scale(float amax);
+// amax / 448, floored and rounded up as the specification has it.
+float group_scale(float amax, Quantization quantization);
 
 // The number at `index` of x.
 inline const void* at(const void* x, Dtype dtype, std::int64_t index) {
@@ -40,11 +40,11 @@ inline const void* at(const void* x, Dtype dtype, std::int64_t index) {
 }
 
 // Scale block `block` of row `row`; x starts with that block.
-void prepare_block(const Kernels& kernels, const void* x, Dtype dtype, bool quantize, const Depth& depth,
+void prepare_block(const Kernels& kernels, const void* x, Dtype dtype, Quantization quantization, const Depth& depth,
                    std::int64_t block, const Prepared& out, std::int64_t row);
 
 // All blocks of a row.
-void prepare_row(const Kernels& kernels, const void* x, Dtype dtype, bool quantize, const Depth& depth,
+void prepare_row(const Kernels& kernels, const void* x, Dtype dtype, Quantization quantization, const Depth& depth,
                  const Prepared& out, std::int64_t row);
 
 }  // namespace qwen3_fp8_ascend::cpu

@@ -261,7 +261,7 @@ def _quantized_operand(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return operand.narrow(1, 0, x.shape[1]), grow
 
 
-def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_activation(x: torch.Tensor, block_k: int, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
     if block_k != DEFAULT_BLOCK.k:
         raise BlockFp8Error(
             "the Ascend C backend quantizes in groups of 128", expected=DEFAULT_BLOCK.k, got=block_k, fix="use 128"
@@ -331,7 +331,7 @@ def plan() -> tuple[tuple[str, str], ...]:
 BACKEND = Backend(
     name="ascendc",
     summary="Ascend C kernels on Atlas A2 and A3: exact for decode, prefill through an fp16 scratch",
-    computes=frozenset(Activation),
+    computes=frozenset({Activation.W8A8, Activation.W8A16}),
     device_types=frozenset({"npu"}),
     unusable=unusable,
     pack=pack,

@@ -52,6 +52,9 @@ PANEL_ROWS = 32
 
 HUGE_PAGE = 1 << 21
 
+QUANTIZATIONS = {Activation.W8A16: 0, Activation.W8A8: 1, Activation.W8A8_UE8M0: 2}
+"""`Quantization` in csrc/cpu/kernels.h."""
+
 _OPS = torch.ops.qwen3_fp8_ascend
 
 
@@ -154,7 +157,7 @@ def _register_fakes() -> None:
         n: int,
         k: int,
         block_k: int,
-        quantize_activation: bool,
+        quantization: int,
     ) -> torch.Tensor:
         others = [codes, scales, panels] if bias is None else [codes, scales, panels, bias]
         same_device(x, *others)
@@ -171,7 +174,7 @@ def _register_fakes() -> None:
         n: int,
         k: int,
         block_k: int,
-        quantize_activation: bool,
+        quantization: int,
     ) -> torch.Tensor:
         same_device(x, codes, scales, panels, ends)
         torch._check(x.dim() == 2 and x.shape[1] == k, lambda: f"x must have shape (m, {k}), got {tuple(x.shape)}")
@@ -189,13 +192,13 @@ def _register_fakes() -> None:
         topk_ids: torch.Tensor,
         intermediate: int,
         block_k: int,
-        quantize_activation: bool,
+        quantization: int,
     ) -> torch.Tensor:
         same_device(x, w13_codes, w13_scales, w13_panels, w2_codes, w2_scales, w2_panels, topk_weights, topk_ids)
         torch._check(x.dim() == 2, lambda: f"x must have 2 dimensions, got {x.dim()}")
         return x.new_empty(x.shape)
 
-    def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def quantize_activation(x: torch.Tensor, block_k: int, quantization: int) -> tuple[torch.Tensor, torch.Tensor]:
         torch._check(x.dim() == 2, lambda: f"x must have 2 dimensions, got {x.dim()}")
         torch._check(block_k >= 1, lambda: f"block_k must be positive, got {block_k}")
         groups = ceil_div(x.shape[1], block_k)
@@ -247,8 +250,8 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[to
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     codes, scales, panels = packed.tensors
     grid = packed.grid
-    w8a8 = activation is Activation.W8A8
-    return _OPS.cpu_block_linear(x, codes, scales, panels, bias, grid.n, grid.k, grid.block.k, w8a8)
+    quantization = QUANTIZATIONS[activation]
+    return _OPS.cpu_block_linear(x, codes, scales, panels, bias, grid.n, grid.k, grid.block.k, quantization)
 
 
 def pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
@@ -262,8 +265,8 @@ def pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: Bl
 
 def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
     grid = packed.grid
-    w8a8 = activation is Activation.W8A8
-    return _OPS.cpu_grouped_linear(x, *packed.grouped_tensors, ends, grid.n, grid.k, grid.block.k, w8a8)
+    quantization = QUANTIZATIONS[activation]
+    return _OPS.cpu_grouped_linear(x, *packed.grouped_tensors, ends, grid.n, grid.k, grid.block.k, quantization)
 
 
 def block_experts(
@@ -274,14 +277,14 @@ def block_experts(
     topk_ids: torch.Tensor,
     activation: Activation,
 ) -> torch.Tensor:
-    w8a8 = activation is Activation.W8A8
+    quantization = QUANTIZATIONS[activation]
     return _OPS.cpu_block_experts(
-        x, *w13.grouped_tensors, *w2.grouped_tensors, topk_weights, topk_ids, w2.k, w2.grid.block.k, w8a8
+        x, *w13.grouped_tensors, *w2.grouped_tensors, topk_weights, topk_ids, w2.k, w2.grid.block.k, quantization
     )
 
 
-def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _OPS.cpu_quantize_activation(x, block_k)
+def quantize_activation(x: torch.Tensor, block_k: int, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+    return _OPS.cpu_quantize_activation(x, block_k, QUANTIZATIONS[activation])
 
 
 def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, dtype: torch.dtype) -> torch.Tensor:

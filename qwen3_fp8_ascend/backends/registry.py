@@ -74,7 +74,7 @@ class Backend:
     Shapes and semantics of `pack`, `linear`, `quantize_activation` and `dequantize_weight` are those of
     `qwen3_fp8_ascend.ops`, which validates before it calls them: codes (n, k) float8_e4m3fn without NaN, scale
     `grid.scale_shape` fp32 contiguous, x (m, k) two-dimensional and contiguous in its last dimension. None of them is
-    called with an empty x or weight: `ops` answers that itself.
+    called with an empty x or weight, or with an activation that is not in `computes`: `ops` answers that itself.
 
     `pack_experts`, `grouped_linear` and `block_experts` are `ops`' too. A backend may have none of the three, or
     `pack_experts` with either of the others: `grouped.block_experts` makes a layer of a grouped linear.
@@ -98,7 +98,7 @@ class Backend:
     unusable: Callable[[], str | None]
     pack: Callable[[torch.Tensor, torch.Tensor, BlockGrid], tuple[torch.Tensor, ...]]
     linear: Callable[[torch.Tensor, PackedWeight, torch.Tensor | None, Activation], torch.Tensor]
-    quantize_activation: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+    quantize_activation: Callable[[torch.Tensor, int, Activation], tuple[torch.Tensor, torch.Tensor]]
     dequantize_weight: Callable[[torch.Tensor, torch.Tensor, BlockGrid, torch.dtype], torch.Tensor]
     pack_experts: Callable[[Iterable[torch.Tensor], torch.Tensor, BlockGrid], tuple[torch.Tensor, ...]] | None = None
     grouped_linear: Callable[[torch.Tensor, PackedWeight, torch.Tensor, Activation], torch.Tensor] | None = None

@@ -294,7 +294,7 @@ def torch_npu_scratch_linear(
     return prefill.multiply(operand, weight, rows, grow * powers[1], bias, x.dtype)
 
 
-def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_activation(x: torch.Tensor, block_k: int, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
     k = x.shape[1]
     values, scale = e4m3.quantize_values(x, block_k)
     codes = e4m3.encode(values).flatten(1).narrow(1, 0, k).contiguous()

@@ -42,12 +42,15 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import (
     DEFAULT_BLOCK,
     E4M3_MAX,
+    FP32_SCALES,
     SCALE_SUFFIX,
+    UE8M0_SCALES,
     WEIGHT_SUFFIX,
     BlockFp8Config,
     BlockSize,
     scale_shape,
 )
+from qwen3_fp8_ascend.reference import round_up_to_power_of_two
 
 
 def quantize_checkpoint(
@@ -55,6 +58,7 @@ def quantize_checkpoint(
     destination: str | os.PathLike[str],
     *,
     block: Sequence[int] = DEFAULT_BLOCK,
+    scale_fmt: str = FP32_SCALES,
     ignore: Sequence[str] = (),
     progress: bool = True,
     overwrite: bool = False,
@@ -64,6 +68,7 @@ def quantize_checkpoint(
     The linear weights of decoder layers are quantized, experts' included; embeddings, lm_head, norms, router gates,
     vision towers, and modules that match an `ignore` glob stay as they are and are listed in config.json. Experts that
     the source holds in one tensor a layer become tensors of their own, as official FP8 releases have them.
+    scale_fmt: "ue8m0" for scales that are powers of two, as DeepSeek-V3.1 has them, stored as fp32.
     Raises:
         BlockFp8Error: the source is damaged, already quantized, or has no linear weights to quantize; a weight has
             NaN or infinite values; an `ignore` glob matches nothing or splits layers that are merged when served;
@@ -76,17 +81,20 @@ def quantize_checkpoint(
     checkpoint = read_checkpoint(Path(source))
     _check_unquantized(checkpoint)
     selected = _select(checkpoint, tuple(ignore))
-    conversion = _Quantization(sizes, frozenset(selected), tuple(ignore), _unquantized(checkpoint, selected))
+    form = BlockFp8Config(sizes, _unquantized(checkpoint, selected), _check_scale_fmt(scale_fmt))
+    conversion = _Quantization(form, frozenset(selected), tuple(ignore))
     return convert_checkpoint(checkpoint, destination, conversion, progress=progress, overwrite=overwrite)
 
 
-def quantize_weight(weight: torch.Tensor, block: BlockSize = DEFAULT_BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_weight(
+    weight: torch.Tensor, block: BlockSize = DEFAULT_BLOCK, scale_fmt: str = FP32_SCALES
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a finite weight to e4m3 with one fp32 scale for each block.
 
     Shapes: weight (n, k) bf16/fp16/fp32 -> codes (n, k) float8_e4m3fn,
         scale (ceil(n / block.n), ceil(k / block.k)) fp32.
-    Semantics: scale = amax(|block|) / 448 by true division in fp32, 1.0 where that is zero; code = round to nearest
-        even of weight / scale (true division), clamped to +-448.
+    Semantics: scale = amax(|block|) / 448 by true division in fp32, 1.0 where that is zero, and for ue8m0 rounded up
+        to a power of two; code = round to nearest even of weight / scale (true division), clamped to +-448.
     Source: the inverse of DeepSeek-V3's ``weight_dequant`` (``inference/kernel.py``; the quantizer of its weights is
         not published). transformers' ``Fp8Quantize`` has the same scales of zero blocks, and multiplies by reciprocals
         where this divides: its scales differ in the last bit.
@@ -99,6 +107,8 @@ def quantize_weight(weight: torch.Tensor, block: BlockSize = DEFAULT_BLOCK) -> t
     blocks = padded.reshape(rows, block.n, columns, block.k)
     scale = blocks.abs().amax(dim=(1, 3)) / E4M3_MAX
     scale[scale == 0] = 1.0
+    if scale_fmt == UE8M0_SCALES:
+        scale = round_up_to_power_of_two(scale)
     scaled = (blocks / scale[:, None, :, None]).clamp_(-E4M3_MAX, E4M3_MAX)
     codes = scaled.to(torch.float8_e4m3fn).view(rows * block.n, columns * block.k)[:n, :k]
     return codes.contiguous(), scale
@@ -106,15 +116,14 @@ def quantize_weight(weight: torch.Tensor, block: BlockSize = DEFAULT_BLOCK) -> t
 
 @dataclass(frozen=True)
 class _Quantization:
-    block: BlockSize
+    form: BlockFp8Config
     selected: frozenset[str]
     ignore: tuple[str, ...]
-    unquantized: tuple[str, ...]
     operation: str = "quantize"
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"block": list(self.block), "ignore": list(self.ignore)}
+        return {"block": list(self.form.block), "scale_fmt": self.form.scale_fmt, "ignore": list(self.ignore)}
 
     def outputs(self, tensor: TensorEntry) -> Sequence[TensorEntry]:
         if tensor.name not in self.selected:
@@ -132,16 +141,16 @@ class _Quantization:
 
     def _scale_of(self, weight: TensorEntry) -> TensorEntry:
         n, k = weight.shape
-        return TensorEntry(scale_name(weight.name), "F32", scale_shape(n, k, self.block), weight.file)
+        return TensorEntry(scale_name(weight.name), "F32", scale_shape(n, k, self.form.block), weight.file)
 
     def _quantize(self, weight: torch.Tensor, tensor: TensorEntry) -> list[torch.Tensor]:
-        (n, k), block = weight.shape, self.block
+        (n, k), block = weight.shape, self.form.block
         codes = torch.empty(n, k, dtype=torch.float8_e4m3fn)
         scale = torch.empty(scale_shape(n, k, block))
         bad = 0
         for tile in tiles(n, k, block, whole_blocks=True):
             part = weight[tile.where]
-            tile_codes, tile_scale = quantize_weight(part, block)
+            tile_codes, tile_scale = quantize_weight(part, block, self.form.scale_fmt)
             if not torch.isfinite(tile_scale).all():  # a NaN or an infinity in a block shows in its amax
                 bad += part.numel() - int(torch.isfinite(part).sum())  # count them all, then refuse
             codes[tile.where] = tile_codes
@@ -162,7 +171,7 @@ class _Quantization:
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
-        return kept | {"quantization_config": BlockFp8Config(self.block, self.unquantized).to_dict()}
+        return kept | {"quantization_config": self.form.to_dict()}
 
 
 def _parts(tensor: TensorEntry) -> list[TensorEntry]:
@@ -187,6 +196,12 @@ def _check_block(block: Sequence[int]) -> BlockSize:
     if len(block) != 2 or not all(isinstance(size, int) and 1 <= size <= 1 << 20 for size in block):
         raise BlockFp8Error("a block has two positive sizes", expected="(128, 128), for example", got=tuple(block))
     return BlockSize(*block)
+
+
+def _check_scale_fmt(scale_fmt: str) -> str:
+    if scale_fmt not in (FP32_SCALES, UE8M0_SCALES):
+        raise BlockFp8Error("unknown format of scales", expected=f"{FP32_SCALES} or {UE8M0_SCALES}", got=scale_fmt)
+    return scale_fmt
 
 
 def _check_unquantized(checkpoint: Checkpoint) -> None:

@@ -70,9 +70,12 @@ class Peer:
 
 
 def ours(device: Device) -> Iterator[Peer]:
-    """Every backend for the device but the slow ones, with all that it computes; on a CPU each instruction set too."""
+    """Every backend for the device but the slow ones, with all that it computes; on a CPU each instruction set too.
+
+    W8A8 with scales that are powers of two is left out: it is the same work.
+    """
     for backend in usable_backends(device.place.type, slow=False):
-        for activation in filter(backend.computes.__contains__, Activation):
+        for activation in filter(backend.computes.__contains__, (Activation.W8A8, Activation.W8A16)):
             prepare = functools.partial(_packed, backend.name, activation)
             yield Peer(f"{backend.name} {activation}", 1, activation, prepare, backend=backend.name)
         if backend.name == "cpu":

@@ -154,7 +154,7 @@ def _exact_weight(codes: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> 
     return codes.double() * scales
 
 
-def _quantized(a: Interval, block_k: int) -> Interval:
+def _quantized(a: Interval, block_k: int, activation: Activation) -> Interval:
     """What the codes of numbers stand for: any codes that any numbers of the intervals may get."""
     out = Interval(torch.empty_like(a.value), torch.empty_like(a.value))
     for start in range(0, a.value.shape[1], block_k):
@@ -162,6 +162,8 @@ def _quantized(a: Interval, block_k: int) -> Interval:
         value, error = a.value[:, group], a.error[:, group]
         sizes = (value.abs() - error, value.abs(), value.abs() + error)
         small, scale, large = (s.amax(1, keepdim=True).float().clamp_min(AMAX_FLOOR) / E4M3_MAX for s in sizes)
+        if activation is Activation.W8A8_UE8M0:
+            small, scale, large = (reference.round_up_to_power_of_two(s) for s in (small, scale, large))
 
         def codes(numbers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
             return (numbers.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).double()
@@ -187,10 +189,9 @@ def oracle(problem: ExpertsProblem, activation: Activation = Activation.W8A8) ->
     Shapes: -> (m, hidden).
     """
     dtype, block_k, half = problem.x.dtype, problem.block.k, problem.intermediate
-    quantize = activation is Activation.W8A8
 
     def operand(x: Interval) -> Interval:
-        return _quantized(x, block_k) if quantize else x
+        return x if activation is Activation.W8A16 else _quantized(x, block_k, activation)
 
     x = operand(Interval(problem.x.double(), torch.zeros(problem.x.shape, dtype=torch.float64)))
     value = torch.zeros(problem.x.shape, dtype=torch.float64)
@@ -259,7 +260,7 @@ def judge_layer(
         return judgement  # relative measures say nothing where the dtype runs out of exponents
     if got.dtype == torch.float32:
         distance = float((got.double() - want.value).norm()) / size
-        jumps = float(want.error.norm()) / size if activation is Activation.W8A8 else 0.0
+        jumps = float(want.error.norm()) / size if activation is not Activation.W8A16 else 0.0
         judgement.hold("relative L2", distance, FP32_LAYER_REL_L2 + jumps, f"relative L2 {distance:.3e}")
         return judgement
     if got.numel() < COUNTED:

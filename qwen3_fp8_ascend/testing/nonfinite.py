@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from qwen3_fp8_ascend import reference
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation
 
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -88,13 +88,15 @@ def activation(case: NonFinite, k: int = 300) -> torch.Tensor:
     return x
 
 
-def wrong_quantization(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> list[str]:
+def wrong_quantization(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, activation: Activation = Activation.W8A8
+) -> list[str]:
     """What a quantization of `activation` gets wrong; empty if nothing.
 
     Shapes: x (m, k), codes (m, k) uint8 or e4m3, scale (m, ceil(k / 128)) fp32.
     Semantics: codes as the specification's; scales too, but that any NaN equals any NaN.
     """
-    want_codes, want_scale = reference.quantize_activation(x)
+    want_codes, want_scale = reference.quantize_activation(x, activation=activation)
     codes, want_codes = codes.view(torch.uint8), want_codes.view(torch.uint8)
     out = []
     if not torch.equal(codes, want_codes):

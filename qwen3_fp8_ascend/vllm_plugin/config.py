@@ -183,7 +183,7 @@ class BlockFp8AscendConfig(QuantizationConfig):
                 self.checkpoint.block,
                 prefix=prefix,
                 backend=settings.backend,
-                activation=settings.activation,
+                activation=self.checkpoint.activation(settings.activation),
                 dummy=dummy,
                 hf_config=hf_config,
             )
@@ -197,7 +197,7 @@ class BlockFp8AscendConfig(QuantizationConfig):
             prefix=prefix,
             shard_names=self._shard_names(prefix),
             backend=settings.backend,
-            activation=settings.activation,
+            activation=self.checkpoint.activation(settings.activation),
             dummy=dummy,
             hf_config=hf_config,
         )

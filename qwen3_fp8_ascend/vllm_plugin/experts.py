@@ -21,6 +21,7 @@ from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize, scale_shap
 from qwen3_fp8_ascend.vllm_plugin.loading import (
     DAMAGED,
     UNWRITTEN_CODE,
+    as_held,
     check_dtype,
     check_serving,
     explain_load_errors,
@@ -28,13 +29,13 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
     install_packed,
     note_backend,
     packing,
+    scale_note,
 )
 
 WEIGHTS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 """vLLM's names: gate and up of all experts merged, and down; which of an expert's tensors each parameter holds."""
 
 CODE_DTYPES = (torch.float8_e4m3fn,)
-SCALE_DTYPES = (torch.float32, torch.bfloat16)
 BLOCK_SCALES = "block"
 """`FusedMoeWeightScaleSupported.BLOCK` by its value: what tells vLLM's loader how scales are cut among ranks."""
 
@@ -99,7 +100,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
             scale = torch.full((num_experts, *grid.scale_shape), torch.nan, dtype=torch.float32)
             for parameter, tensor, dtypes in (
                 (f"{name}_weight", codes, CODE_DTYPES),
-                (f"{name}_weight_scale_inv", scale, SCALE_DTYPES),
+                (f"{name}_weight_scale_inv", scale, ops.SCALE_DTYPES),
             ):
                 layer.register_parameter(parameter, torch.nn.Parameter(tensor, requires_grad=False))
                 loader = self._checked_loader(load, parameter, hidden_size, dtypes)
@@ -145,6 +146,8 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
             check_values=not self.dummy,
         )
         packing.add(packed.nbytes, time.perf_counter() - start)
+        if not self.dummy:
+            scale_note.look(scale, self.activation, self.prefix)
         delattr(layer, f"{name}_weight")
         delattr(layer, f"{name}_weight_scale_inv")
         install_packed(layer, packed, f"{name}_weight")
@@ -198,7 +201,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         """Wrap the layer's weight loader so that what does not fit is refused with the tensor's name.
 
         vLLM's own takes any smaller tensor for one of a padded parameter, copies with an implicit cast, and cuts scales
-        among ranks by whole rows. FP8 is handed on as bytes, which is how parameters hold it.
+        among ranks by whole rows. Tensors are handed on as parameters hold them (`as_held`).
         """
         scales = parameter.endswith("_scale_inv")
         whole = self.moe.intermediate_size
@@ -231,8 +234,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
                     got=whole,
                     fix="store the projections of each expert as tensors of their own, each with its own scales",
                 )
-            if loaded_weight.dtype == torch.float8_e4m3fn:
-                loaded_weight = loaded_weight.view(torch.uint8)
+            loaded_weight = as_held(loaded_weight)
             with explain_load_errors(where, param, loaded_weight):
                 success = load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
             if success and not param.is_meta:

@@ -21,6 +21,7 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
     install_packed,
     note_backend,
     packing,
+    scale_note,
     shard_numbers,
 )
 
@@ -100,7 +101,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
                     load,
                     f"{self.prefix}.weight_scale_inv",
                     grid,
-                    (torch.float32, torch.bfloat16),
+                    ops.SCALE_DTYPES,
                     self.loaded["weight_scale_inv"],
                 ),
             ),
@@ -137,6 +138,8 @@ class BlockFp8LinearMethod(LinearMethodBase):
             layer.packed_weight = None
             raise
         packing.add(packed.nbytes, time.perf_counter() - start)
+        if not self.dummy:
+            scale_note.look(scale, self.activation, self.prefix)
         del layer.weight, layer.weight_scale_inv
         install_packed(layer, packed)
         note_backend(self.hf_config, packed.backend)

@@ -11,8 +11,9 @@ from vllm.model_executor.parameter import BlockQuantScaleParameter
 
 from qwen3_fp8_ascend.backends.registry import PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import BlockGrid
+from qwen3_fp8_ascend.format import Activation, BlockGrid
 from qwen3_fp8_ascend.ops import DAMAGED
+from qwen3_fp8_ascend.reference import scales_as_fp32
 from qwen3_fp8_ascend.vllm_plugin import logger
 
 UNWRITTEN_CODE = 0x7F
@@ -82,7 +83,7 @@ def checked_loader(
 ) -> Callable[..., None]:
     """Wrap a layer's weight loader so that what does not fit is refused with the tensor's name.
 
-    FP8 tensors are handed on as bytes, which is how parameters hold them. Shards that were loaded are added to
+    Tensors are handed on as parameters hold them (`as_held`). Shards that were loaded are added to
     `loaded` (None: all of them), except on the meta device, where vLLM only counts what will come.
     vLLM copies with an implicit cast: bf16 weights where FP8 is declared would be accepted and come out wrong.
     It also takes a tensor that is merged on disk apart at the merged layer's shards, whose blocks are not the
@@ -102,14 +103,22 @@ def checked_loader(
                 fix="store the shards (q_proj, k_proj, ...) as tensors of their own, each with its own scales",
             )
         check_dtype(loaded_weight, dtypes, where)
-        if loaded_weight.dtype == torch.float8_e4m3fn:
-            loaded_weight = loaded_weight.view(torch.uint8)
+        loaded_weight = as_held(loaded_weight)
         with explain_load_errors(where, param, loaded_weight):
             load(param, loaded_weight, *args, **kwargs)
         if not param.is_meta:
             loaded.add(shard)
 
     return load_checked
+
+
+def as_held(tensor: torch.Tensor) -> torch.Tensor:
+    """A checkpoint's tensor as parameters hold it: codes as bytes, e8m0 scales as fp32, both before they are copied to
+    a device that may know neither. Other scales are cast as they are copied.
+    """
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8)
+    return scales_as_fp32(tensor) if tensor.dtype == torch.float8_e8m0fnu else tensor
 
 
 def check_dtype(tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], where: str) -> None:
@@ -169,6 +178,27 @@ def fill_with_small_values(codes: torch.Tensor, scale: torch.Tensor) -> None:
     if codes.dim() == 3:
         codes[1:] = first
     scale.abs_()
+
+
+class ScaleNote:
+    """Says once in the log that scales are no powers of two though the checkpoint's ``scale_fmt`` says that they are.
+
+    They multiply exactly all the same, so it is no error. Activations get powers of two, as ``scale_fmt`` says.
+    """
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def look(self, scale: torch.Tensor, activation: Activation, where: str) -> None:
+        if self.said or activation is not Activation.W8A8_UE8M0:
+            return
+        normal = scale >= torch.finfo(torch.float32).tiny
+        if (normal & ((scale.view(torch.int32) & 0x7FFFFF) != 0)).any():
+            self.said = True
+            logger.warning("%s: scale_fmt is ue8m0, but its scales are no powers of two; used as they are", where)
+
+
+scale_note = ScaleNote()
 
 
 def check_serving(layer: Any, attribute: str, prefix: str) -> None:

@@ -50,7 +50,7 @@ def test_a_good_checkpoint_has_no_anomalies(tmp_path: Path) -> None:
     [
         {"activation_scheme": "static"},
         {"weight_block_size": None},
-        {"scale_fmt": "ue8m0"},
+        {"scale_fmt": "ue4m3"},
         {"quant_method": "awq"},
         {"fmt": "e5m2"},
         {"weight_block_size": [0, 128]},

@@ -34,8 +34,8 @@ def half_scale(t: Tensors) -> None:
     t[f"{DOWN}.weight_scale_inv"] = torch.ones(2, 3).half()
 
 
-def ue8m0_scale(t: Tensors) -> None:
-    t[f"{DOWN}.weight_scale_inv"] = torch.ones(2, 3).to(torch.float8_e8m0fnu)
+def e5m2_scale(t: Tensors) -> None:
+    t[f"{DOWN}.weight_scale_inv"] = torch.ones(2, 3).to(torch.float8_e5m2)
 
 
 def fp8_scale(t: Tensors) -> None:
@@ -94,7 +94,7 @@ CASES = {
     drop_weight: ("scales have no FP8 weight", f"{DOWN}.weight_scale_inv"),
     wrong_scale_shape: ("do not fit", f"{DOWN}.weight_scale_inv"),
     half_scale: ("unsupported dtype", f"{DOWN}.weight_scale_inv"),
-    ue8m0_scale: ("unsupported dtype", f"{DOWN}.weight_scale_inv"),
+    e5m2_scale: ("unsupported dtype", f"{DOWN}.weight_scale_inv"),
     fp8_scale: ("unsupported dtype", f"{DOWN}.weight_scale_inv"),
     float_weight: ("is not FP8", f"{DOWN}.weight"),
     float_weight_with_scale: ("is not FP8", f"{DOWN}.weight"),

@@ -41,8 +41,10 @@ def prompt_logprobs(server: Server, texts: Sequence[str] = TEXTS) -> np.ndarray:
     return np.concatenate(text_logprobs(server, texts))
 
 
-def transformers_logprobs(folder: Path, texts: Sequence[str] = TEXTS) -> np.ndarray:
-    """The same from transformers in fp32: block-FP8 linears by the specification without activation quantization.
+def transformers_logprobs(
+    folder: Path, texts: Sequence[str] = TEXTS, activation: Activation = Activation.W8A16
+) -> np.ndarray:
+    """The same from transformers in fp32: block-FP8 linears by the specification.
 
     Nothing of vLLM and none of the kernels is in it.
     """
@@ -50,7 +52,7 @@ def transformers_logprobs(folder: Path, texts: Sequence[str] = TEXTS) -> np.ndar
 
     tokenizer, model = (
         AutoTokenizer.from_pretrained(folder),
-        load_model(folder, "reference", Activation.W8A16, torch.float32, "cpu"),
+        load_model(folder, "reference", activation, torch.float32, "cpu"),
     )
     out = []
     with torch.inference_mode():

@@ -293,7 +293,7 @@ def test_other_methods_are_not_taken_over(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [({"weight_block_size": None}, "weight_block_size"), ({"scale_fmt": "ue8m0"}, "scale_fmt")]
+    ("change", "named"), [({"weight_block_size": None}, "weight_block_size"), ({"scale_fmt": "ue4m3"}, "scale_fmt")]
 )
 def test_other_fp8_checkpoints_are_refused_with_the_reason(tmp_path: Path, change: dict, named: str) -> None:
     quantization = {key: value for key, value in (BLOCK_FP8 | change).items() if value is not None}

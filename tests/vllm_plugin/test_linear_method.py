@@ -1,10 +1,12 @@
 """vLLM's own linear layers with our linear method: loading of shards, results, memory, refusals."""
 
+import dataclasses
 import gc
 import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from vllm.model_executor.layers.linear import (
 
 from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import BlockFp8Config
+from qwen3_fp8_ascend.format import Activation, BlockFp8Config
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
+from qwen3_fp8_ascend.vllm_plugin import linear, loading
 from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
 
 QKV = ["q_proj", "k_proj", "v_proj"]
@@ -79,6 +82,27 @@ def test_ragged_qkv(scale_dtype: torch.dtype) -> None:
     layer = finish(loaded_qkv(problem))
     out, _ = layer(problem.x)
     assert_exact(out, problem)
+
+
+@pytest.mark.parametrize("stored", ["fp32", "e8m0", "not powers of two"])
+@pytest.mark.parametrize("asked", [Activation.W8A8, Activation.W8A16])
+def test_scales_that_are_powers_of_two(stored: str, asked: Activation, caplog: pytest.LogCaptureFixture) -> None:
+    """The setting stays w8a8 or w8a16: what w8a8 is, the checkpoint says."""
+    problem = random_problem(7, (576, 192, 192), 576)
+    powers = reference.round_up_to_power_of_two(problem.scale)
+    problem = dataclasses.replace(problem, scale=problem.scale if stored == "not powers of two" else powers)
+    on_disk = problem.scale.to(torch.float8_e8m0fnu) if stored == "e8m0" else problem.scale
+    form = BlockFp8Config(scale_fmt="ue8m0")
+    layer = qkv_layer(config())
+    layer.quant_method.activation = form.activation(asked)
+    codes = [weight for weight, _ in split(problem)]
+    load(layer, list(zip("qkv", codes, on_disk.split(problem.grid.scale_rows), strict=True)))
+    with patch.object(loading, "scale_note", loading.ScaleNote()) as note, patch.object(linear, "scale_note", note):
+        finish(layer)
+    assert note.said is (stored == "not powers of two" and asked is Activation.W8A8)
+    assert_exact(layer(problem.x)[0], problem, form.activation(asked))
+    with pytest.raises(AssertionError):
+        assert_exact(layer(problem.x)[0], problem, Activation.W8A16 if asked is Activation.W8A8 else Activation.W8A8)
 
 
 def test_bias() -> None:
@@ -310,8 +334,6 @@ def test_splits_through_a_block_are_refused(ranks: Callable[[int, int], None]) -
 
 
 def test_packing_reports_its_progress(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from qwen3_fp8_ascend.vllm_plugin import linear, loading
-
     monkeypatch.setattr(loading, "REPORT_BYTES", 1000)
     monkeypatch.setattr(linear, "packing", loading.PackingProgress())
     monkeypatch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)

@@ -70,7 +70,7 @@ def test_without_the_flag_vllm_behaves_as_before(tmp_path: Path) -> None:
     [
         ({"weight_block_size": None}, "weight_block_size"),
         ({"activation_scheme": "static"}, "activation_scheme"),
-        ({"scale_fmt": "ue8m0"}, "scale_fmt"),
+        ({"scale_fmt": "ue4m3"}, "scale_fmt"),
     ],
 )
 def test_other_fp8_checkpoints_are_refused_with_the_reason(tmp_path: Path, change: dict, named: str) -> None:

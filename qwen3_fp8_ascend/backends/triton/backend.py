@@ -180,7 +180,7 @@ def plan() -> tuple[tuple[str, str], ...]:
 BACKEND = Backend(
     name="triton",
     summary="Triton kernels for Ascend A2/A3/A5 and NVIDIA; never run on an NPU so far",
-    computes=frozenset(Activation),
+    computes=frozenset({Activation.W8A8, Activation.W8A16}),
     device_types=frozenset({"npu", "cuda", "cpu"} if INTERPRETED else {"npu", "cuda"}),
     unusable=unusable,
     pack=pack,

@@ -21,7 +21,7 @@ from qwen3_fp8_ascend.backends.triton.device import (
     linear_options,
 )
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, BlockGrid, ceil_div
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, ceil_div
 from qwen3_fp8_ascend.triton_kernels.configuration import (
     LinearShape,
     check_index_range,
@@ -79,7 +79,7 @@ def as_int8(codes: torch.Tensor) -> torch.Tensor:
     return codes.view(torch.int8)
 
 
-def quantize_activation(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_activation(x: torch.Tensor, block_k: int, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
     check_operand("the activation", x, ACTIVATIONS, x.device)
     if block_k != BLOCK:
         raise BlockFp8Error(

@@ -19,7 +19,7 @@ from qwen3_fp8_ascend.checkpoints.folder import Checkpoint, find_quantization, r
 from qwen3_fp8_ascend.checkpoints.tensors import WeightReader
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.precision.runs import TOP, Run
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockFp8Config, BlockGrid, BlockSize
+from qwen3_fp8_ascend.format import Activation, BlockFp8Config, BlockGrid, BlockSize
 from qwen3_fp8_ascend.provenance import npu_name
 
 DEQUANTIZED = "dequantized"
@@ -79,7 +79,7 @@ def load_model(folder: Path, backend: str, activation: Activation, dtype: torch.
 
     checkpoint = read_checkpoint(folder)
     quantization = find_quantization(checkpoint.config)
-    block = BlockFp8Config.from_dict(*quantization).block if quantization is not None else DEFAULT_BLOCK
+    form = BlockFp8Config.from_dict(*quantization) if quantization is not None else BlockFp8Config()
     try:
         config = AutoConfig.from_pretrained(folder)
     except ValueError as error:
@@ -92,7 +92,7 @@ def load_model(folder: Path, backend: str, activation: Activation, dtype: torch.
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     converted = device == "cpu" and _has_room(checkpoint, backend)
     with WeightReader(folder) as reader, torch.no_grad():
-        _fill(model, checkpoint, reader, block, backend, activation, dtype, device, converted)
+        _fill(model, checkpoint, reader, form.block, backend, form.activation(activation), dtype, device, converted)
     _compute_buffers(model, config, device)
     return model.eval()
 

@@ -57,6 +57,8 @@ class Check:
     each: "machine" for one step, "backend" for one a backend, "arithmetic" for one a backend and what it computes.
     slow: whether backends that the automatic choice passes over (the specification) are judged too.
     lower: whether kernels for lesser processors than this one are judged too.
+    all_scales: whether one for each arithmetic includes W8A8 with scales that are powers of two, which is W8A8 but for
+        the quantization.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Check:
     each: str = "backend"
     slow: bool = True
     lower: bool = False
+    all_scales: bool = False
 
 
 @dataclass(frozen=True)

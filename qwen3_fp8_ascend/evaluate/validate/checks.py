@@ -132,22 +132,29 @@ def _full_size(context: Context, rows: int, n: int, k: int, seed: int) -> Judgem
 
 def quantize(context: Context) -> Iterator[Case]:
     """Bit for bit, finite activations of every size and those with a NaN or an infinity of every payload."""
-    for dtype, rows, k in itertools.product(ops.ACTIVATION_DTYPES, (0, 1, 7, 65, 512), (1, 128, 300, 4096)):
-        name = name_of(dtype, rows, (), k).replace("/n/", "/")
-        yield Case(name, functools.partial(_quantize, context, dtype, rows, k))
-    for case in nonfinite.NON_FINITE:
-        yield Case(f"nonfinite/{case}", functools.partial(_quantize_nonfinite, context, case))
+    assert context.backend is not None
+    for activation in (Activation.W8A8, Activation.W8A8_UE8M0):
+        if activation not in context.backend.computes:
+            continue
+        prefix = "" if activation is Activation.W8A8 else "ue8m0/"
+        for dtype, rows, k in itertools.product(ops.ACTIVATION_DTYPES, (0, 1, 7, 65, 512), (1, 128, 300, 4096)):
+            name = prefix + name_of(dtype, rows, (), k).replace("/n/", "/")
+            yield Case(name, functools.partial(_quantize, context, activation, dtype, rows, k))
+        for case in nonfinite.NON_FINITE:
+            run = functools.partial(_quantize_nonfinite, context, activation, case)
+            yield Case(f"{prefix}nonfinite/{case}", run)
 
 
-def _quantize(context: Context, dtype: torch.dtype, rows: int, k: int, seed: int) -> Judgement:
+def _quantize(context: Context, activation: Activation, dtype: torch.dtype, rows: int, k: int, seed: int) -> Judgement:
     generator = _generator(seed)
     x = torch.randn(rows, k, generator=generator) * torch.exp2(torch.randint(-30, 12, (rows, 1), generator=generator))
     special = torch.tensor([0.0, -0.0, 448, -448, 464, 2.0**-9, 2.0**-10, 1e-10, 1e-12, 6e4])
     here = torch.rand(rows, k, generator=generator) < 0.02
     x = torch.where(here, special[torch.randint(len(special), (rows, k), generator=generator)], x).to(dtype)
     assert context.backend is not None
-    codes, scale = ops.quantize_activation(x.to(context.device.place), backend=context.backend.name)
-    want_codes, want_scale = reference.quantize_activation(x)
+    there = x.to(context.device.place)
+    codes, scale = ops.quantize_activation(there, activation=activation, backend=context.backend.name)
+    want_codes, want_scale = reference.quantize_activation(x, activation=activation)
     found = Found()
     compare_bits("codes", codes, want_codes, found)
     compare_bits("scales", scale, want_scale, found)
@@ -174,11 +181,12 @@ def compare_bits(what: str, got: torch.Tensor, want: torch.Tensor, found: Judgem
     found.hold(f"{what} that differ", share, 0.0, fault)
 
 
-def _quantize_nonfinite(context: Context, case: nonfinite.NonFinite, seed: int) -> Judgement:
+def _quantize_nonfinite(context: Context, activation: Activation, case: nonfinite.NonFinite, seed: int) -> Judgement:
     assert context.backend is not None
     x = nonfinite.activation(case)
-    codes, scale = ops.quantize_activation(x.to(context.device.place), backend=context.backend.name)
-    return Found(nonfinite.wrong_quantization(x, codes.view(torch.uint8).cpu(), scale.cpu()))
+    there = x.to(context.device.place)
+    codes, scale = ops.quantize_activation(there, activation=activation, backend=context.backend.name)
+    return Found(nonfinite.wrong_quantization(x, codes.view(torch.uint8).cpu(), scale.cpu(), activation))
 
 
 def dequantize(context: Context) -> Iterator[Case]:

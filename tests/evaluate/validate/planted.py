@@ -55,8 +55,8 @@ def wrong_scale_row(weight: torch.Tensor, scale: torch.Tensor, grid: Any) -> tup
     return GOOD.pack(weight, scale, grid)
 
 
-def without_nan(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return GOOD.quantize_activation(x.nan_to_num(), block_k)
+def without_nan(x: torch.Tensor, block_k: int, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+    return GOOD.quantize_activation(x.nan_to_num(), block_k, activation)
 
 
 def without_last_slot(x: torch.Tensor, w13: Any, w2: Any, weights: torch.Tensor, *rest: Any) -> torch.Tensor:
