@@ -94,12 +94,22 @@ def quantize(
     source: Annotated[Path, typer.Argument(help="A bf16, fp16 or fp32 checkpoint folder.")],
     destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
     ignore: Annotated[list[str] | None, typer.Option(help="Glob of modules to leave as they are; repeatable.")] = None,
+    container: Annotated[
+        str, typer.Option("--format", help="Whose config.json and names of scales: fp8 or compressed-tensors.")
+    ] = "fp8",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing destination.")] = False,
 ) -> None:
     """Turn a bf16 checkpoint into block FP8 (e4m3, 128x128), file by file; resumes where it was stopped."""
     from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
 
-    quantize_checkpoint(source, destination, ignore=tuple(ignore or ()), overwrite=overwrite, progress=not is_quiet())
+    quantize_checkpoint(
+        source,
+        destination,
+        ignore=tuple(ignore or ()),
+        container=container,
+        overwrite=overwrite,
+        progress=not is_quiet(),
+    )
     err.print(f"wrote {destination}", highlight=False, soft_wrap=True)
 
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from qwen3_fp8_ascend import containers
 from qwen3_fp8_ascend.checkpoints.anomaly import fault
 from qwen3_fp8_ascend.checkpoints.conversion import ConversionSummary, Read, convert_checkpoint
 from qwen3_fp8_ascend.checkpoints.folder import (
     CONFIG,
     QUANTIZATION_KEYS,
     Checkpoint,
-    find_quantization,
     read_checkpoint,
 )
 from qwen3_fp8_ascend.checkpoints.layers import (
@@ -34,11 +34,11 @@ from qwen3_fp8_ascend.checkpoints.layers import (
     matches_any,
     module_of,
 )
-from qwen3_fp8_ascend.checkpoints.rules import E4M3, OTHER_FP8, scale_name
+from qwen3_fp8_ascend.checkpoints.rules import E4M3, OTHER_FP8
 from qwen3_fp8_ascend.checkpoints.tensors import FLOAT_DTYPES
 from qwen3_fp8_ascend.checkpoints.tiles import Tile, tiles
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
-from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.errors import BlockFp8Error, describe
 from qwen3_fp8_ascend.format import (
     DEFAULT_BLOCK,
     E4M3_MAX,
@@ -49,6 +49,9 @@ from qwen3_fp8_ascend.format import (
     scale_shape,
 )
 
+CONTAINERS = (containers.FP8, containers.COMPRESSED_TENSORS)
+"""What can be written."""
+
 
 def quantize_checkpoint(
     source: str | os.PathLike[str],
@@ -56,13 +59,15 @@ def quantize_checkpoint(
     *,
     block: Sequence[int] = DEFAULT_BLOCK,
     ignore: Sequence[str] = (),
+    container: str = containers.FP8,
     progress: bool = True,
     overwrite: bool = False,
 ) -> ConversionSummary:
     """Write a block-FP8 copy of a checkpoint folder, streaming, atomically, resuming what was interrupted.
 
     The linear weights of decoder layers are quantized, experts' included; embeddings, lm_head, norms, router gates,
-    vision towers, and modules that match an `ignore` glob stay as they are and are listed in config.json. Experts that
+    vision towers, and modules that match an `ignore` glob stay as they are and are listed in config.json. `container`
+    is whose words config.json and the names of the scales use, ``fp8`` or ``compressed-tensors``. Experts that
     the source holds in one tensor a layer become tensors of their own, as official FP8 releases have them.
     Raises:
         BlockFp8Error: the source is damaged, already quantized, or has no linear weights to quantize; a weight has
@@ -72,11 +77,14 @@ def quantize_checkpoint(
     """
     if isinstance(ignore, str):
         raise BlockFp8Error("`ignore` is a list of patterns, not one string", got=repr(ignore), fix=f"[{ignore!r}]")
+    if container not in CONTAINERS:
+        raise BlockFp8Error("unknown container", expected=" or ".join(CONTAINERS), got=describe(container))
     sizes = _check_block(block)
     checkpoint = read_checkpoint(Path(source))
     _check_unquantized(checkpoint)
     selected = _select(checkpoint, tuple(ignore))
-    conversion = _Quantization(sizes, frozenset(selected), tuple(ignore), _unquantized(checkpoint, selected))
+    made = BlockFp8Config(sizes, _unquantized(checkpoint, selected), container=container)
+    conversion = _Quantization(made, frozenset(selected), tuple(ignore))
     return convert_checkpoint(checkpoint, destination, conversion, progress=progress, overwrite=overwrite)
 
 
@@ -106,15 +114,18 @@ def quantize_weight(weight: torch.Tensor, block: BlockSize = DEFAULT_BLOCK) -> t
 
 @dataclass(frozen=True)
 class _Quantization:
-    block: BlockSize
+    format: BlockFp8Config
     selected: frozenset[str]
     ignore: tuple[str, ...]
-    unquantized: tuple[str, ...]
     operation: str = "quantize"
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"block": list(self.block), "ignore": list(self.ignore)}
+        return {
+            "block": list(self.format.block),
+            "ignore": list(self.ignore),
+            "container": self.format.container,
+        }
 
     def outputs(self, tensor: TensorEntry) -> Sequence[TensorEntry]:
         if tensor.name not in self.selected:
@@ -132,10 +143,10 @@ class _Quantization:
 
     def _scale_of(self, weight: TensorEntry) -> TensorEntry:
         n, k = weight.shape
-        return TensorEntry(scale_name(weight.name), "F32", scale_shape(n, k, self.block), weight.file)
+        return TensorEntry(self.format.scale_of(weight.name), "F32", scale_shape(n, k, self.format.block), weight.file)
 
     def _quantize(self, weight: torch.Tensor, tensor: TensorEntry) -> list[torch.Tensor]:
-        (n, k), block = weight.shape, self.block
+        (n, k), block = weight.shape, self.format.block
         codes = torch.empty(n, k, dtype=torch.float8_e4m3fn)
         scale = torch.empty(scale_shape(n, k, block))
         bad = 0
@@ -162,7 +173,7 @@ class _Quantization:
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
-        return kept | {"quantization_config": BlockFp8Config(self.block, self.unquantized).to_dict()}
+        return kept | {"quantization_config": self.format.to_dict()}
 
 
 def _parts(tensor: TensorEntry) -> list[TensorEntry]:
@@ -190,9 +201,8 @@ def _check_block(block: Sequence[int]) -> BlockSize:
 
 
 def _check_unquantized(checkpoint: Checkpoint) -> None:
-    quantization = find_quantization(checkpoint.config)
-    if quantization is not None:
-        config, where = quantization
+    if checkpoint.quantization is not None:
+        config, where = checkpoint.quantization
         method = config.get("quant_method", "an unnamed method") if isinstance(config, Mapping) else "something"
         raise fault(
             "the source is already quantized",
