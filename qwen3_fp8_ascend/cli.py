@@ -95,6 +95,9 @@ def quantize(
     destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
     ignore: Annotated[list[str] | None, typer.Option(help="Glob of modules to leave as they are; repeatable.")] = None,
     scale_fmt: Annotated[str, typer.Option(help="fp32, or ue8m0 for scales that are powers of two.")] = "fp32",
+    container: Annotated[
+        str, typer.Option("--format", help="Whose config.json and names of scales: fp8 or compressed-tensors.")
+    ] = "fp8",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing destination.")] = False,
 ) -> None:
     """Turn a bf16 checkpoint into block FP8 (e4m3, 128x128), file by file; resumes where it was stopped."""
@@ -105,6 +108,7 @@ def quantize(
         destination,
         scale_fmt=scale_fmt,
         ignore=tuple(ignore or ()),
+        container=container,
         overwrite=overwrite,
         progress=not is_quiet(),
     )

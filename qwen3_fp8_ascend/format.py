@@ -7,10 +7,11 @@ Nothing here imports torch: the format is arithmetic on shapes and names.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
+from qwen3_fp8_ascend import containers
 from qwen3_fp8_ascend.errors import BlockFp8Error, describe
 
 E4M3_MAX = 448.0
@@ -159,45 +160,60 @@ class BlockGrid:
 class BlockFp8Config:
     """What a checkpoint's ``quantization_config`` says, checked.
 
-    ``ignored`` names modules that stay unquantized (``ignored_layers`` or ``modules_to_not_convert``).
-    ``scale_fmt`` is `FP32_SCALES` or `UE8M0_SCALES`.
+    ignored: names and patterns of modules that stay unquantized (``ignored_layers``, ``modules_to_not_convert``,
+        ``ignore``, ``exclude_modules``).
+    scale_fmt: `FP32_SCALES` or `UE8M0_SCALES`.
+    container: whose words config.json uses, one of `containers.SCALE_ENDINGS`.
+    targets: the modules that are quantized, if not every linear layer.
+    set_aside: keys that are not obeyed, since they say nothing about linear layers.
     """
 
     block: BlockSize = DEFAULT_BLOCK
     ignored: tuple[str, ...] = ()
     scale_fmt: str = FP32_SCALES
+    container: str = containers.FP8
+    targets: tuple[str, ...] = ()
+    set_aside: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def scale_name(self) -> str:
+        """What a module's block scales are called: ``weight_scale_inv`` or ``weight_scale``."""
+        return self.scale_of("weight")
+
+    def scale_of(self, weight: str) -> str:
+        """What the block scales of a weight are called: ``mlp.up_proj.weight`` -> ``mlp.up_proj.weight_scale_inv``."""
+        return weight + containers.SCALE_ENDINGS[self.container]
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], where: str = "config.json: quantization_config") -> BlockFp8Config:
-        """Parse and check a ``quantization_config``.
+        """Parse and check a ``quantization_config`` of any container.
 
         Raises:
-            BlockFp8Error: not FP8, no block size, static or per-tensor activations, another FP8 format, or scales of
-                a format that is not known. The message names the key.
+            BlockFp8Error: not FP8, no block size, static or per-tensor activations, another FP8 format, scales of a
+                format that is not known, or a key that changes what the weights are. The message names the key.
         """
         if not isinstance(config, Mapping):
             raise BlockFp8Error("quantization_config is not an object", where=where, got=type(config).__name__)
-
-        def refuse(key: str, expected: object, fix: str) -> BlockFp8Error:
-            return BlockFp8Error(
-                f"this is not a block-FP8 checkpoint that can be served: {key!r} does not fit",
-                where=f"{where}.{key}",
-                expected=expected,
-                got=describe(config.get(key, "nothing")),
-                fix=fix,
-            )
-
-        quantize_hint = "quantize the bf16 model with `qwen3-fp8-ascend quantize`, or serve it without this plugin"
-        if config.get("quant_method") != "fp8":
-            raise refuse("quant_method", "'fp8'", quantize_hint)
+        reading = containers.read_container(config, where)
+        if reading.container != containers.FP8:
+            settings = cls._checked(reading.settings, where)
+            return replace(settings, container=reading.container, targets=reading.targets, set_aside=reading.set_aside)
         if config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
-            raise refuse("fmt", "'e4m3'", quantize_hint)
+            raise containers.refusal(config, "fmt", where, "'e4m3'")
         if config.get("activation_scheme", "dynamic") != "dynamic":
-            raise refuse("activation_scheme", "'dynamic' (one scale per token and 128 channels)", quantize_hint)
+            expected = "'dynamic' (one scale per token and 128 channels)"
+            raise containers.refusal(config, "activation_scheme", where, expected)
+        containers.check_meaning(config, where)
+        return replace(cls._checked(config, where), set_aside=reading.set_aside)
+
+    @classmethod
+    def _checked(cls, config: Mapping[str, Any], where: str) -> BlockFp8Config:
+        """What all containers say, in this format's own words."""
         named = config.get("scale_fmt")
         scale_fmt = SCALE_FORMATS.get("none" if named is None else named.lower() if isinstance(named, str) else "")
         if scale_fmt is None:
-            raise refuse("scale_fmt", "'ue8m0' (powers of two), or 'float' or nothing (fp32)", quantize_hint)
+            expected = "'ue8m0' (powers of two), or 'float' or nothing (fp32)"
+            raise containers.refusal(config, "scale_fmt", where, expected)
         sizes = config.get("weight_block_size")
         if (
             not isinstance(sizes, Sequence)
@@ -205,12 +221,14 @@ class BlockFp8Config:
             or len(sizes) != 2
             or not all(isinstance(s, int) and not isinstance(s, bool) and 1 <= s <= 1 << 20 for s in sizes)
         ):
-            raise refuse("weight_block_size", "two positive integers, such as [128, 128]", quantize_hint)
+            expected = "two positive integers, such as [128, 128]"
+            raise containers.refusal(config, "weight_block_size", where, expected)
         ignored: dict[str, None] = {}  # in their order, each once
         for key in ("ignored_layers", "modules_to_not_convert"):
             names = config.get(key) or []
             if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-                raise refuse(key, "a list of module names", "correct the list in config.json")
+                fix = "correct the list in config.json"
+                raise containers.refusal(config, key, where, "a list of module names", fix)
             if len(names) > MAX_IGNORED:
                 raise BlockFp8Error(
                     "an ignore list has more names than any model has modules",
@@ -231,6 +249,8 @@ class BlockFp8Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The ``quantization_config`` to write into config.json."""
+        if self.container != containers.FP8:
+            return containers.written(self.container, self.block, self.ignored, self.targets)
         out: dict[str, Any] = {
             "quant_method": "fp8",
             "fmt": "e4m3",

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
 
-Severity = Literal["error", "warning"]
+Severity = Literal["error", "warning", "note"]
 
 
 @dataclass(frozen=True, slots=True)
 class Anomaly:
     """One finding: what is wrong, where, what was expected instead, what was found, and what to do about it.
 
-    An error makes the checkpoint unusable; a warning does not.
+    An error makes the checkpoint unusable; a warning does not. A note says what is left aside, and nothing is wrong.
     """
 
     what: str

@@ -23,6 +23,7 @@ from qwen3_fp8_ascend.checkpoints.anomaly import fault
 from qwen3_fp8_ascend.checkpoints.folder import (
     CONFIG,
     INDEX,
+    MODELOPT_CONFIG,
     PICKLE_SUFFIXES,
     WEIGHTS_SUFFIX,
     Checkpoint,
@@ -244,7 +245,8 @@ def _carried_files(folder: Path) -> Iterator[tuple[str, Path]]:
         for name in sorted(names):
             path = Path(directory) / name
             relative = path.relative_to(folder).as_posix()
-            if relative == CONFIG or name.endswith(".index.json") or name.lower().endswith(OTHER_WEIGHTS):
+            made_anew = relative in (CONFIG, MODELOPT_CONFIG) or name.endswith(".index.json")
+            if made_anew or name.lower().endswith(OTHER_WEIGHTS):
                 continue
             _check_link(path, folder)
             if path.is_file():

@@ -14,12 +14,12 @@ from qwen3_fp8_ascend.checkpoints.anomaly import fault
 from qwen3_fp8_ascend.checkpoints.conversion import ConversionSummary, Read, convert_checkpoint
 from qwen3_fp8_ascend.checkpoints.folder import QUANTIZATION_KEYS, read_checkpoint
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
-from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, is_scale, scale_name
+from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, expected_scale_shape, is_scale
 from qwen3_fp8_ascend.checkpoints.tensors import FLOAT_DTYPES
 from qwen3_fp8_ascend.checkpoints.tiles import Tile, tiles
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import BlockSize, ceil_div
+from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize, ceil_div
 from qwen3_fp8_ascend.ops import check_scale_values, count_nan_codes
 
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
@@ -47,30 +47,31 @@ def dequantize_checkpoint(
     report = check_checkpoint(source)
     checkpoint = read_checkpoint(Path(source))
     assert report.config is not None  # check_checkpoint refuses anything else
-    conversion = _Dequantization(report.config.block, dtype, checkpoint.tensors)
+    conversion = _Dequantization(report.config, dtype, checkpoint.tensors)
     return convert_checkpoint(checkpoint, destination, conversion, progress=progress, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
 class _Dequantization:
-    block: BlockSize
+    format: BlockFp8Config
     dtype: torch.dtype
     tensors: Mapping[str, TensorEntry]
     operation: str = "dequantize"
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"block": list(self.block), "dtype": DTYPE_NAMES[self.dtype]}
+        return {"block": list(self.format.block), "dtype": DTYPE_NAMES[self.dtype]}
 
     def outputs(self, tensor: TensorEntry) -> Sequence[TensorEntry]:
-        if is_scale(tensor.name):
+        if is_scale(tensor.name, self.format):
             return []  # read beside its weight, which may be in another file
         return [replace(tensor, dtype=DTYPE_NAMES[self.dtype]) if tensor.dtype == E4M3 else tensor]
 
     def convert(self, tensor: TensorEntry, read: Read) -> Sequence[torch.Tensor]:
-        entry = self.tensors[scale_name(tensor.name)]
+        entry, block = self.tensors[self.format.scale_of(tensor.name)], self.format.block
         scale = read(entry)
         check_scale_values(scale, where=f"{entry.file}, {entry.name}")
+        scale = scale.reshape(expected_scale_shape(tensor.shape, block))  # ModelOpt's are (rows, 1, columns, 1)
         codes = read(tensor)
         weight = torch.empty(codes.shape, dtype=self.dtype)
         nan_codes = overflows = 0
@@ -79,10 +80,10 @@ class _Dequantization:
             *(t.unbind() if t.dim() == 3 else (t,) for t in (weight, codes, scale)), strict=True
         ):
             n, k = matrix.shape
-            for tile in tiles(n, k, self.block, whole_blocks=False):
+            for tile in tiles(n, k, block, whole_blocks=False):
                 part = matrix[tile.where]
                 nan_codes += count_nan_codes(part)
-                made = (part.float() * _tile_scales(scales, self.block, tile)).to(self.dtype)
+                made = (part.float() * _tile_scales(scales, block, tile)).to(self.dtype)
                 if not torch.isfinite(made.abs().amax()):
                     overflows += made.numel() - int(torch.isfinite(made).sum())
                 into[tile.where] = made

@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
 from qwen3_fp8_ascend.checkpoints.folder import Checkpoint
-from qwen3_fp8_ascend.checkpoints.layers import DOWN, EXPERT, FUSED_EXPERTS, GATE, PROJECTIONS, UP, is_ignored
+from qwen3_fp8_ascend.checkpoints.layers import DOWN, EXPERT, FUSED_EXPERTS, GATE, PROJECTIONS, UP
 from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, QUANTIZE_AGAIN
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
 from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize
@@ -46,11 +46,22 @@ class ExpertsSummary:
 
 
 @dataclass
-class _Layer:
+class ExpertsLayer:
     """The tensors of one layer's experts, by their number and projection."""
 
     weights: dict[int, dict[str, TensorEntry]] = field(default_factory=lambda: defaultdict(dict))
     fused: dict[str, TensorEntry] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[TensorEntry]:
+        """All of them, the first expert's first."""
+        return [*self.fused.values(), *(t for _, found in sorted(self.weights.items()) for t in found.values())]
+
+    @property
+    def count(self) -> int:
+        """Number of experts."""
+        whole = next((tensor.shape[0] for tensor in self.fused.values() if tensor.shape), 0)
+        return whole or len(self.weights)
 
 
 def whole_block_ranks(intermediate: int, block: BlockSize) -> tuple[int, ...]:
@@ -67,27 +78,26 @@ def whole_block_ranks(intermediate: int, block: BlockSize) -> tuple[int, ...]:
 
 def find_expert_anomalies(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:
     """What would keep the FP8 experts of a checkpoint from being served, by layer, expert and tensor."""
-    layers = _layers(checkpoint)
+    layers = expert_layers(checkpoint)
     quantized = {name: layer for name, layer in layers.items() if _quantized(layer)}
     yield from _check_routers(checkpoint, layers)
     if not quantized:
         return
     yield from _check_config(checkpoint.config)
     yield from _check_biases(checkpoint, quantized)
-    ignored = frozenset(config.ignored)
     for name, layer in quantized.items():
+        yield from _check_alike(name, layer)
         if layer.fused:
             yield from _check_fused(layer, checkpoint.config, config.block)
         else:
             yield from _check_complete(name, layer, checkpoint.config)
-            yield from _check_alike(name, layer, ignored)
             yield from _check_shapes(layer, checkpoint.config)
 
 
 def summarize_experts(checkpoint: Checkpoint, block: BlockSize) -> ExpertsSummary | None:
     """Number and size of FP8 experts; None if there are none, or if layers differ."""
     found = set()
-    layers = [layer for layer in _layers(checkpoint).values() if _quantized(layer)]
+    layers = [layer for layer in expert_layers(checkpoint).values() if _quantized(layer)]
     for layer in layers:
         if DOWN in layer.fused and len(layer.fused[DOWN].shape) == 3:
             found.add(layer.fused[DOWN].shape)
@@ -103,8 +113,9 @@ def summarize_experts(checkpoint: Checkpoint, block: BlockSize) -> ExpertsSummar
     return ExpertsSummary(len(layers), experts, hidden, intermediate, whole_block_ranks(intermediate, block))
 
 
-def _layers(checkpoint: Checkpoint) -> dict[str, _Layer]:
-    layers: dict[str, _Layer] = defaultdict(_Layer)
+def expert_layers(checkpoint: Checkpoint) -> dict[str, ExpertsLayer]:
+    """The experts of each layer, by the name that their tensors share."""
+    layers: dict[str, ExpertsLayer] = defaultdict(ExpertsLayer)
     for tensor in checkpoint.tensors.values():
         if ".experts." not in tensor.name and not tensor.name.startswith("experts."):
             continue
@@ -116,9 +127,8 @@ def _layers(checkpoint: Checkpoint) -> dict[str, _Layer]:
     return dict(layers)
 
 
-def _quantized(layer: _Layer) -> bool:
-    weights = (tensor for tensors in layer.weights.values() for tensor in tensors.values())
-    return any(tensor.dtype == E4M3 for tensor in (*layer.fused.values(), *weights))
+def _quantized(layer: ExpertsLayer) -> bool:
+    return any(tensor.dtype == E4M3 for tensor in layer.tensors)
 
 
 def _setting(config: Mapping[str, Any], *keys: str) -> Any:
@@ -164,7 +174,7 @@ def _check_config(config: Mapping[str, Any]) -> Iterator[Anomaly]:
         )
 
 
-def _check_biases(checkpoint: Checkpoint, quantized: Mapping[str, _Layer]) -> Iterator[Anomaly]:
+def _check_biases(checkpoint: Checkpoint, quantized: Mapping[str, ExpertsLayer]) -> Iterator[Anomaly]:
     for tensor in checkpoint.tensors.values():
         match = EXPERT.match(tensor.name)
         biased = FUSED_BIASES.match(tensor.name) or (match is not None and match["kind"] == "bias")
@@ -172,7 +182,7 @@ def _check_biases(checkpoint: Checkpoint, quantized: Mapping[str, _Layer]) -> It
             yield _anomaly(tensor, "experts with biases are not served", "no biases", "a bias", SERVE_BF16)
 
 
-def _check_routers(checkpoint: Checkpoint, layers: Mapping[str, _Layer]) -> Iterator[Anomaly]:
+def _check_routers(checkpoint: Checkpoint, layers: Mapping[str, ExpertsLayer]) -> Iterator[Anomaly]:
     """A router without experts: what a lost file looks like."""
     count = _integer(checkpoint.config, *COUNT_KEYS)
     if count is None:
@@ -189,7 +199,7 @@ def _check_routers(checkpoint: Checkpoint, layers: Mapping[str, _Layer]) -> Iter
             )
 
 
-def _check_complete(name: str, layer: _Layer, config: Mapping[str, Any]) -> Iterator[Anomaly]:
+def _check_complete(name: str, layer: ExpertsLayer, config: Mapping[str, Any]) -> Iterator[Anomaly]:
     numbers = set(layer.weights)
     count = _integer(config, *COUNT_KEYS) or max(numbers) + 1
     present = sum(expert < count for expert in numbers)
@@ -223,23 +233,17 @@ def _check_complete(name: str, layer: _Layer, config: Mapping[str, Any]) -> Iter
                 )
 
 
-def _check_alike(name: str, layer: _Layer, ignored: frozenset[str]) -> Iterator[Anomaly]:
-    """One operator serves the experts of a layer: all are FP8, or none. `rules` names floats that no list excludes."""
-    for tensors in layer.weights.values():
-        for tensor in tensors.values():
-            module = tensor.name.removesuffix(".weight")
-            if tensor.dtype != E4M3 and is_ignored(module, ignored):
-                yield _anomaly(
-                    tensor,
-                    "only some experts of a layer are FP8",
-                    f"all or none of {name} in modules_to_not_convert",
-                    tensor.dtype,
-                    QUANTIZE_AGAIN,
-                )
-                return
+def _check_alike(name: str, layer: ExpertsLayer) -> Iterator[Anomaly]:
+    """One operator serves the experts of a layer: all are FP8, or none."""
+    for tensor in layer.tensors:
+        if tensor.dtype != E4M3:
+            yield _anomaly(
+                tensor, "only some experts of a layer are FP8", f"all or none of {name}", tensor.dtype, QUANTIZE_AGAIN
+            )
+            return
 
 
-def _check_shapes(layer: _Layer, config: Mapping[str, Any]) -> Iterator[Anomaly]:
+def _check_shapes(layer: ExpertsLayer, config: Mapping[str, Any]) -> Iterator[Anomaly]:
     gates = (tensors[GATE].shape for _, tensors in sorted(layer.weights.items()) if GATE in tensors)
     expected = _expert_shape(config) or next(gates, None)
     if expected is None:
@@ -257,7 +261,7 @@ def _check_shapes(layer: _Layer, config: Mapping[str, Any]) -> Iterator[Anomaly]
                 )
 
 
-def _check_fused(layer: _Layer, config: Mapping[str, Any], block: BlockSize) -> Iterator[Anomaly]:
+def _check_fused(layer: ExpertsLayer, config: Mapping[str, Any], block: BlockSize) -> Iterator[Anomaly]:
     some = next(iter(layer.fused.values()))
     missing = [projection for projection in ("gate_up_proj", DOWN) if projection not in layer.fused]
     if missing:

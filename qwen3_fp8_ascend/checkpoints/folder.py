@@ -31,6 +31,9 @@ MAX_TENSORS = 200_000
 """Of a checkpoint: twice DeepSeek-V3's. Looking at one takes about 20 microseconds."""
 
 NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+MODELOPT_CONFIG = "hf_quant_config.json"
+"""Where ModelOpt up to 0.29 puts its quantization_config."""
+
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
@@ -46,6 +49,8 @@ class Checkpoint:
     files: tuple[FileHeader, ...]
     tensors: Mapping[str, TensorEntry]
     has_index: bool
+    quantization: tuple[Any, str] | None = None
+    """The quantization_config and where it stands."""
     unused: tuple[str, ...] = ()
     anomalies: tuple[Anomaly, ...] = field(default=())
 
@@ -110,7 +115,13 @@ def survey_checkpoint(folder: Path) -> Checkpoint:
     used = set(files)
     unused = tuple(sorted(n for n in names if n.endswith(WEIGHTS_SUFFIX) and n not in used))
     ordered = dict(sorted(tensors.items()))
-    return Checkpoint(folder, config, tuple(headers), ordered, weight_map is not None, unused, tuple(anomalies))
+    quantization = find_quantization(config)
+    if quantization is None and MODELOPT_CONFIG in names:
+        found = read_object(folder / MODELOPT_CONFIG, MODELOPT_CONFIG, MAX_CONFIG_BYTES, described)
+        quantization = found, MODELOPT_CONFIG
+    return Checkpoint(
+        folder, config, tuple(headers), ordered, weight_map is not None, quantization, unused, tuple(anomalies)
+    )
 
 
 def find_quantization(config: Mapping[str, Any]) -> tuple[Any, str] | None:

@@ -14,16 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly, CheckpointError, collect, fault
-from qwen3_fp8_ascend.checkpoints.experts import ExpertsSummary, find_expert_anomalies, summarize_experts
-from qwen3_fp8_ascend.checkpoints.folder import find_quantization, survey_checkpoint
-from qwen3_fp8_ascend.checkpoints.rules import (
-    find_anomalies,
-    find_undeclared,
-    find_unused,
-    is_fp8_weight,
-    is_scale,
-    scale_name,
-)
+from qwen3_fp8_ascend.checkpoints.experts import ExpertsSummary, summarize_experts
+from qwen3_fp8_ascend.checkpoints.folder import survey_checkpoint
+from qwen3_fp8_ascend.checkpoints.plan import Plan, make_plan
+from qwen3_fp8_ascend.checkpoints.rules import find_undeclared, is_fp8_weight, is_scale
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
 from qwen3_fp8_ascend.errors import BlockFp8Error, describe, printable
 from qwen3_fp8_ascend.format import BlockFp8Config
@@ -45,6 +39,17 @@ class CheckpointReport:
     unused_files: tuple[str, ...]
     anomalies: tuple[Anomaly, ...]
     experts: ExpertsSummary | None = None
+    plan: Plan | None = None
+
+    @property
+    def warnings(self) -> tuple[Anomaly, ...]:
+        """The anomalies that may be wrong and do not make the checkpoint unusable."""
+        return tuple(anomaly for anomaly in self.anomalies if anomaly.severity == "warning")
+
+    @property
+    def notes(self) -> tuple[Anomaly, ...]:
+        """What is left aside, though nothing is wrong with it."""
+        return tuple(anomaly for anomaly in self.anomalies if anomaly.severity == "note")
 
     @property
     def errors(self) -> tuple[Anomaly, ...]:
@@ -65,6 +70,7 @@ class CheckpointReport:
             "tensors_by_kind": dict(self.tensors_by_kind),
             "bytes_by_kind": dict(self.bytes_by_kind),
             "unused_files": list(self.unused_files),
+            "plan": self.plan.to_dict() if self.plan else None,
             "anomalies": [anomaly.to_dict() for anomaly in self.anomalies],
         }
 
@@ -78,22 +84,19 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
     checkpoint = survey_checkpoint(Path(folder))
     findings: list[Iterable[Anomaly]] = [checkpoint.anomalies]
     config: BlockFp8Config | None = None
-    quantization = find_quantization(checkpoint.config)
-    if quantization is not None:
+    plan: Plan | None = None
+    if checkpoint.quantization is not None:
         try:
-            config = BlockFp8Config.from_dict(*quantization)
+            config = BlockFp8Config.from_dict(*checkpoint.quantization)
         except BlockFp8Error as error:
             findings.append([_as_anomaly(error)])
-    if config is not None:
-        findings += [
-            find_anomalies(checkpoint, config),
-            find_expert_anomalies(checkpoint, config),
-            find_unused(checkpoint),
-        ]
-    elif quantization is None:
+    else:
         findings.append(find_undeclared(checkpoint))
+    if config is not None:
+        plan = make_plan(checkpoint, config)
+        findings.append(plan.anomalies)
     anomalies = collect(chain.from_iterable(findings))
-    kinds = {name: _kind(tensor, checkpoint.tensors) for name, tensor in checkpoint.tensors.items()}
+    kinds = {name: _kind(tensor, checkpoint.tensors, config) for name, tensor in checkpoint.tensors.items()}
     counts: Counter[str] = Counter(kinds.values())
     sizes: Counter[str] = Counter()
     for name, tensor in checkpoint.tensors.items():
@@ -111,6 +114,7 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
         bytes_by_kind=dict(sorted(sizes.items())),
         unused_files=checkpoint.unused,
         anomalies=tuple(anomalies),
+        plan=plan,
     )
 
 
@@ -132,10 +136,11 @@ def check_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
     return report
 
 
-def _kind(tensor: TensorEntry, tensors: Mapping[str, TensorEntry]) -> str:
-    if is_fp8_weight(tensor) and scale_name(tensor.name) in tensors:
+def _kind(tensor: TensorEntry, tensors: Mapping[str, TensorEntry], config: BlockFp8Config | None) -> str:
+    config = config or BlockFp8Config()
+    if is_fp8_weight(tensor) and config.scale_of(tensor.name) in tensors:
         return "block FP8 weights"
-    if is_scale(tensor.name):
+    if is_scale(tensor.name, config):
         return "block scales"
     return f"other {tensor.dtype}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from qwen3_fp8_ascend.format import WEIGHT_SUFFIX
@@ -19,7 +19,14 @@ UNQUANTIZED_WORDS = ("norm", "embed", "router", "conv")
 ROUTER_GATES = ("gate", "shared_expert_gate")
 """Whole last names of expert routers; ``gate_proj`` is none of them."""
 
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
 """Linear layers that vLLM merges into one, so that they must agree on being quantized."""
 
 COMMON_LINEARS = frozenset(
@@ -37,7 +44,7 @@ PROJECTIONS = {GATE: GATE, UP: UP, DOWN: DOWN, "w1": GATE, "w3": UP, "w2": DOWN}
 
 EXPERT = re.compile(
     r"^(?P<layer>(?:.+\.)?experts)\.(?P<expert>\d{1,6})\.(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)"
-    r"\.(?P<kind>weight|weight_scale_inv|bias)$"
+    r"\.(?P<kind>weight|weight_scale_inv|weight_scale|bias)$"
 )
 """An expert's tensors, as official FP8 releases have them."""
 
@@ -45,7 +52,7 @@ GATE_UP = "gate_up_proj"
 FUSED_EXPERTS = re.compile(r"^(?P<layer>(?:.+\.)?experts)\.(?P<projection>gate_up_proj|down_proj)$")
 """All experts of a layer in one tensor, as transformers 5 keeps them in memory: (experts, n, k), gate above up."""
 
-FUSED_SCALES = re.compile(r"^(?:.+\.)?experts\.(?:gate_up_proj|down_proj)_scale_inv$")
+FUSED_SCALES = re.compile(r"^(?:.+\.)?experts\.(?:gate_up_proj|down_proj)_scale(?:_inv)?$")
 
 
 def module_of(tensor: str) -> str:
@@ -85,20 +92,6 @@ def is_fused_experts(tensor: str, shape: tuple[int, ...]) -> bool:
 def expert_weight(fused: str, expert: int, projection: str) -> str:
     """The name of one expert's weight that is a part of a fused tensor: ``experts.7.gate_proj.weight``."""
     return f"{fused.rpartition('.')[0]}.{expert}.{projection}.weight"
-
-
-def is_ignored(module: str, ignored: Collection[str]) -> bool:
-    """Whether a config's ignore list (a set is fast) names a module: itself, a parent of it, or the end of its path."""
-    if not ignored:
-        return False
-    if module in ignored:
-        return True
-    dot = module.find(".")
-    while dot >= 0:
-        if module[:dot] in ignored or module[dot + 1 :] in ignored:
-            return True
-        dot = module.find(".", dot + 1)
-    return False
 
 
 def matches_any(module: str, globs: Iterable[str]) -> bool:

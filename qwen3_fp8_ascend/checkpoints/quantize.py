@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from qwen3_fp8_ascend import containers
 from qwen3_fp8_ascend.checkpoints.anomaly import fault
 from qwen3_fp8_ascend.checkpoints.conversion import ConversionSummary, Read, convert_checkpoint
 from qwen3_fp8_ascend.checkpoints.folder import (
     CONFIG,
     QUANTIZATION_KEYS,
     Checkpoint,
-    find_quantization,
     read_checkpoint,
 )
 from qwen3_fp8_ascend.checkpoints.layers import (
@@ -34,11 +34,11 @@ from qwen3_fp8_ascend.checkpoints.layers import (
     matches_any,
     module_of,
 )
-from qwen3_fp8_ascend.checkpoints.rules import E4M3, OTHER_FP8, scale_name
+from qwen3_fp8_ascend.checkpoints.rules import E4M3, OTHER_FP8
 from qwen3_fp8_ascend.checkpoints.tensors import FLOAT_DTYPES
 from qwen3_fp8_ascend.checkpoints.tiles import Tile, tiles
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
-from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.errors import BlockFp8Error, describe
 from qwen3_fp8_ascend.format import (
     DEFAULT_BLOCK,
     E4M3_MAX,
@@ -52,6 +52,9 @@ from qwen3_fp8_ascend.format import (
 )
 from qwen3_fp8_ascend.reference import round_up_to_power_of_two
 
+CONTAINERS = (containers.FP8, containers.COMPRESSED_TENSORS)
+"""What can be written."""
+
 
 def quantize_checkpoint(
     source: str | os.PathLike[str],
@@ -60,13 +63,15 @@ def quantize_checkpoint(
     block: Sequence[int] = DEFAULT_BLOCK,
     scale_fmt: str = FP32_SCALES,
     ignore: Sequence[str] = (),
+    container: str = containers.FP8,
     progress: bool = True,
     overwrite: bool = False,
 ) -> ConversionSummary:
     """Write a block-FP8 copy of a checkpoint folder, streaming, atomically, resuming what was interrupted.
 
     The linear weights of decoder layers are quantized, experts' included; embeddings, lm_head, norms, router gates,
-    vision towers, and modules that match an `ignore` glob stay as they are and are listed in config.json. Experts that
+    vision towers, and modules that match an `ignore` glob stay as they are and are listed in config.json. `container`
+    is whose words config.json and the names of the scales use, ``fp8`` or ``compressed-tensors``. Experts that
     the source holds in one tensor a layer become tensors of their own, as official FP8 releases have them.
     scale_fmt: "ue8m0" for scales that are powers of two, as DeepSeek-V3.1 has them, stored as fp32.
     Raises:
@@ -77,12 +82,14 @@ def quantize_checkpoint(
     """
     if isinstance(ignore, str):
         raise BlockFp8Error("`ignore` is a list of patterns, not one string", got=repr(ignore), fix=f"[{ignore!r}]")
+    if container not in CONTAINERS:
+        raise BlockFp8Error("unknown container", expected=" or ".join(CONTAINERS), got=describe(container))
     sizes = _check_block(block)
     checkpoint = read_checkpoint(Path(source))
     _check_unquantized(checkpoint)
     selected = _select(checkpoint, tuple(ignore))
-    form = BlockFp8Config(sizes, _unquantized(checkpoint, selected), _check_scale_fmt(scale_fmt))
-    conversion = _Quantization(form, frozenset(selected), tuple(ignore))
+    made = BlockFp8Config(sizes, _unquantized(checkpoint, selected), _check_scale_fmt(scale_fmt), container=container)
+    conversion = _Quantization(made, frozenset(selected), tuple(ignore))
     return convert_checkpoint(checkpoint, destination, conversion, progress=progress, overwrite=overwrite)
 
 
@@ -116,14 +123,19 @@ def quantize_weight(
 
 @dataclass(frozen=True)
 class _Quantization:
-    form: BlockFp8Config
+    format: BlockFp8Config
     selected: frozenset[str]
     ignore: tuple[str, ...]
     operation: str = "quantize"
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"block": list(self.form.block), "scale_fmt": self.form.scale_fmt, "ignore": list(self.ignore)}
+        return {
+            "block": list(self.format.block),
+            "scale_fmt": self.format.scale_fmt,
+            "ignore": list(self.ignore),
+            "container": self.format.container,
+        }
 
     def outputs(self, tensor: TensorEntry) -> Sequence[TensorEntry]:
         if tensor.name not in self.selected:
@@ -141,16 +153,16 @@ class _Quantization:
 
     def _scale_of(self, weight: TensorEntry) -> TensorEntry:
         n, k = weight.shape
-        return TensorEntry(scale_name(weight.name), "F32", scale_shape(n, k, self.form.block), weight.file)
+        return TensorEntry(self.format.scale_of(weight.name), "F32", scale_shape(n, k, self.format.block), weight.file)
 
     def _quantize(self, weight: torch.Tensor, tensor: TensorEntry) -> list[torch.Tensor]:
-        (n, k), block = weight.shape, self.form.block
+        (n, k), block = weight.shape, self.format.block
         codes = torch.empty(n, k, dtype=torch.float8_e4m3fn)
         scale = torch.empty(scale_shape(n, k, block))
         bad = 0
         for tile in tiles(n, k, block, whole_blocks=True):
             part = weight[tile.where]
-            tile_codes, tile_scale = quantize_weight(part, block, self.form.scale_fmt)
+            tile_codes, tile_scale = quantize_weight(part, block, self.format.scale_fmt)
             if not torch.isfinite(tile_scale).all():  # a NaN or an infinity in a block shows in its amax
                 bad += part.numel() - int(torch.isfinite(part).sum())  # count them all, then refuse
             codes[tile.where] = tile_codes
@@ -171,7 +183,7 @@ class _Quantization:
 
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
-        return kept | {"quantization_config": self.form.to_dict()}
+        return kept | {"quantization_config": self.format.to_dict()}
 
 
 def _parts(tensor: TensorEntry) -> list[TensorEntry]:
@@ -205,9 +217,8 @@ def _check_scale_fmt(scale_fmt: str) -> str:
 
 
 def _check_unquantized(checkpoint: Checkpoint) -> None:
-    quantization = find_quantization(checkpoint.config)
-    if quantization is not None:
-        config, where = quantization
+    if checkpoint.quantization is not None:
+        config, where = checkpoint.quantization
         method = config.get("quant_method", "an unnamed method") if isinstance(config, Mapping) else "something"
         raise fault(
             "the source is already quantized",

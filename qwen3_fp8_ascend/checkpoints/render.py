@@ -66,13 +66,13 @@ def _names(names: Iterable[str]) -> str:
 def _render_anomalies(report: CheckpointReport, console: Console) -> None:
     from rich.text import Text
 
-    if not report.anomalies:
+    if report.errors or report.warnings:
+        counted = f"{len(report.errors)} errors, {len(report.warnings)} warnings"
+        console.print(Text(counted, style="bold red" if report.errors else "bold yellow"))
+    else:
         console.print(Text("no anomalies", style="green"))
-        return
-    warnings = len(report.anomalies) - len(report.errors)
-    console.print(Text(f"{len(report.errors)} errors, {warnings} warnings", style="bold red"))
     for anomaly in report.anomalies[:MAX_SHOWN]:
-        style = "red" if anomaly.severity == "error" else "yellow"
+        style = {"error": "red", "warning": "yellow"}.get(anomaly.severity, "")
         console.print(Text(f"{anomaly.severity}: {anomaly.what}", style=style), soft_wrap=True)
         parts = (
             ("where", anomaly.where),

@@ -7,31 +7,24 @@ from collections.abc import Iterator, Mapping
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
 from qwen3_fp8_ascend.checkpoints.folder import INDEX, SINGLE, WEIGHTS_SUFFIX, Checkpoint
 from qwen3_fp8_ascend.checkpoints.layers import (
-    COMMON_LINEARS,
     FUSED_SCALES,
     is_decoder_linear,
     is_fused_experts,
-    is_ignored,
+    is_linear_weight,
     layer_index,
     module_of,
 )
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry, is_plain_text
-from qwen3_fp8_ascend.format import (
-    SCALE_DTYPES,
-    SCALE_SUFFIX,
-    WEIGHT_SUFFIX,
-    BlockFp8Config,
-    BlockSize,
-    scale_shape,
-)
+from qwen3_fp8_ascend.containers import MODELOPT, SCALE_ENDINGS
+from qwen3_fp8_ascend.format import SCALE_DTYPES, WEIGHT_SUFFIX, BlockFp8Config, BlockSize, scale_shape
 
 E4M3 = "F8_E4M3"
-SCALE_ENDING = SCALE_SUFFIX.removeprefix(WEIGHT_SUFFIX)
 OTHER_FP8 = ("F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 FLOATS = ("BF16", "F16", "F32", "F64")
-FOREIGN_SCALES = (".input_scale", ".activation_scale", ".input_scale_inv", ".weight_scale")
-"""Tensors of static or per-tensor schemes; block FP8 with dynamic activations has none of them."""
+FOREIGN_SCALES = (".input_scale", ".activation_scale", ".input_scale_inv", ".weight_zero_point", ".input_zero_point")
+"""Tensors of static, per-tensor or asymmetric schemes; block FP8 with dynamic activations has none of them."""
 
+OUTPUT_HEAD = "lm_head"
 QUANTIZE_AGAIN = "quantize the bf16 model again: `qwen3-fp8-ascend quantize`"
 DOWNLOAD_AGAIN = "the checkpoint is damaged or incomplete; download it again, or " + QUANTIZE_AGAIN
 
@@ -41,14 +34,11 @@ def is_fp8_weight(tensor: TensorEntry) -> bool:
     return tensor.dtype == E4M3 and (tensor.name.endswith(WEIGHT_SUFFIX) or is_fused_experts(tensor.name, tensor.shape))
 
 
-def scale_name(weight: str) -> str:
-    """``model.layers.0.mlp.up_proj.weight`` -> ``model.layers.0.mlp.up_proj.weight_scale_inv``."""
-    return weight + SCALE_ENDING
-
-
-def is_scale(name: str) -> bool:
+def is_scale(name: str, config: BlockFp8Config) -> bool:
     """Whether a tensor holds block scales, by its name."""
-    return name.endswith(SCALE_SUFFIX) or FUSED_SCALES.match(name) is not None
+    if not name.endswith(SCALE_ENDINGS[config.container]):
+        return False
+    return name.endswith(f".{config.scale_name}") or FUSED_SCALES.match(name) is not None
 
 
 def expected_scale_shape(shape: tuple[int, ...], block: BlockSize) -> tuple[int, ...]:
@@ -56,12 +46,17 @@ def expected_scale_shape(shape: tuple[int, ...], block: BlockSize) -> tuple[int,
     return (*shape[:-2], *scale_shape(shape[-2], shape[-1], block))
 
 
+def matrix_shape(scale: TensorEntry, config: BlockFp8Config) -> tuple[int, ...]:
+    """Shape of the scales of a weight; ModelOpt writes (rows, 1, columns, 1)."""
+    if config.container == MODELOPT and len(scale.shape) == 4 and scale.shape[1::2] == (1, 1):
+        return scale.shape[::2]
+    return scale.shape
+
+
 def find_anomalies(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:
-    """Everything that the tensor table shows to be wrong with a checkpoint that declares block FP8."""
+    """Everything that the tensors by themselves show to be wrong with a checkpoint that declares block FP8."""
     tensors = checkpoint.tensors
-    ignored = frozenset(config.ignored)
-    quantized_names = {module_of(t.name).rpartition(".")[2] for t in tensors.values() if is_fp8_weight(t)}
-    if not quantized_names:
+    if not any(is_fp8_weight(tensor) for tensor in tensors.values()):
         yield Anomaly(
             "config.json declares block FP8, but no tensor is FP8",
             expected=f"{E4M3} weights",
@@ -69,33 +64,32 @@ def find_anomalies(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[A
             fix="remove quantization_config from config.json, or " + QUANTIZE_AGAIN,
         )
         return
+    other_scales = {f".weight{ending}" for ending in SCALE_ENDINGS.values()} - {f".{config.scale_name}"}
     for tensor in tensors.values():
-        if is_scale(tensor.name):
-            yield from _check_extra_scale(tensor, tensors)
+        if is_scale(tensor.name, config):
+            yield from _check_extra_scale(tensor, tensors, config)
         elif tensor.dtype in OTHER_FP8:
             yield _anomaly(tensor, "a tensor has another FP8 dtype than e4m3", E4M3, tensor.dtype, QUANTIZE_AGAIN)
         elif tensor.dtype == E4M3:
-            yield from _check_weight(tensor, tensors, config, ignored)
-        elif tensor.name.endswith(FOREIGN_SCALES):
+            yield from _check_weight(tensor, tensors, config)
+        elif tensor.name.endswith((*FOREIGN_SCALES, *other_scales)):
             yield _anomaly(
                 tensor,
                 "a scale of a static or per-tensor scheme stands in a checkpoint with dynamic block scales",
-                f"only *{SCALE_SUFFIX}",
+                f"only *.{config.scale_name}",
                 tensor.name.rpartition(".")[2],
                 QUANTIZE_AGAIN,
             )
-        elif tensor.dtype in FLOATS and (
-            is_decoder_linear(tensor.name, tensor.shape) or is_fused_experts(tensor.name, tensor.shape)
-        ):
-            yield from _check_float_weight(tensor, ignored, quantized_names)
+        elif tensor.dtype not in FLOATS and is_decoder_linear(tensor.name, tensor.shape):
+            yield _anomaly(
+                tensor, "a linear layer is neither FP8 nor float", f"{E4M3} or BF16", tensor.dtype, QUANTIZE_AGAIN
+            )
     yield from _check_layers_present(checkpoint)
 
 
-def _check_weight(
-    tensor: TensorEntry, tensors: Mapping[str, TensorEntry], config: BlockFp8Config, ignored: frozenset[str]
-) -> Iterator[Anomaly]:
-    module = module_of(tensor.name)
-    if not is_fp8_weight(tensor) or len(tensor.shape) != (3 if is_fused_experts(tensor.name, tensor.shape) else 2):
+def _check_weight(tensor: TensorEntry, tensors: Mapping[str, TensorEntry], config: BlockFp8Config) -> Iterator[Anomaly]:
+    fused = is_fused_experts(tensor.name, tensor.shape)
+    if not is_fp8_weight(tensor) or not (fused or is_linear_weight(tensor.name, tensor.shape)):
         yield _anomaly(
             tensor,
             "an FP8 tensor is no weight of a linear layer",
@@ -104,32 +98,22 @@ def _check_weight(
             "serve it without this plugin, or " + QUANTIZE_AGAIN,
         )
         return
-    if is_ignored(module, ignored):
-        yield _anomaly(
-            tensor,
-            "a layer that config.json excludes from quantization has an FP8 weight",
-            "a float weight",
-            tensor.dtype,
-            f"remove {module!r} from the ignore list in config.json, or {QUANTIZE_AGAIN}",
-        )
-    scale = tensors.get(scale_name(tensor.name))
+    if module_of(tensor.name).rpartition(".")[2] == OUTPUT_HEAD:
+        yield _anomaly(tensor, "an output head in FP8 is not served", "a float weight", tensor.dtype, QUANTIZE_AGAIN)
+    name = config.scale_of(tensor.name)
+    scale = tensors.get(name)
     shape = expected_scale_shape(tensor.shape, config.block)
     if scale is None:
-        yield _anomaly(
-            tensor,
-            "an FP8 weight has no block scales",
-            f"{scale_name(tensor.name)}, shape {list(shape)}",
-            "no such tensor",
-            DOWNLOAD_AGAIN,
-        )
+        expected = f"{name}, shape {list(shape)}"
+        yield _anomaly(tensor, "an FP8 weight has no block scales", expected, "no such tensor", DOWNLOAD_AGAIN)
         return
-    if scale.shape != shape:
+    if matrix_shape(scale, config) != shape:
         yield _anomaly(
             scale,
             "block scales do not fit their weight",
             f"{list(shape)} for a weight of {list(tensor.shape)} in blocks of {config.block}",
             str(list(scale.shape)),
-            f"check weight_block_size in config.json; else {DOWNLOAD_AGAIN}",
+            f"check the size of blocks in config.json; else {DOWNLOAD_AGAIN}",
         )
     if scale.dtype not in SCALE_DTYPES:
         yield _anomaly(
@@ -137,8 +121,10 @@ def _check_weight(
         )
 
 
-def _check_extra_scale(tensor: TensorEntry, tensors: Mapping[str, TensorEntry]) -> Iterator[Anomaly]:
-    name = tensor.name.removesuffix(SCALE_ENDING)
+def _check_extra_scale(
+    tensor: TensorEntry, tensors: Mapping[str, TensorEntry], config: BlockFp8Config
+) -> Iterator[Anomaly]:
+    name = tensor.name.removesuffix(SCALE_ENDINGS[config.container])
     weight = tensors.get(name)
     if weight is None or weight.dtype not in (E4M3, *OTHER_FP8):
         yield _anomaly(
@@ -148,23 +134,6 @@ def _check_extra_scale(tensor: TensorEntry, tensors: Mapping[str, TensorEntry]) 
             weight.dtype if weight else "no such tensor",
             DOWNLOAD_AGAIN,
         )
-
-
-def _check_float_weight(tensor: TensorEntry, ignored: frozenset[str], quantized_names: set[str]) -> Iterator[Anomaly]:
-    """A float weight where FP8 is declared: certain where the name is a linear layer's, suspicious elsewhere."""
-    module = module_of(tensor.name)
-    if is_ignored(module, ignored):
-        return
-    name = module.rpartition(".")[2]
-    certain = name in COMMON_LINEARS or name in quantized_names or is_fused_experts(tensor.name, tensor.shape)
-    yield _anomaly(
-        tensor,
-        "a linear layer is not FP8, though config.json does not exclude it from quantization",
-        E4M3,
-        tensor.dtype,
-        f"add {module!r} to modules_to_not_convert in config.json, or {QUANTIZE_AGAIN}",
-        warning=not certain,
-    )
 
 
 def find_unused(checkpoint: Checkpoint) -> Iterator[Anomaly]:

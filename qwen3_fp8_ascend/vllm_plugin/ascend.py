@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm_ascend.quantization import AscendModelSlimConfig
 
+from qwen3_fp8_ascend.containers import holds_fp8
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockFp8Config
 from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
@@ -78,6 +79,6 @@ class AscendConfig(AscendModelSlimConfig):
         """Raises:
         BlockFp8Error: an FP8 checkpoint that is not in blocks of dynamic e4m3; the message says which key.
         """
-        if config.get("quant_method") == "fp8":
+        if holds_fp8(config):
             return BlockFp8NpuConfig.from_config(config)
         return super().from_config(config)

@@ -17,13 +17,15 @@ from vllm.platforms import current_platform
 
 from qwen3_fp8_ascend.checkpoints.folder import PICKLE_SUFFIXES, WEIGHTS_SUFFIX
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
-from qwen3_fp8_ascend.checkpoints.layers import is_ignored
+from qwen3_fp8_ascend.checkpoints.patterns import UnreadableError
+from qwen3_fp8_ascend.containers import holds_fp8
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockFp8Config
 from qwen3_fp8_ascend.vllm_plugin import logger
 from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod, projection_names
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8LmHeadMethod
+from qwen3_fp8_ascend.vllm_plugin.modules import Modules
 
 WEIGHT_SUFFIXES = {WEIGHTS_SUFFIX, *PICKLE_SUFFIXES}
 LM_HEAD = ("checkpoint", "fp8")
@@ -108,12 +110,17 @@ class BlockFp8AscendConfig(QuantizationConfig):
     def __init__(self, checkpoint: BlockFp8Config) -> None:
         super().__init__()
         self.checkpoint = checkpoint
-        self.ignored_layers = list(checkpoint.ignored)
+        self.modules = Modules(checkpoint)
         self.weight_block_size = list(checkpoint.block)
         """Read by vLLM's layers and some of its models under this name."""
 
+    @property
+    def ignored_layers(self) -> list[str]:
+        """What the checkpoint's list excludes, for vLLM's models that ask for it under this name."""
+        return self.modules.ignored
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(block={self.checkpoint.block}, ignored={len(self.ignored_layers)} layers)"
+        return f"{type(self).__name__}(block={self.checkpoint.block}, {self.modules})"
 
     @classmethod
     def get_name(cls) -> str:
@@ -133,23 +140,24 @@ class BlockFp8AscendConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> BlockFp8AscendConfig:
-        return cls(BlockFp8Config.from_dict(config))
+        checkpoint = BlockFp8Config.from_dict(config)
+        if checkpoint.set_aside:
+            logger.info("quantization_config: not obeyed: %s", ", ".join(checkpoint.set_aside))
+        return cls(checkpoint)
 
     @classmethod
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any] | None, user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Accept an ``fp8`` checkpoint for ``ascend``.
+        """Accept a checkpoint with FP8 weights for ``ascend``, in any of the containers that block FP8 comes in.
 
         Per-tensor and other FP8 checkpoints are accepted too, only so that `from_config` can refuse them with
         a reason instead of vLLM's "does not match".
         """
-        if user_quant == "ascend" and isinstance(hf_quant_cfg, Mapping) and hf_quant_cfg.get("quant_method") == "fp8":
-            return "ascend"
-        return None
+        return "ascend" if user_quant == "ascend" and holds_fp8(hf_quant_cfg) else None
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        self.ignored_layers = hf_to_vllm_mapper.apply_list(self.ignored_layers)
+        self.modules.rename(hf_to_vllm_mapper)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Look at the headers of a local checkpoint before any process is started or weight is read.
@@ -159,11 +167,16 @@ class BlockFp8AscendConfig(QuantizationConfig):
             BlockFp8Error: the first anomaly found.
         """
         folder = Path(model_name)
-        if folder.is_dir() and any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):
-            warnings = check_checkpoint(folder).anomalies
-            if warnings:
-                first = warnings[0]
-                logger.warning("%s (%s); %d warnings in all, see `inspect`", first.what, first.where, len(warnings))
+        if not folder.is_dir() or not any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):
+            return
+        report = check_checkpoint(folder)
+        if report.plan is not None:
+            self.modules.obey(report.plan.kinds())
+        if report.warnings:
+            first, count = report.warnings[0], len(report.warnings)
+            logger.warning("%s (%s); %d warnings in all, see `inspect`", first.what, first.where, count)
+        for note in report.notes:
+            logger.info("%s (%s)", note.what, note.got)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         vllm_config = get_current_vllm_config()
@@ -186,6 +199,7 @@ class BlockFp8AscendConfig(QuantizationConfig):
                 activation=self.checkpoint.activation(settings.activation),
                 dummy=dummy,
                 hf_config=hf_config,
+                scale_name=self.checkpoint.scale_name,
             )
         if not isinstance(layer, LinearBase):
             return None
@@ -200,6 +214,7 @@ class BlockFp8AscendConfig(QuantizationConfig):
             activation=self.checkpoint.activation(settings.activation),
             dummy=dummy,
             hf_config=hf_config,
+            scale_name=self.checkpoint.scale_name,
         )
 
     @staticmethod
@@ -214,35 +229,36 @@ class BlockFp8AscendConfig(QuantizationConfig):
 
     def _is_skipped(self, prefix: str) -> bool:
         """Whether the checkpoint leaves a layer unquantized, by its own name or by those of all its shards."""
-        ignored = frozenset(self.ignored_layers)  # looked up many times, and as long as a checkpoint likes
-        if is_ignored(prefix, ignored):
-            return True
-        shards = self._shard_names(prefix)
-        skipped = [name for name in shards if is_ignored(name, ignored)]
-        if skipped and len(skipped) < len(shards):
-            raise BlockFp8Error(
-                "vLLM merges layers of which the checkpoint quantizes only some",
-                where=prefix,
-                expected=f"all or none of {', '.join(shards)} in modules_to_not_convert",
-                got=", ".join(skipped),
-                fix="quantize the model again with these layers treated alike (`qwen3-fp8-ascend quantize --ignore`)",
-            )
-        return bool(skipped)
+        return self._are_skipped(
+            prefix,
+            self._shard_names(prefix),
+            "vLLM merges layers of which the checkpoint quantizes only some",
+            "quantize the model again with these layers treated alike (`qwen3-fp8-ascend quantize --ignore`)",
+        )
 
     def _experts_are_skipped(self, layer: Any, prefix: str) -> bool:
         """Whether the checkpoint leaves a layer's experts unquantized, by their own name or expert by expert."""
-        ignored = frozenset(self.ignored_layers)
-        if is_ignored(prefix, ignored):
-            return True
         projections = projection_names(layer).values()
-        modules = [f"{prefix}.{expert}.{name}" for expert in range(layer.global_num_experts) for name in projections]
-        skipped = [module for module in modules if is_ignored(module, ignored)]
-        if skipped and len(skipped) < len(modules):
+        return self._are_skipped(
+            prefix,
+            tuple(f"{prefix}.{expert}.{name}" for expert in range(layer.global_num_experts) for name in projections),
+            "the checkpoint quantizes only some experts of a layer, which are served together",
+            "quantize the model again with these experts treated alike (`qwen3-fp8-ascend quantize --ignore`)",
+        )
+
+    def _are_skipped(self, prefix: str, shards: tuple[str, ...], what: str, fix: str) -> bool:
+        try:
+            skipped = self.modules.skipped(prefix, shards)
+        except UnreadableError as error:
             raise BlockFp8Error(
-                "the checkpoint quantizes only some experts of a layer, which are served together",
+                "the ignore list takes too long to read", where=prefix, got=error, fix="name modules, not patterns"
+            ) from None
+        if skipped and len(skipped) < len(shards):
+            raise BlockFp8Error(
+                what,
                 where=prefix,
-                expected="all or none of them in modules_to_not_convert",
-                got=f"{len(skipped)} of {len(modules)} linears, the first is {skipped[0]}",
-                fix="quantize the model again with these experts treated alike (`qwen3-fp8-ascend quantize --ignore`)",
+                expected=f"all or none of its {len(shards)} linears excluded from quantization",
+                got=f"{len(skipped)}, the first is {skipped[0]}",
+                fix=fix,
             )
         return bool(skipped)

@@ -30,6 +30,7 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
     note_backend,
     packing,
     scale_note,
+    without_single_axes,
 )
 
 WEIGHTS = {"w13": ("w1", "w3"), "w2": ("w2",)}
@@ -59,9 +60,11 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         activation: Activation = Activation.W8A8,
         dummy: bool = False,
         hf_config: Any = None,
+        scale_name: str = "weight_scale_inv",
     ) -> None:
         check_supported(layer, prefix)
         super().__init__(layer.moe_config)
+        self.scale_ending = scale_name.removeprefix("weight")
         self.block = block
         self.prefix = prefix
         self.backend = backend
@@ -84,7 +87,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         """Register codes as bytes and scales as fp32 of this rank's experts, all filled with "not written yet".
 
-        Shapes: w13_weight (E, 2I, H), w2_weight (E, H, I), each with a *_scale_inv (E, blocks of n, blocks of k).
+        Shapes: w13_weight (E, 2I, H), w2_weight (E, H, I), each with its scales (E, blocks of n, blocks of k).
         Raises:
             BlockFp8Error: tensor parallelism would cut through a block.
         """
@@ -100,12 +103,12 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
             scale = torch.full((num_experts, *grid.scale_shape), torch.nan, dtype=torch.float32)
             for parameter, tensor, dtypes in (
                 (f"{name}_weight", codes, CODE_DTYPES),
-                (f"{name}_weight_scale_inv", scale, ops.SCALE_DTYPES),
+                (self._scale_of(name), scale, ops.SCALE_DTYPES),
             ):
                 layer.register_parameter(parameter, torch.nn.Parameter(tensor, requires_grad=False))
                 loader = self._checked_loader(load, parameter, hidden_size, dtypes)
                 set_weight_attrs(getattr(layer, parameter), {"weight_loader": loader})
-            set_weight_attrs(getattr(layer, f"{name}_weight_scale_inv"), {"quant_method": BLOCK_SCALES})
+            set_weight_attrs(getattr(layer, self._scale_of(name)), {"quant_method": BLOCK_SCALES})
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what was loaded, pack it, and drop the originals, w13's before w2 is packed.
@@ -119,9 +122,8 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         try:
             if self.dummy:
                 for name in WEIGHTS:
-                    fill_with_small_values(
-                        getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale_inv").data
-                    )
+                    codes, scale = getattr(layer, f"{name}_weight"), getattr(layer, self._scale_of(name))
+                    fill_with_small_values(codes.data, scale.data)
             elif self.loaded or renewed:
                 self._check_complete(layer)
             self.loaded.clear()
@@ -134,7 +136,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         note_backend(self.hf_config, layer.packed_w13_weight.backend)
 
     def _pack(self, layer: Any, name: str) -> None:
-        codes, scale = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale_inv").data
+        codes, scale = getattr(layer, f"{name}_weight").data, getattr(layer, self._scale_of(name)).data
         start = time.perf_counter()
         packed = ops.pack_experts(
             codes.view(torch.float8_e4m3fn),
@@ -149,11 +151,11 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         if not self.dummy:
             scale_note.look(scale, self.activation, self.prefix)
         delattr(layer, f"{name}_weight")
-        delattr(layer, f"{name}_weight_scale_inv")
+        delattr(layer, self._scale_of(name))
         install_packed(layer, packed, f"{name}_weight")
         # A rank that has all its experts is packed while vLLM still goes through those of other ranks (on a reload).
-        setattr(layer, f"{name}_weight_scale_inv", torch.nn.Parameter(scale.new_empty(0), requires_grad=False))
-        for suffix in ("", "_scale_inv"):
+        setattr(layer, self._scale_of(name), torch.nn.Parameter(scale.new_empty(0), requires_grad=False))
+        for suffix in ("", self.scale_ending):
             parameter = getattr(layer, f"{name}_weight{suffix}")
             set_weight_attrs(parameter, {"weight_loader": self._loader_when_packed(set(_local_experts(layer)), suffix)})
 
@@ -203,7 +205,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         vLLM's own takes any smaller tensor for one of a padded parameter, copies with an implicit cast, and cuts scales
         among ranks by whole rows. Tensors are handed on as parameters hold them (`as_held`).
         """
-        scales = parameter.endswith("_scale_inv")
+        scales = parameter.endswith(f"_weight{self.scale_ending}")
         whole = self.moe.intermediate_size
 
         def load_checked(
@@ -214,7 +216,8 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
             expert_id: int,
             return_success: bool = False,
         ) -> bool | None:
-            where = self._tensor_name(expert_id, shard_id) + ("_scale_inv" if scales else "")
+            where = self._tensor_name(expert_id, shard_id) + (self.scale_ending if scales else "")
+            loaded_weight = without_single_axes(loaded_weight)
             check_dtype(loaded_weight, dtypes, where)
             n, k = (hidden, whole) if shard_id == "w2" else (whole, hidden)
             expected = scale_shape(n, k, self.block) if scales else (n, k)
@@ -270,7 +273,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         for expert in _local_experts(layer):
             for name, shards in WEIGHTS.items():
                 for shard in shards:
-                    for suffix in ("_weight", "_weight_scale_inv"):
+                    for suffix in ("_weight", f"_weight{self.scale_ending}"):
                         if (name + suffix, shard, expert) not in self.loaded:
                             raise BlockFp8Error(
                                 "an expert's tensor is missing from the checkpoint",
@@ -283,6 +286,10 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         for expert in _local_experts(layer):
             for shard in WEIGHTS[name]:
                 yield self._tensor_name(expert, shard).removesuffix(".weight")
+
+    def _scale_of(self, name: str) -> str:
+        """The parameter of the scales of w13 or w2; vLLM makes the name out of the checkpoint's own."""
+        return f"{name}_weight{self.scale_ending}"
 
     def _tensor_name(self, expert: int, shard: str) -> str:
         return f"{self.prefix}.{expert}.{self.projections[shard]}.weight"

@@ -31,6 +31,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
     """Block-FP8 weights for every linear layer vLLM has, merged and tensor-parallel ones included.
 
     prefix: the layer's full name. shard_names: the checkpoint's modules that vLLM merged into it.
+    scale_name: what the checkpoint calls block scales, and so the parameter.
     dummy: weights are random (``--load-format dummy``), so their values are not checked.
     hf_config: the model's, for `note_backend`.
     """
@@ -45,7 +46,9 @@ class BlockFp8LinearMethod(LinearMethodBase):
         activation: Activation = Activation.W8A8,
         dummy: bool = False,
         hf_config: Any = None,
+        scale_name: str = "weight_scale_inv",
     ) -> None:
+        self.scale_name = scale_name
         self.block = block
         self.prefix = prefix
         self.shard_names = shard_names
@@ -53,7 +56,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         self.activation = activation
         self.dummy = dummy
         self.hf_config = hf_config
-        self.loaded: dict[str, set[Any]] = {"weight": set(), "weight_scale_inv": set()}
+        self.loaded: dict[str, set[Any]] = {"weight": set(), scale_name: set()}
         """Which shards vLLM has loaded since the last packing."""
 
     def create_weights(
@@ -66,7 +69,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register ``weight`` (n, k) uint8 and ``weight_scale_inv`` fp32, both filled with "not written yet".
+        """Register ``weight`` (n, k) uint8 and its fp32 scales, both filled with "not written yet".
 
         The codes are bytes from the first moment on: NPUs before the Ascend 950 can neither cast nor copy FP8.
         Raises:
@@ -91,7 +94,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
             ),
         )
         layer.register_parameter(
-            "weight_scale_inv",
+            self.scale_name,
             ShardScaleParameter(
                 data=torch.full(grid.scale_shape, torch.nan, dtype=torch.float32),
                 grid=grid,
@@ -99,10 +102,10 @@ class BlockFp8LinearMethod(LinearMethodBase):
                 output_dim=0,
                 weight_loader=checked_loader(
                     load,
-                    f"{self.prefix}.weight_scale_inv",
+                    f"{self.prefix}.{self.scale_name}",
                     grid,
                     ops.SCALE_DTYPES,
-                    self.loaded["weight_scale_inv"],
+                    self.loaded[self.scale_name],
                 ),
             ),
         )
@@ -115,7 +118,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         Raises:
             BlockFp8Error: tensors that were not in the checkpoint, NaN codes, or bad scales, by name.
         """
-        codes, scale, grid = layer.weight.data, layer.weight_scale_inv.data, layer.block_grid
+        codes, scale, grid = layer.weight.data, getattr(layer, self.scale_name).data, layer.block_grid
         weight = codes.view(torch.float8_e4m3fn)
         if self.dummy:
             fill_with_small_values(codes, scale)
@@ -140,7 +143,8 @@ class BlockFp8LinearMethod(LinearMethodBase):
         packing.add(packed.nbytes, time.perf_counter() - start)
         if not self.dummy:
             scale_note.look(scale, self.activation, self.prefix)
-        del layer.weight, layer.weight_scale_inv
+        del layer.weight
+        delattr(layer, self.scale_name)
         install_packed(layer, packed)
         note_backend(self.hf_config, packed.backend)
 
@@ -185,7 +189,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         """Fill what was not loaded with "not written yet": parameters for loading again start as arbitrary memory."""
         targets = (
             (codes, grid.widths, "weight", UNWRITTEN_CODE),
-            (scale, grid.scale_rows, "weight_scale_inv", torch.nan),
+            (scale, grid.scale_rows, self.scale_name, torch.nan),
         )
         for tensor, rows, name, unwritten in targets:
             loaded = shard_numbers(self.loaded[name], len(rows))

@@ -102,6 +102,7 @@ def checked_loader(
                 got=" + ".join(map(str, grid.widths)),
                 fix="store the shards (q_proj, k_proj, ...) as tensors of their own, each with its own scales",
             )
+        loaded_weight = without_single_axes(loaded_weight)
         check_dtype(loaded_weight, dtypes, where)
         loaded_weight = as_held(loaded_weight)
         with explain_load_errors(where, param, loaded_weight):
@@ -119,6 +120,11 @@ def as_held(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype == torch.float8_e4m3fn:
         return tensor.view(torch.uint8)
     return scales_as_fp32(tensor) if tensor.dtype == torch.float8_e8m0fnu else tensor
+
+
+def without_single_axes(tensor: torch.Tensor) -> torch.Tensor:
+    """A matrix of scales that ModelOpt has stored as (rows, 1, columns, 1); anything else as it is."""
+    return tensor[:, 0, :, 0] if tensor.dim() == 4 and tensor.shape[1::2] == (1, 1) else tensor
 
 
 def check_dtype(tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], where: str) -> None:

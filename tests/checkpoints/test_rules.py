@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint, inspect_checkpoint
+from qwen3_fp8_ascend.checkpoints.plan import EXCLUDED_FP8
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from tests.support.checkpoint_folders import block_fp8_tensors, one_thread, write_block_fp8, write_folder  # noqa: F401
 
 E4M3 = torch.float8_e4m3fn
 DOWN = "model.layers.1.mlp.down_proj"
+UP = "model.layers.1.mlp.up_proj"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -47,11 +49,38 @@ def float_weight(t: Tensors) -> None:
     t[f"{DOWN}.weight"] = torch.ones(200, 300).bfloat16()
 
 
+def drop_both(t: Tensors) -> None:
+    drop_scale(t)
+    drop_weight(t)
+
+
 def float_weight_with_scale(t: Tensors) -> None:
     t[f"{DOWN}.weight"] = torch.ones(200, 300).bfloat16()
 
 
-def ignored_fp8(t: Tensors) -> None:
+def integer_weight(t: Tensors) -> None:
+    drop_scale(t)
+    t[f"{DOWN}.weight"] = torch.ones(200, 300, dtype=torch.int8)
+
+
+def float_shard(t: Tensors) -> None:
+    del t[f"{UP}.weight_scale_inv"]
+    t[f"{UP}.weight"] = torch.ones(300, 200).bfloat16()
+
+
+def narrow_shard(t: Tensors) -> None:
+    t[f"{UP}.weight"] = torch.zeros(299, 200).to(E4M3)
+
+
+def short_down(t: Tensors) -> None:
+    t[f"{DOWN}.weight"] = torch.zeros(200, 299).to(E4M3)
+
+
+def fp8_embedding(t: Tensors) -> None:
+    t["model.embed_tokens.weight"] = t["model.embed_tokens.weight"].to(E4M3)
+
+
+def fp8_head(t: Tensors) -> None:
     t["lm_head.weight"] = torch.zeros(9, 200).to(E4M3)
     t["lm_head.weight_scale_inv"] = torch.ones(1, 2)
 
@@ -96,9 +125,13 @@ CASES = {
     half_scale: ("unsupported dtype", f"{DOWN}.weight_scale_inv"),
     e5m2_scale: ("unsupported dtype", f"{DOWN}.weight_scale_inv"),
     fp8_scale: ("unsupported dtype", f"{DOWN}.weight_scale_inv"),
-    float_weight: ("is not FP8", f"{DOWN}.weight"),
-    float_weight_with_scale: ("is not FP8", f"{DOWN}.weight"),
-    ignored_fp8: ("excludes from quantization", "lm_head.weight"),
+    float_weight_with_scale: ("scales have no FP8 weight", f"{DOWN}.weight_scale_inv"),
+    integer_weight: ("neither FP8 nor float", f"{DOWN}.weight"),
+    float_shard: ("FP8 only in part", f"{UP}.weight"),
+    narrow_shard: ("does not fit the others", f"{UP}.weight"),
+    short_down: ("does not fit the others", f"{DOWN}.weight"),
+    fp8_head: ("output head in FP8", "lm_head.weight"),
+    fp8_embedding: ("no weight of a linear layer", "model.embed_tokens.weight"),
     e5m2: ("another FP8 dtype", f"{DOWN}.weight"),
     input_scale: ("static or per-tensor", f"{DOWN}.input_scale"),
     tensor_scale: ("static or per-tensor", f"{DOWN}.weight_scale"),
@@ -131,19 +164,35 @@ def test_damage_is_told_once(tmp_path: Path) -> None:
     for damage in CASES:
         tensors = block_fp8_tensors()
         damage(tensors)
-        twice = damage in (float_weight_with_scale, tensor_scale)
+        twice = damage in (float_weight_with_scale, tensor_scale, float_shard, drop_weight)
         count = len(inspect_checkpoint(write_block_fp8(tmp_path / damage.__name__, tensors)).anomalies)
         assert count == 1 + twice, damage.__name__
 
 
 def test_all_anomalies_are_listed_and_counted(tmp_path: Path) -> None:
     tensors = block_fp8_tensors()
-    for damage in (input_scale, wrong_scale_shape, ignored_fp8):
+    for damage in (input_scale, wrong_scale_shape, fp8_head):
         damage(tensors)
     folder = write_block_fp8(tmp_path / "m", tensors)
     assert len(inspect_checkpoint(folder).anomalies) == 3
     with pytest.raises(BlockFp8Error, match="and 2 more"):
         check_checkpoint(folder)
+
+
+@pytest.mark.parametrize("damage", [float_weight, drop_both])
+def test_what_the_tensors_decide_is_a_warning_that_names_the_module(tmp_path: Path, damage: Any) -> None:
+    tensors = block_fp8_tensors()
+    damage(tensors)
+    anomalies = check_checkpoint(write_block_fp8(tmp_path / "m", tensors)).anomalies
+    assert {(anomaly.severity, anomaly.tensor) for anomaly in anomalies} == {("warning", f"{DOWN}.weight")}
+
+
+def test_a_list_that_excludes_what_is_fp8_is_a_warning(tmp_path: Path) -> None:
+    report = check_checkpoint(write_block_fp8(tmp_path / "m", block_fp8_tensors(), modules_to_not_convert=["mlp"]))
+    assert {(a.severity, a.what) for a in report.anomalies} == {("warning", EXCLUDED_FP8)}
+    assert len(report.anomalies) == 6
+    assert report.plan is not None and report.plan.kinds()[DOWN] == "fp8"
+    assert report.plan.modules[DOWN].listed and not report.plan.modules["lm_head"].listed
 
 
 def test_an_unknown_float_module_is_only_a_warning(tmp_path: Path) -> None:

@@ -1,0 +1,259 @@
+"""The plan of a checkpoint: what each module is, decided once from headers and config.
+
+`inspect` prints it and vLLM's plugin obeys it. Where the config's list and the tensors disagree, the tensors are right.
+Imports neither torch nor vllm.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly, collect
+from qwen3_fp8_ascend.checkpoints.experts import expert_layers, find_expert_anomalies
+from qwen3_fp8_ascend.checkpoints.folder import Checkpoint
+from qwen3_fp8_ascend.checkpoints.ignore import IgnoreList
+from qwen3_fp8_ascend.checkpoints.layers import FUSED, is_decoder_linear, layer_index, module_of
+from qwen3_fp8_ascend.checkpoints.patterns import UnreadableError
+from qwen3_fp8_ascend.checkpoints.rules import (
+    DOWNLOAD_AGAIN,
+    E4M3,
+    FLOATS,
+    OUTPUT_HEAD,
+    QUANTIZE_AGAIN,
+    find_anomalies,
+    find_unused,
+    is_scale,
+)
+from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
+from qwen3_fp8_ascend.errors import describe, printable
+from qwen3_fp8_ascend.format import WEIGHT_SUFFIX, BlockFp8Config
+
+FP8, FLOAT = "fp8", "float"
+EXCLUDED_FP8 = "config.json excludes a module from quantization whose weight is FP8"
+UNLISTED_FLOAT = "a linear layer is not FP8, though config.json does not exclude it from quantization"
+CACHE_SCALES = re.compile(r"\.(?:[qkv]|kv|[qkv]_cache|kv_cache)[._](?:scale|zero_point)$")
+"""Scales of the KV cache or of attention, which is not quantized here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A module with a weight of two or more dimensions, or all experts of a layer (then `experts` is their number).
+
+    kind: "fp8" or "float", by the tensors. listed: whether the config says that it stays unquantized.
+    """
+
+    name: str
+    kind: str
+    tensor: TensorEntry
+    listed: bool = False
+    experts: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each module of a checkpoint is, by its name there, and everything that is wrong or worth saying."""
+
+    config: BlockFp8Config
+    modules: Mapping[str, Module]
+    anomalies: tuple[Anomaly, ...]
+
+    def kinds(self) -> dict[str, str]:
+        """Module -> "fp8" or "float": plain values, for vLLM's processes."""
+        return {name: module.kind for name, module in self.modules.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data: names of modules by kind, and the number of experts of a layer."""
+        fp8 = [name for name, module in self.modules.items() if module.kind == FP8]
+        unquantized = [name for name, module in self.modules.items() if module.kind == FLOAT]
+        experts = {name: module.experts for name, module in self.modules.items() if module.experts}
+        return {"fp8": fp8, "float": unquantized, "experts": experts, "scale_name": self.config.scale_name}
+
+
+def make_plan(checkpoint: Checkpoint, config: BlockFp8Config) -> Plan:
+    """Decide what each module is, and find all that is wrong."""
+    modules = _modules(checkpoint)
+    listed, doubts = _compare(modules, config)
+    modules = {
+        name: Module(name, m.kind, m.tensor, listed=name in listed, experts=m.experts) for name, m in modules.items()
+    }
+    findings = chain(
+        find_anomalies(checkpoint, config),
+        find_expert_anomalies(checkpoint, config),
+        _check_merged(modules),
+        _check_alike(modules, checkpoint.tensors),
+        find_unused(checkpoint),
+        doubts if any(module.kind == FP8 for module in modules.values()) else (),
+        _notes(checkpoint, config),
+    )
+    return Plan(config, modules, tuple(collect(findings)))
+
+
+def _modules(checkpoint: Checkpoint) -> dict[str, Module]:
+    modules: dict[str, Module] = {}
+    layers = expert_layers(checkpoint)
+    of_experts = {tensor.name for layer in layers.values() for tensor in layer.tensors}
+    for tensor in checkpoint.tensors.values():
+        if tensor.name in of_experts or tensor.dtype not in (E4M3, *FLOATS):
+            continue
+        if tensor.name.endswith(WEIGHT_SUFFIX) and len(tensor.shape) >= 2:
+            name = module_of(tensor.name)
+            modules[name] = Module(name, FP8 if tensor.dtype == E4M3 else FLOAT, tensor)
+    for name, layer in layers.items():
+        first = next((tensor for tensor in layer.tensors if tensor.dtype == E4M3), layer.tensors[0])
+        if first.dtype in (E4M3, *FLOATS):
+            modules[name] = Module(name, FP8 if first.dtype == E4M3 else FLOAT, first, experts=layer.count)
+    return dict(sorted(modules.items()))
+
+
+def _compare(modules: Mapping[str, Module], config: BlockFp8Config) -> tuple[set[str], list[Anomaly]]:
+    """Which modules the config's list leaves unquantized, and where it contradicts the tensors."""
+    ignored, targets = IgnoreList(config.ignored), IgnoreList(config.targets)
+    unreadable = [*ignored.unreadable, *targets.unreadable]
+    doubts = [_unreadable(unreadable[0], len(unreadable))] if unreadable else []
+    listed: set[str] = set()
+    try:
+        for name, module in modules.items():
+            asked = module.tensor.name.removesuffix(WEIGHT_SUFFIX)  # of experts, the first one's
+            if ignored.has(asked) or (config.targets and not targets.has(asked)):
+                listed.add(name)
+            if module.kind == FP8 and name in listed:
+                if name.rpartition(".")[2] != OUTPUT_HEAD:  # which is refused anyway
+                    doubts.append(_doubt(module, EXCLUDED_FP8))
+            elif module.kind == FLOAT and name not in listed and _should_be_fp8(module):
+                doubts.append(_doubt(module, UNLISTED_FLOAT))
+    except UnreadableError:
+        text = "asking it takes longer than any real list does"
+        doubts.append(Anomaly("the ignore list is not compared with the tensors", got=text, severity="warning"))
+    return listed, doubts
+
+
+def _should_be_fp8(module: Module) -> bool:
+    return module.experts is not None or is_decoder_linear(module.tensor.name, module.tensor.shape)
+
+
+def _doubt(module: Module, what: str) -> Anomaly:
+    entry = module.tensor
+    return Anomaly(
+        what,
+        entry.file,
+        entry.name,
+        expected="a list and tensors that agree",
+        got=entry.dtype,
+        fix=f"it is served as its tensors are; {'remove' if module.kind == FP8 else 'add'} {module.name!r} "
+        f"{'from' if module.kind == FP8 else 'to'} the ignore list in config.json to say so",
+        severity="warning",
+    )
+
+
+def _unreadable(entry: str, count: int) -> Anomaly:
+    return Anomaly(
+        "a pattern of the ignore list is not understood",
+        file="config.json",
+        expected="a module's name, a shell-style pattern, or a regular expression without look-around",
+        got=describe(entry, 100) + (f" and {count - 1} more" if count > 1 else ""),
+        fix="the tensors decide; write it otherwise where there are none (--load-format dummy)",
+        severity="warning",
+    )
+
+
+def _check_merged(modules: Mapping[str, Module]) -> Iterator[Anomaly]:
+    """Shards of one merged layer must be alike."""
+    for name, module in modules.items():
+        parent, dot, last = name.rpartition(".")
+        if module.kind != FLOAT or module.experts is not None or layer_index(module.tensor.name) is None:
+            continue
+        for group in FUSED:
+            others = (modules.get(f"{parent}{dot}{sibling}") for sibling in group if last in group)
+            quantized = next((other for other in others if other is not None and other.kind == FP8), None)
+            if quantized is not None:
+                yield _error(
+                    module.tensor,
+                    "layers that are merged when served are FP8 only in part",
+                    f"all or none of {', '.join(group)} in {E4M3}",
+                    f"{module.tensor.dtype}, and {quantized.name} in {E4M3}",
+                    QUANTIZE_AGAIN,
+                )
+
+
+def _check_alike(modules: Mapping[str, Module], tensors: Mapping[str, TensorEntry]) -> Iterator[Anomaly]:
+    """Tensors that no layer of the model could take: shards and projections of a layer that do not fit each other."""
+    parents: dict[str, dict[str, Module]] = defaultdict(dict)
+    for name, module in modules.items():
+        parent, _, last = name.rpartition(".")
+        if module.kind == FP8 and module.experts is None and len(module.tensor.shape) == 2:
+            parents[parent][last] = module
+    for found in parents.values():
+        for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+            columns = Counter(found[name].tensor.shape[1] for name in group if name in found)
+            for name in group:
+                if len(columns) > 1 and name in found:
+                    most = columns.most_common(1)[0][0]
+                    if found[name].tensor.shape[1] != most:
+                        yield _misfit(found[name].tensor, f"{most} columns, as its siblings have")
+        if {"gate_proj", "up_proj", "down_proj"} <= set(found):
+            gate, up, down = (found[name].tensor for name in ("gate_proj", "up_proj", "down_proj"))
+            if up.shape == gate.shape and down.shape != gate.shape[::-1]:
+                yield _misfit(down, f"{list(gate.shape[::-1])} beside a gate_proj of {list(gate.shape)}")
+            elif up.shape[0] != gate.shape[0]:
+                yield _misfit(up, f"{gate.shape[0]} rows, as gate_proj has")
+    yield from _check_complete(parents, tensors)
+
+
+def _check_complete(
+    parents: Mapping[str, Mapping[str, Module]], tensors: Mapping[str, TensorEntry]
+) -> Iterator[Anomaly]:
+    """A weight that most layers have and one lacks: what a lost tensor looks like, or a layer that shares another's."""
+    layers: dict[str, list[str]] = defaultdict(list)
+    for parent in parents:
+        if layer_index(f"{parent}.weight") is not None:
+            layers[re.sub(r"\.\d+(?=\.|$)", ".*", parent)].append(parent)
+    for alike in layers.values():
+        counts = Counter(last for parent in alike for last in parents[parent])
+        for parent in alike:
+            for last, count in counts.items():
+                if 2 * count >= len(alike) and f"{parent}.{last}{WEIGHT_SUFFIX}" not in tensors:
+                    some = next(iter(parents[parent].values())).tensor
+                    yield Anomaly(
+                        "a layer lacks a weight that the others have",
+                        some.file,
+                        f"{parent}.{last}{WEIGHT_SUFFIX}",
+                        expected=f"as in {count} of {len(alike)} layers",
+                        got="no such tensor",
+                        fix="if the model is not built so, " + DOWNLOAD_AGAIN,
+                        severity="warning",
+                    )
+
+
+def _notes(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:
+    """What is left aside, since it says nothing about linear layers."""
+    cached = [t for t in checkpoint.tensors.values() if CACHE_SCALES.search(t.name) and not is_scale(t.name, config)]
+    if cached:
+        yield Anomaly(
+            "scales of a quantized KV cache are ignored: the cache keeps the model's dtype",
+            cached[0].file,
+            cached[0].name,
+            got=f"{len(cached)} tensors",
+            severity="note",
+        )
+    if config.set_aside:
+        yield Anomaly(
+            "keys of quantization_config that say nothing about linear layers, or are unknown, are not obeyed",
+            file="config.json",
+            got=printable(", ".join(config.set_aside), 300),
+            severity="note",
+        )
+
+
+def _misfit(tensor: TensorEntry, expected: str) -> Anomaly:
+    return _error(
+        tensor, "a weight does not fit the others of its layer", expected, str(list(tensor.shape)), DOWNLOAD_AGAIN
+    )
+
+
+def _error(tensor: TensorEntry, what: str, expected: str, got: str, fix: str) -> Anomaly:
+    return Anomaly(what, tensor.file, tensor.name, expected, got, fix)
