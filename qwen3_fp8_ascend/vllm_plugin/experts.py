@@ -6,7 +6,8 @@ vLLM routes: it gives each token's experts and their weights, and adds shared ex
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
     scale_note,
     without_single_axes,
 )
+from qwen3_fp8_ascend.vllm_plugin.renewal import Renewal, is_packed
 
 WEIGHTS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 """vLLM's names: gate and up of all experts merged, and down; which of an expert's tensors each parameter holds."""
@@ -73,6 +75,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         self.hf_config = hf_config
         self.projections = projection_names(layer)
         self.grids: dict[str, BlockGrid] = {}
+        self.renewal: Renewal
         self.loaded: set[tuple[str, str, int]] = set()
         """(parameter, shard, number of the expert in the model): what vLLM has loaded since the last packing."""
 
@@ -98,15 +101,24 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
             "w2": BlockGrid((hidden_size,), inner, self.block),
         }
         load = extra_weight_attrs["weight_loader"]
+        self._declare(layer, num_experts, load)
+        self.renewal = Renewal(
+            declare=lambda staged: self._declare(staged, num_experts, load),
+            missing=lambda: self._missing(layer),
+            pack=lambda staged: self._pack_all(layer, staged),
+        )
+
+    def _declare(self, layer: torch.nn.Module, experts: int, load: Callable[..., bool | None]) -> None:
+        hidden = self.grids["w2"].n
         for name, grid in self.grids.items():
-            codes = torch.full((num_experts, grid.n, grid.k), UNWRITTEN_CODE, dtype=torch.uint8)
-            scale = torch.full((num_experts, *grid.scale_shape), torch.nan, dtype=torch.float32)
+            codes = torch.full((experts, grid.n, grid.k), UNWRITTEN_CODE, dtype=torch.uint8)
+            scale = torch.full((experts, *grid.scale_shape), torch.nan, dtype=torch.float32)
             for parameter, tensor, dtypes in (
                 (f"{name}_weight", codes, CODE_DTYPES),
                 (self._scale_of(name), scale, ops.SCALE_DTYPES),
             ):
                 layer.register_parameter(parameter, torch.nn.Parameter(tensor, requires_grad=False))
-                loader = self._checked_loader(load, parameter, hidden_size, dtypes)
+                loader = self._checked_loader(load, parameter, hidden, dtypes)
                 set_weight_attrs(getattr(layer, parameter), {"weight_loader": loader})
             set_weight_attrs(getattr(layer, self._scale_of(name)), {"quant_method": BLOCK_SCALES})
 
@@ -118,25 +130,39 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         Raises:
             BlockFp8Error: tensors that were not in the checkpoint, NaN codes, or bad scales, by expert.
         """
-        renewed = hasattr(layer, "packed_w13_weight")
-        try:
-            if self.dummy:
-                for name in WEIGHTS:
-                    codes, scale = getattr(layer, f"{name}_weight"), getattr(layer, self._scale_of(name))
-                    fill_with_small_values(codes.data, scale.data)
-            elif self.loaded or renewed:
-                self._check_complete(layer)
-            self.loaded.clear()
+        if is_packed(layer.w13_weight):  # a trainer asks for it after `model.load_weights`, which has packed already
+            self.renewal.check_whole(self.prefix)
+            return
+        random = self.dummy and not self.loaded
+        if random:
             for name in WEIGHTS:
-                self._pack(layer, name)
+                codes, scale = getattr(layer, f"{name}_weight"), getattr(layer, self._scale_of(name))
+                fill_with_small_values(codes.data, scale.data)
+        elif self.loaded or hasattr(layer, "packed_w13_weight"):
+            with self._serving_no_more(layer):
+                self._check_complete(layer)
+        self._pack_all(layer, layer, check_values=not random)
+
+    def _pack_all(self, layer: Any, source: Any, check_values: bool = True) -> None:
+        """Pack the tensors that `source` has under vLLM's names, and take them from it one by one."""
+        self.loaded.clear()
+        with self._serving_no_more(layer):
+            for name in WEIGHTS:
+                self._pack(layer, source, name, check_values)
+        note_backend(self.hf_config, layer.packed_w13_weight.backend)
+
+    @contextmanager
+    def _serving_no_more(self, layer: Any) -> Iterator[None]:
+        """Leave a layer without weights if its new ones are refused."""
+        try:
+            yield
         except BlockFp8Error:
             self.loaded.clear()
             layer.packed_w13_weight = layer.packed_w2_weight = None
             raise
-        note_backend(self.hf_config, layer.packed_w13_weight.backend)
 
-    def _pack(self, layer: Any, name: str) -> None:
-        codes, scale = getattr(layer, f"{name}_weight").data, getattr(layer, self._scale_of(name)).data
+    def _pack(self, layer: Any, source: Any, name: str, check_values: bool) -> None:
+        codes, scale = getattr(source, f"{name}_weight").data, getattr(source, self._scale_of(name)).data
         start = time.perf_counter()
         packed = ops.pack_experts(
             codes.view(torch.float8_e4m3fn),
@@ -145,19 +171,19 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
             self.backend,
             names=tuple(self._names(layer, name)),
             activation=self.activation,
-            check_values=not self.dummy,
+            check_values=check_values,
         )
         packing.add(packed.nbytes, time.perf_counter() - start)
-        if not self.dummy:
+        if check_values:
             scale_note.look(scale, self.activation, self.prefix)
-        delattr(layer, f"{name}_weight")
-        delattr(layer, self._scale_of(name))
+        del codes
+        delattr(source, f"{name}_weight")
+        delattr(source, self._scale_of(name))
         install_packed(layer, packed, f"{name}_weight")
-        # A rank that has all its experts is packed while vLLM still goes through those of other ranks (on a reload).
         setattr(layer, self._scale_of(name), torch.nn.Parameter(scale.new_empty(0), requires_grad=False))
-        for suffix in ("", self.scale_ending):
-            parameter = getattr(layer, f"{name}_weight{suffix}")
-            set_weight_attrs(parameter, {"weight_loader": self._loader_when_packed(set(_local_experts(layer)), suffix)})
+        local = frozenset(_local_experts(layer))
+        for parameter in (f"{name}_weight", self._scale_of(name)):
+            self.renewal.offer(layer, parameter, self._loader_when_packed(local, parameter))
 
     def get_fused_moe_quant_config(self, layer: Any) -> Any:
         """What vLLM's modular kernels would ask for; there are none here, and None would be asked for at each step."""
@@ -177,6 +203,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         Shapes: x (m, H), topk_weights (m, top_k), topk_ids (m, top_k) numbers of experts in the model -> (m, H).
         """
         check_serving(layer, "packed_w2_weight", self.prefix)
+        self.renewal.check_whole(self.prefix)
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]  # -1: on another rank
         w13, w2 = layer.packed_w13_weight, layer.packed_w2_weight
@@ -247,10 +274,10 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         load_checked.supports_moe_loading = True  # type: ignore[attr-defined]  # Llama 4 asks
         return load_checked
 
-    def _loader_when_packed(self, local: set[int], suffix: str) -> Callable[..., bool | None]:
-        """Take no more tensors of this rank's experts, and leave those of others alone as vLLM's loader does."""
+    def _loader_when_packed(self, local: Collection[int], parameter: str) -> Callable[..., bool | None]:
+        """Take new tensors of this rank's experts, and leave those of others alone as vLLM's loader does."""
 
-        def refuse_local(
+        def load(
             param: torch.nn.Parameter,
             loaded_weight: torch.Tensor,
             weight_name: str,
@@ -258,28 +285,31 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
             expert_id: int,
             return_success: bool = False,
         ) -> bool | None:
-            if expert_id in local:
-                raise BlockFp8Error(
-                    "an expert's tensor came after all of its layer's had come",
-                    where=self._tensor_name(expert_id, shard_id) + suffix,
-                    fix="load each tensor once, and new weights through vLLM's reload_weights",
-                )
-            return False if return_success else None
+            if expert_id not in local:
+                return False if return_success else None
+            taken: bool | None = self.renewal.take(
+                parameter, loaded_weight, weight_name, shard_id, expert_id, return_success=return_success
+            )
+            return taken
 
-        return refuse_local
+        return load
 
     def _check_complete(self, layer: Any) -> None:
         """Raise for the first tensor of this rank's experts that vLLM has not loaded."""
-        for expert in _local_experts(layer):
-            for name, shards in WEIGHTS.items():
-                for shard in shards:
-                    for suffix in ("_weight", f"_weight{self.scale_ending}"):
-                        if (name + suffix, shard, expert) not in self.loaded:
-                            raise BlockFp8Error(
-                                "an expert's tensor is missing from the checkpoint",
-                                where=self._tensor_name(expert, shard) + suffix.removeprefix("_weight"),
-                                fix=DAMAGED,
-                            )
+        for name in self._missing(layer):
+            raise BlockFp8Error("an expert's tensor is missing from the checkpoint", where=name, fix=DAMAGED)
+
+    def _missing(self, layer: Any) -> Iterator[str]:
+        """The tensors of this rank's experts that vLLM has not loaded since the last packing."""
+        shards = [(name, shard) for name, parts in WEIGHTS.items() for shard in parts]
+        experts = _local_experts(layer)
+        if len(self.loaded) == 2 * len(shards) * len(experts):  # asked after each of thousands of tensors
+            return
+        for expert in experts:
+            for name, shard in shards:
+                for suffix in ("_weight", f"_weight{self.scale_ending}"):
+                    if (name + suffix, shard, expert) not in self.loaded:
+                        yield self._tensor_name(expert, shard) + suffix.removeprefix("_weight")
 
     def _names(self, layer: Any, name: str) -> Iterator[str]:
         """The modules whose tensors a parameter holds, expert by expert."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
     scale_note,
     shard_numbers,
 )
+from qwen3_fp8_ascend.vllm_plugin.renewal import Renewal, is_packed
 
 
 @register_weight_loader_v2_supported_method
@@ -58,6 +60,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         self.hf_config = hf_config
         self.loaded: dict[str, set[Any]] = {"weight": set(), scale_name: set()}
         """Which shards vLLM has loaded since the last packing."""
+        self.renewal: Renewal
 
     def create_weights(
         self,
@@ -80,7 +83,16 @@ class BlockFp8LinearMethod(LinearMethodBase):
         layer.block_grid = grid
         layer.logical_widths = output_partition_sizes
         layer.weight_block_size = list(self.block)
-        load = extra_weight_attrs["weight_loader"]
+        self._declare(layer, grid, extra_weight_attrs["weight_loader"])
+        self.renewal = Renewal(
+            declare=lambda staged: self._declare(staged, grid, extra_weight_attrs["weight_loader"]),
+            missing=lambda: self._missing(grid),
+            pack=lambda staged: self._pack(
+                layer, staged.get_parameter("weight").data, staged.get_parameter(self.scale_name).data
+            ),
+        )
+
+    def _declare(self, layer: torch.nn.Module, grid: BlockGrid, load: Callable[..., None]) -> None:
         codes = torch.full((grid.n, grid.k), UNWRITTEN_CODE, dtype=torch.uint8)
         layer.register_parameter(
             "weight",
@@ -118,38 +130,46 @@ class BlockFp8LinearMethod(LinearMethodBase):
         Raises:
             BlockFp8Error: tensors that were not in the checkpoint, NaN codes, or bad scales, by name.
         """
+        if is_packed(layer.weight):  # a trainer asks for it after `model.load_weights`, which has packed already
+            self.renewal.check_whole(self.prefix)
+            return
         codes, scale, grid = layer.weight.data, getattr(layer, self.scale_name).data, layer.block_grid
-        weight = codes.view(torch.float8_e4m3fn)
-        if self.dummy:
+        random = self.dummy and not any(self.loaded.values())
+        if random:
             fill_with_small_values(codes, scale)
         elif hasattr(layer, "packed_weight"):
             self._mark_unwritten(codes, scale, grid)
+        self._pack(layer, codes, scale, check_values=not random)
+
+    def _pack(self, layer: Any, codes: torch.Tensor, scale: torch.Tensor, check_values: bool = True) -> None:
         for shards in self.loaded.values():
             shards.clear()
-        start = time.perf_counter()
+        grid, start = layer.block_grid, time.perf_counter()
         try:
             packed = ops.pack_weight(
-                weight,
+                codes.view(torch.float8_e4m3fn),
                 scale,
                 grid,
                 self.backend,
                 names=self._names_of(grid),
                 activation=self.activation,
-                check_values=not self.dummy,
+                check_values=check_values,
             )
         except BlockFp8Error:
             layer.packed_weight = None
             raise
         packing.add(packed.nbytes, time.perf_counter() - start)
-        if not self.dummy:
+        if check_values:
             scale_note.look(scale, self.activation, self.prefix)
-        del layer.weight
-        delattr(layer, self.scale_name)
         install_packed(layer, packed)
+        setattr(layer, self.scale_name, torch.nn.Parameter(scale.new_empty(0), requires_grad=False))
+        for parameter in self.loaded:
+            self.renewal.offer(layer, parameter)
         note_backend(self.hf_config, packed.backend)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         check_serving(layer, "packed_weight", self.prefix)
+        self.renewal.check_whole(self.prefix)
         return ops.block_linear(x, layer.packed_weight, bias, self.activation)
 
     def _check_partition(self, layer: Any, grid: BlockGrid, input_size: int, output_size: int) -> None:
@@ -184,6 +204,13 @@ class BlockFp8LinearMethod(LinearMethodBase):
         """The checkpoint's module of each shard; the layer's own name where vLLM cuts one module into shards."""
         shards = len(grid.widths)
         return self.shard_names if len(self.shard_names) == shards else (self.prefix,) * shards
+
+    def _missing(self, grid: BlockGrid) -> Iterator[str]:
+        """The checkpoint's tensors that vLLM has not loaded since the last packing."""
+        names = self._names_of(grid)
+        for tensor, shards in self.loaded.items():
+            loaded = shard_numbers(shards, len(names))
+            yield from (f"{name}.{tensor}" for number, name in enumerate(names) if number not in loaded)
 
     def _mark_unwritten(self, codes: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> None:
         """Fill what was not loaded with "not written yet": parameters for loading again start as arbitrary memory."""

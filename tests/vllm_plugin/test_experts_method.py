@@ -435,8 +435,37 @@ def test_a_rank_is_renewed_though_other_ranks_experts_come_too(ranks: Callable[[
     x, weights, ids = routed()
     here = (ids // 2 == rank) * weights
     assert_near(apply(layer, x, weights, ids), expected(tensors, x, here, ids))
-    with pytest.raises(BlockFp8Error, match=rf"(?s)came after all.*experts\.{2 * rank}\.gate_proj"):
-        load(layer, tensors)
+    tensors = checkpoint(seed=2)
+    load(layer, tensors)  # and by a trainer
+    assert_near(apply(layer, x, weights, ids), expected(tensors, x, here, ids))
+
+
+def test_tensors_pushed_into_a_layer_that_serves_renew_it_in_place() -> None:
+    """All of them together, in two parts, and as fused tensors; nothing is asked of vLLM but its loaders."""
+    layer = serving_layer(checkpoint())
+    before = addresses(layer)
+    tensors = checkpoint(seed=1)
+    parts = [dict(list(tensors.items())[i::2]) for i in range(2)]
+    load(layer, parts[0])
+    with pytest.raises(BlockFp8Error, match=r"only some(?s:.)*12 are missing, the first is .*experts\.0\."):
+        apply(layer, *routed())
+    load(layer, parts[1])
+    layer.quant_method.process_weights_after_loading(layer)  # as trainers do when they have pushed everything
+    assert_near(apply(layer, *routed()), expected(tensors, *routed()))
+    assert addresses(layer) == before
+
+
+def test_pushed_tensors_are_checked_like_loaded_ones() -> None:
+    layer = serving_layer(checkpoint())
+    bad = checkpoint(seed=1)
+    with pytest.raises(BlockFp8Error, match=r"wrong dtype(?s:.)*experts\.0\.gate_proj\.weight\n"):
+        load(layer, {name: tensor.float() for name, tensor in bad.items()})
+    layer = serving_layer(checkpoint())
+    DAMAGES["NaN in down"][0](bad)
+    with pytest.raises(BlockFp8Error, match=r"experts\.3\.down_proj"):
+        load(layer, bad)
+    with pytest.raises(BlockFp8Error, match="restart the server"):
+        apply(layer, *routed())
 
 
 @pytest.mark.parametrize("missing", ["0.gate_proj.weight", "3.down_proj.weight_scale_inv"])

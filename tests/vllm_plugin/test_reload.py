@@ -52,7 +52,7 @@ def test_new_weights_take_the_place_of_the_old_ones(rounds: int) -> None:
         assert_exact(layer(problem.x)[0], problem)
         assert addresses(layer) == before
         assert layer.weight.data_ptr() == before[0]
-        assert not hasattr(layer, "weight_scale_inv")
+        assert layer.weight_scale_inv.numel() == 0
 
 
 @pytest.mark.parametrize("missing", ["q", "k", "v"])
@@ -83,6 +83,57 @@ def test_after_refused_weights_a_layer_serves_neither_old_nor_new_ones() -> None
         load(layer, qkv_shards(bad))
     with pytest.raises(BlockFp8Error, match="restart the server"):
         layer.quant_method.apply(layer, problem.x)
+
+
+def test_tensors_pushed_into_a_layer_that_serves_renew_it_in_place() -> None:
+    """Through vLLM's loaders alone, in any order; a trainer may ask for the processing afterwards, or not."""
+    layer = serving_layer(random_problem(5, (576, 192, 192), 576))
+    before = addresses(layer)
+    for seed in (1, 2):
+        problem = random_problem(5, (576, 192, 192), 576, seed=seed)
+        q, k, v = qkv_shards(problem)
+        load(layer, [v, q])
+        with pytest.raises(BlockFp8Error, match=r"only some(?s:.)*2 are missing, the first is .*k_proj\.weight"):
+            layer(problem.x)
+        with pytest.raises(BlockFp8Error, match="only some"):
+            layer.quant_method.process_weights_after_loading(layer)
+        load(layer, [k])
+        layer.quant_method.process_weights_after_loading(layer)
+        assert_exact(layer(problem.x)[0], problem)
+        assert addresses(layer) == before
+    reload(layer, qkv_shards(random_problem(5, (576, 192, 192), 576, seed=3)))
+    load(layer, qkv_shards(problem))
+    assert_exact(layer(problem.x)[0], problem)
+
+
+def test_pushed_tensors_are_checked_like_loaded_ones() -> None:
+    problem = random_problem(5, (576, 192, 192), 576)
+    layer = serving_layer(problem)
+    (name, weight, scale), *_ = qkv_shards(problem)
+    with pytest.raises(BlockFp8Error, match=r"wrong dtype(?s:.)*qkv_proj\.weight, shard q"):
+        load(layer, [(name, weight.float(), scale)])
+    layer = serving_layer(problem)
+    bad = random_problem(5, (576, 192, 192), 576, seed=1)
+    bad.weight.view(torch.uint8)[600, 3] = 0x7F
+    with pytest.raises(BlockFp8Error, match=r"k_proj\.weight"):
+        load(layer, qkv_shards(bad))
+    with pytest.raises(BlockFp8Error, match="restart the server"):
+        layer(problem.x)
+
+
+def test_real_weights_take_the_place_of_dummy_ones() -> None:
+    """``--load-format dummy``, then a push: values are checked from then on, and are not filled with random ones."""
+    problem = random_problem(5, (576, 192, 192), 576)
+    layer = qkv_layer(config())
+    layer.quant_method.dummy = True
+    finish(layer)
+    load(layer, qkv_shards(problem))
+    layer.quant_method.process_weights_after_loading(layer)
+    assert_exact(layer(problem.x)[0], problem)
+    bad = random_problem(5, (576, 192, 192), 576, seed=1)
+    bad.scale[0, 0] = torch.nan
+    with pytest.raises(BlockFp8Error, match=r"q_proj\.weight_scale_inv"):
+        load(layer, qkv_shards(bad))
 
 
 def test_a_merged_layer_without_names_of_shards() -> None:
