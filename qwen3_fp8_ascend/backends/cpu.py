@@ -7,6 +7,7 @@ The library holds one level of kernels per instruction set and uses the best tha
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 import mmap
@@ -215,7 +216,11 @@ def _register_fakes() -> None:
         same_device(weight, panels, codes)
 
     for function in (block_linear, grouped_linear, block_experts, quantize_activation, dequantize_weight, pack):
-        torch.library.register_fake(f"qwen3_fp8_ascend::cpu_{function.__name__}", function)
+        name = f"cpu_{function.__name__}"
+        torch.library.register_fake(f"qwen3_fp8_ascend::{name}", function)
+        takes = [argument.name for argument in getattr(_OPS, name).default._schema.arguments]
+        if takes != list(inspect.signature(function).parameters):
+            raise RuntimeError(f"{name} takes {', '.join(takes)}")
 
 
 def _empty_codes(shape: tuple[int, ...]) -> torch.Tensor:

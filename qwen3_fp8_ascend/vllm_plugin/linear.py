@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import ModelWeightParameter
 
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
+from qwen3_fp8_ascend.format import Activation, BlockSize
 from qwen3_fp8_ascend.vllm_plugin.loading import (
     UNWRITTEN_CODE,
     ShardScaleParameter,
@@ -25,6 +26,7 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
     scale_note,
     shard_numbers,
 )
+from qwen3_fp8_ascend.vllm_plugin.partition import Partition, SharedGroups
 from qwen3_fp8_ascend.vllm_plugin.renewal import Renewal, is_packed
 
 
@@ -76,24 +78,27 @@ class BlockFp8LinearMethod(LinearMethodBase):
 
         The codes are bytes from the first moment on: NPUs before the Ascend 950 can neither cast nor copy FP8.
         Raises:
-            BlockFp8Error: tensor parallelism would cut through a block.
+            BlockFp8Error: tensor parallelism would cut through a block where the ranks cannot agree on its activations.
         """
-        grid = BlockGrid(tuple(output_partition_sizes), input_size_per_partition, self.block)
-        self._check_partition(layer, grid, input_size, output_size)
-        layer.block_grid = grid
+        widths = tuple(output_partition_sizes)
+        partition = self._partition(layer, widths, input_size_per_partition, input_size, output_size)
+        whole = self._full_widths(layer, widths, output_size)
+        layer.block_partition = partition
         layer.logical_widths = output_partition_sizes
         layer.weight_block_size = list(self.block)
-        self._declare(layer, grid, extra_weight_attrs["weight_loader"])
+        self._declare(layer, partition, whole, extra_weight_attrs["weight_loader"])
         self.renewal = Renewal(
-            declare=lambda staged: self._declare(staged, grid, extra_weight_attrs["weight_loader"]),
-            missing=lambda: self._missing(grid),
+            declare=lambda staged: self._declare(staged, partition, whole, extra_weight_attrs["weight_loader"]),
+            missing=lambda: self._missing(partition),
             pack=lambda staged: self._pack(
                 layer, staged.get_parameter("weight").data, staged.get_parameter(self.scale_name).data
             ),
         )
 
-    def _declare(self, layer: torch.nn.Module, grid: BlockGrid, load: Callable[..., None]) -> None:
-        codes = torch.full((grid.n, grid.k), UNWRITTEN_CODE, dtype=torch.uint8)
+    def _declare(
+        self, layer: torch.nn.Module, partition: Partition, whole: tuple[int, ...], load: Callable[..., None]
+    ) -> None:
+        codes = torch.full((sum(partition.widths), partition.k), UNWRITTEN_CODE, dtype=torch.uint8)
         layer.register_parameter(
             "weight",
             ModelWeightParameter(
@@ -101,21 +106,22 @@ class BlockFp8LinearMethod(LinearMethodBase):
                 input_dim=1,
                 output_dim=0,
                 weight_loader=checked_loader(
-                    load, f"{self.prefix}.weight", grid, (torch.float8_e4m3fn,), self.loaded["weight"]
+                    load, f"{self.prefix}.weight", whole, self.block.n, (torch.float8_e4m3fn,), self.loaded["weight"]
                 ),
             ),
         )
         layer.register_parameter(
             self.scale_name,
             ShardScaleParameter(
-                data=torch.full(grid.scale_shape, torch.nan, dtype=torch.float32),
-                grid=grid,
+                data=torch.full(partition.scale_shape, torch.nan, dtype=torch.float32),
+                partition=partition,
                 input_dim=1,
                 output_dim=0,
                 weight_loader=checked_loader(
                     load,
                     f"{self.prefix}.{self.scale_name}",
-                    grid,
+                    whole,
+                    self.block.n,
                     ops.SCALE_DTYPES,
                     self.loaded[self.scale_name],
                 ),
@@ -133,25 +139,25 @@ class BlockFp8LinearMethod(LinearMethodBase):
         if is_packed(layer.weight):  # a trainer asks for it after `model.load_weights`, which has packed already
             self.renewal.check_whole(self.prefix)
             return
-        codes, scale, grid = layer.weight.data, getattr(layer, self.scale_name).data, layer.block_grid
+        codes, scale, partition = layer.weight.data, getattr(layer, self.scale_name).data, layer.block_partition
         random = self.dummy and not any(self.loaded.values())
         if random:
             fill_with_small_values(codes, scale)
         elif hasattr(layer, "packed_weight"):
-            self._mark_unwritten(codes, scale, grid)
+            self._mark_unwritten(codes, scale, partition)
         self._pack(layer, codes, scale, check_values=not random)
 
     def _pack(self, layer: Any, codes: torch.Tensor, scale: torch.Tensor, check_values: bool = True) -> None:
         for shards in self.loaded.values():
             shards.clear()
-        grid, start = layer.block_grid, time.perf_counter()
+        partition, start = layer.block_partition, time.perf_counter()
         try:
             packed = ops.pack_weight(
-                codes.view(torch.float8_e4m3fn),
+                partition.pad_codes(codes).view(torch.float8_e4m3fn),
                 scale,
-                grid,
+                partition.grid,
                 self.backend,
-                names=self._names_of(grid),
+                names=self._names_of(partition),
                 activation=self.activation,
                 check_values=check_values,
             )
@@ -170,56 +176,92 @@ class BlockFp8LinearMethod(LinearMethodBase):
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         check_serving(layer, "packed_weight", self.prefix)
         self.renewal.check_whole(self.prefix)
+        x = layer.block_partition.pad(x, tensor_model_parallel_all_gather)
         return ops.block_linear(x, layer.packed_weight, bias, self.activation)
 
-    def _check_partition(self, layer: Any, grid: BlockGrid, input_size: int, output_size: int) -> None:
-        """Refuse a tensor-parallel split that would leave a rank with part of a block."""
-        if grid.k != input_size:
-            side, size, mine, full = "columns", grid.block.k, [grid.k], [input_size]
-        elif grid.n != output_size:
-            side, size, mine = "rows", grid.block.n, list(grid.widths)
-            full = self._full_widths(layer, grid, output_size)
-        else:
-            return
-        cut = [width for width in mine if width % size]
-        if not cut:
-            return
-        working = [ranks for ranks in range(1, 65) if ranks == 1 or all(w % (ranks * size) == 0 for w in full)]
-        raise BlockFp8Error(
-            f"tensor parallelism would cut through a block of {grid.block}",
-            where=self.prefix,
-            expected=f"{side} a rank in multiples of {size}",
-            got=f"{cut[0]} a rank (the whole layer has {' + '.join(map(str, full))})",
-            fix=f"use --tensor-parallel-size {' or '.join(map(str, working))} (as far as this layer is concerned)",
-        )
+    def _partition(self, layer: Any, widths: tuple[int, ...], k: int, input_size: int, output_size: int) -> Partition:
+        """This rank's rows and columns; a cut may fall within a block.
+
+        Raises:
+            BlockFp8Error: a cut divides groups of activations that are quantized, and the ranks that share the layer
+                are not those that vLLM exchanges tensors between; or which rows a rank has is not known here.
+        """
+        if k != input_size:
+            rank, ranks = layer.tp_rank, layer.tp_size
+            column = rank * k
+            divided = k % self.block.k != 0 and self.activation is not Activation.W8A16
+            if divided and not _is_whole_group(layer):
+                whole = [r for r in range(1, 65) if r == 1 or input_size % (r * self.block.k) == 0]
+                raise BlockFp8Error(
+                    f"tensor parallelism would cut through a block of {self.block}",
+                    where=self.prefix,
+                    expected=f"columns a rank in multiples of {self.block.k}, or all tensor-parallel ranks of vLLM",
+                    got=f"{k} a rank (the whole layer has {input_size}), on {ranks} ranks of their own",
+                    fix=f"divide this layer by {' or '.join(map(str, whole))}, or set `activation` to w8a16",
+                )
+            return Partition(
+                self.block,
+                widths,
+                k,
+                column=column,
+                shared=SharedGroups(k, self.block.k, rank, ranks) if divided else None,
+                behind=(column + k) % self.block.k != 0 and column + k < input_size,
+            )
+        if sum(widths) == output_size:
+            return Partition(self.block, widths, k)
+        ranks_of_shards = [layer.tp_rank] * len(widths)
+        if replicas := getattr(layer, "num_kv_head_replicas", None):  # QKVParallelLinear
+            ranks_of_shards[1:] = [layer.tp_rank // replicas] * (len(widths) - 1)
+            if len(widths) != 3 and any(width % self.block.n for width in widths):
+                raise BlockFp8Error(
+                    f"tensor parallelism would cut through a block of {self.block} of a layer of unknown form",
+                    where=self.prefix,
+                    expected=f"query, key and value, or rows a rank in multiples of {self.block.n}",
+                    got=" + ".join(map(str, widths)),
+                    fix="use a smaller --tensor-parallel-size",
+                )
+        rows = tuple(rank * width for rank, width in zip(ranks_of_shards, widths, strict=True))
+        return Partition(self.block, widths, k, rows=rows)
 
     @staticmethod
-    def _full_widths(layer: Any, grid: BlockGrid, output_size: int) -> list[int]:
-        if hasattr(layer, "total_num_kv_heads"):  # QKVParallelLinear: key/value heads may be replicated
+    def _full_widths(layer: Any, widths: tuple[int, ...], output_size: int) -> tuple[int, ...]:
+        """The rows of each shard before ranks divide them."""
+        if len(widths) == 3 and hasattr(layer, "total_num_kv_heads"):  # key/value heads may be replicated
             heads = (layer.total_num_heads, layer.total_num_kv_heads, layer.total_num_kv_heads)
-            return [count * layer.head_size for count in heads]
-        return [width * (output_size // grid.n) for width in grid.widths]
+            return tuple(count * layer.head_size for count in heads)
+        return tuple(width * (output_size // sum(widths)) for width in widths)
 
-    def _names_of(self, grid: BlockGrid) -> tuple[str, ...]:
+    def _names_of_shards(self, partition: Partition) -> tuple[str, ...]:
         """The checkpoint's module of each shard; the layer's own name where vLLM cuts one module into shards."""
-        shards = len(grid.widths)
+        shards = len(partition.widths)
         return self.shard_names if len(self.shard_names) == shards else (self.prefix,) * shards
 
-    def _missing(self, grid: BlockGrid) -> Iterator[str]:
+    def _names_of(self, partition: Partition) -> tuple[str, ...]:
+        """The same for each packed shard."""
+        names = self._names_of_shards(partition)
+        return tuple(name for shard, name in enumerate(names) for _ in partition.parts(shard))
+
+    def _missing(self, partition: Partition) -> Iterator[str]:
         """The checkpoint's tensors that vLLM has not loaded since the last packing."""
-        names = self._names_of(grid)
+        names = self._names_of_shards(partition)
         for tensor, shards in self.loaded.items():
             loaded = shard_numbers(shards, len(names))
             yield from (f"{name}.{tensor}" for number, name in enumerate(names) if number not in loaded)
 
-    def _mark_unwritten(self, codes: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> None:
+    def _mark_unwritten(self, codes: torch.Tensor, scale: torch.Tensor, partition: Partition) -> None:
         """Fill what was not loaded with "not written yet": parameters for loading again start as arbitrary memory."""
         targets = (
-            (codes, grid.widths, "weight", UNWRITTEN_CODE),
-            (scale, grid.scale_rows, self.scale_name, torch.nan),
+            (codes, partition.widths, "weight", UNWRITTEN_CODE),
+            (scale, [extent.count for extent in partition.scale_rows], self.scale_name, torch.nan),
         )
         for tensor, rows, name, unwritten in targets:
             loaded = shard_numbers(self.loaded[name], len(rows))
             for shard, part in enumerate(tensor.split(list(rows))):
                 if shard not in loaded:
                     part.fill_(unwritten)
+
+
+def _is_whole_group(layer: Any) -> bool:
+    """Whether the ranks that share a layer are those of vLLM's tensor parallelism, in their order."""
+    group = get_tp_group()
+    return bool((layer.tp_rank, layer.tp_size) == (group.rank_in_group, group.world_size))

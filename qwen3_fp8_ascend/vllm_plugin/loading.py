@@ -11,10 +11,11 @@ from vllm.model_executor.parameter import BlockQuantScaleParameter
 
 from qwen3_fp8_ascend.backends.registry import PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import Activation, BlockGrid
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.ops import DAMAGED
 from qwen3_fp8_ascend.reference import scales_as_fp32
 from qwen3_fp8_ascend.vllm_plugin import logger
+from qwen3_fp8_ascend.vllm_plugin.partition import Partition
 
 UNWRITTEN_CODE = 0x7F
 """A NaN code: no good checkpoint holds it, so rows full of it were never loaded."""
@@ -47,26 +48,36 @@ packing = PackingProgress()
 
 
 class ShardScaleParameter(BlockQuantScaleParameter):
-    """Scales of merged shards, each with a block grid of its own.
+    """Scales of merged shards, each with a block grid of its own, of which a rank may hold any rows or columns.
 
     vLLM's own parameter takes a shard's first scale row as ceil(row offset / block_n), which overlaps the
     shard before it when that one is ragged: q/k/v of 576/192/192 rows would start at 0, 5, 6 instead of 0, 5, 7.
+    It cuts scales among ranks as if every rank held whole blocks.
     """
 
-    def __init__(self, *, grid: BlockGrid, **kwargs: Any) -> None:
-        self.grid = grid
+    def __init__(self, *, partition: Partition, **kwargs: Any) -> None:
+        self.partition = partition
         super().__init__(**kwargs)
 
     def _load_shard(self, loaded: torch.Tensor, shard: int, rank: int) -> None:
-        rows = self.grid.scale_rows[shard]
-        first = sum(self.grid.scale_rows[:shard])
-        if self.grid.widths[shard] % self.grid.block.n == 0:
-            loaded = loaded.narrow(0, rank * rows, rows)
-        # A ragged shard is never split between ranks (`create_weights` refuses it), so it arrives whole.
-        target = self.data.narrow(0, first, rows)
+        extents = self.partition.scale_rows
+        if rank * self.partition.widths[shard] != self.partition.rows[shard]:
+            raise ValueError(f"rows for rank {rank} are loaded, others were planned")
+        loaded = loaded.narrow(0, extents[shard].first, extents[shard].count)
+        self._copy(self.data.narrow(0, sum(e.count for e in extents[:shard]), extents[shard].count), loaded)
+
+    @staticmethod
+    def _copy(target: torch.Tensor, loaded: torch.Tensor) -> None:
         if target.shape != loaded.shape:
             raise ValueError(f"expected a scale of shape {tuple(target.shape)}, got {tuple(loaded.shape)}")
         target.copy_(loaded)
+
+    def load_column_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
+        self._load_shard(loaded_weight, 0, self.tp_rank)
+
+    def load_row_parallel_weight(self, loaded_weight: torch.Tensor) -> None:
+        columns = self.partition.scale_columns
+        self._copy(self.data, loaded_weight.narrow(1, columns.first, columns.count))
 
     def load_merged_column_weight(self, loaded_weight: torch.Tensor, **kwargs: Any) -> None:
         self._load_shard(loaded_weight, kwargs["shard_id"], self.tp_rank)
@@ -79,7 +90,12 @@ class ShardScaleParameter(BlockQuantScaleParameter):
 
 
 def checked_loader(
-    load: Callable[..., None], name: str, grid: BlockGrid, dtypes: tuple[torch.dtype, ...], loaded: set[Any]
+    load: Callable[..., None],
+    name: str,
+    widths: tuple[int, ...],
+    block_n: int,
+    dtypes: tuple[torch.dtype, ...],
+    loaded: set[Any],
 ) -> Callable[..., None]:
     """Wrap a layer's weight loader so that what does not fit is refused with the tensor's name.
 
@@ -87,9 +103,9 @@ def checked_loader(
     `loaded` (None: all of them), except on the meta device, where vLLM only counts what will come.
     vLLM copies with an implicit cast: bf16 weights where FP8 is declared would be accepted and come out wrong.
     It also takes a tensor that is merged on disk apart at the merged layer's shards, whose blocks are not the
-    tensor's own unless all shards are whole blocks.
+    tensor's own unless all shards are whole blocks. widths: the rows of the shards, before ranks divide them.
     """
-    ragged_merge = len(grid.widths) > 1 and any(width % grid.block.n for width in grid.widths[:-1])
+    ragged_merge = len(widths) > 1 and any(width % block_n for width in widths[:-1])
 
     def load_checked(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         shard = args[0] if args else kwargs.get("loaded_shard_id")
@@ -98,8 +114,8 @@ def checked_loader(
             raise BlockFp8Error(
                 "a tensor that is merged on disk has shards that are not whole blocks",
                 where=where,
-                expected=f"shards of a multiple of {grid.block.n} rows",
-                got=" + ".join(map(str, grid.widths)),
+                expected=f"shards of a multiple of {block_n} rows",
+                got=" + ".join(map(str, widths)),
                 fix="store the shards (q_proj, k_proj, ...) as tensors of their own, each with its own scales",
             )
         loaded_weight = without_single_axes(loaded_weight)
