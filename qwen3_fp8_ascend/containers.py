@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from qwen3_fp8_ascend.errors import BlockFp8Error, describe
 
@@ -267,7 +267,7 @@ def _set_aside(config: Mapping[str, Any], container: str) -> tuple[str, ...]:
     return tuple(describe(key, 60).strip("'\"") for key in list(unknown)[:16])
 
 
-def _is_object(value: object) -> bool:
+def _is_object(value: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping)
 
 

@@ -99,7 +99,7 @@ class IgnoreList:
         if entry.startswith(REGEX):
             return self._add(entry.removeprefix(REGEX), whole_parts=False)
         added = self._add(entry, whole_parts=True)
-        if "*" in entry and not set(entry) & set("[](){}|^$+\\"):
+        if "*" in entry and not set(entry) & set("(){}|^$+\\"):
             added |= self._add(glob(entry), whole_parts=True)
         return added
 

@@ -17,7 +17,7 @@ MAX_PATTERN = 512
 MAX_STATES = 512
 MAX_DEPTH = 20
 MAX_REPEAT = 64
-MAX_WORK = 4_000_000
+MAX_WORK = 2_500_000
 """Steps that asking a list may take in all, a step that was not taken before counted as many: less than a second."""
 
 Chars = Callable[[str], bool]
@@ -298,6 +298,7 @@ class Pattern:
 
 
 def glob(text: str) -> str:
-    """The regular expression of a shell-style pattern with ``*`` and ``?``."""
-    special = {"*": ".*", "?": "."}
-    return "".join(special.get(c) or (c if c.isalnum() or c == "_" else f"\\{c}") for c in text)
+    """The regular expression of a shell-style pattern: ``*``, ``?``, ``[ab]`` and ``[!ab]``."""
+    special = {"*": ".*", "?": ".", "[": "[", "]": "]", "-": "-"}
+    made = "".join(special.get(c) or (c if c.isalnum() or c in "_!" else f"\\{c}") for c in text)
+    return made.replace("[!", "[^").replace("!", "\\!")

@@ -10,11 +10,12 @@ from types import CodeType, FrameType
 from typing import Any
 
 import qwen3_fp8_ascend.checkpoints as package
+from qwen3_fp8_ascend import containers
 from qwen3_fp8_ascend import format as format_module
 from qwen3_fp8_ascend.errors import BlockFp8Error
 
 FOLDER = Path(package.__file__).parent
-FILES = (*sorted(FOLDER.glob("*.py")), Path(format_module.__file__))
+FILES = (*sorted(FOLDER.glob("*.py")), Path(format_module.__file__), Path(containers.__file__))
 
 
 def lines_of(path: Path) -> set[int]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.folder import CONFIG, INDEX, SINGLE
 from qwen3_fp8_ascend.checkpoints.weight_file import DTYPE_BITS, METADATA
-from qwen3_fp8_ascend.format import BlockSize, scale_shape
+from qwen3_fp8_ascend.containers import COMPRESSED_TENSORS, FP8, SCALE_ENDINGS
+from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize, scale_shape
 from tests.fuzz.folders import Content
 
 BLOCK = BlockSize(32, 4)
@@ -33,6 +34,9 @@ LINEARS: Mapping[str, tuple[int, int]] = {
 EXPERTS, EXPERT_INNER = 2, 32
 FORMS = (None, "one by one", "fused")
 """How a draft has experts, which are in the layer that has no other MLP; fused: all of a layer in one tensor."""
+
+CONTAINERS = (FP8, FP8, COMPRESSED_TENSORS)
+"""In whose words a draft's config is; ModelOpt has no other blocks than 128 x 128, and comes by a damage."""
 
 TWO_FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -129,14 +133,14 @@ CODES = bytes(byte if byte & 0x7F != 0x7F else byte - 1 for byte in _NOISE)
 _BF16 = b"".join(struct.pack("<H", (0x3C00 + (i * 37) % 0x400) | (0x8000 * (i & 1))) for i in range(4096))
 
 
-def _weights(name: str, shape: tuple[int, ...], quantized: bool) -> list[Tensor]:
+def _weights(name: str, shape: tuple[int, ...], quantized: bool, container: str = FP8) -> list[Tensor]:
     """A weight (n, k), or those of several experts, with its scales if it is quantized."""
     size = math.prod(shape)
     if not quantized:
         return [Tensor(name, "BF16", shape, _BF16[: 2 * size])]
     scales = (*shape[:-2], *scale_shape(shape[-2], shape[-1], BLOCK))
     scale = b"".join(struct.pack("<f", 2.0 ** -(i % 9)) for i in range(math.prod(scales)))
-    return [Tensor(name, "F8_E4M3", shape, CODES[:size]), Tensor(f"{name}_scale_inv", "F32", scales, scale)]
+    return [Tensor(name, "F8_E4M3", shape, CODES[:size]), Tensor(name + SCALE_ENDINGS[container], "F32", scales, scale)]
 
 
 def _experts(form: str) -> dict[str, tuple[int, ...]]:
@@ -150,14 +154,16 @@ def _experts(form: str) -> dict[str, tuple[int, ...]]:
     return {f"{layer}.{e}.{name}.weight": shape for e in range(EXPERTS) for name, shape in shapes.items()}
 
 
-def sound_checkpoint(*, quantized: bool = True, files: int = 1, experts: str | None = None) -> Draft:
+def sound_checkpoint(
+    *, quantized: bool = True, files: int = 1, experts: str | None = None, container: str = FP8
+) -> Draft:
     """A small decoder that `inspect` and the conversions accept, in block FP8 or in bf16; experts: one of `FORMS`."""
     tensors: list[Tensor] = []
     for module, linear in LINEARS.items():
-        tensors += _weights(f"{module}.weight", linear, quantized)
+        tensors += _weights(f"{module}.weight", linear, quantized, container)
     if experts is not None:
         for name, matrices in _experts(experts).items():
-            tensors += _weights(name, matrices, quantized)
+            tensors += _weights(name, matrices, quantized, container)
         tensors += _weights("model.layers.0.mlp.gate.weight", (EXPERTS, HIDDEN), False)
     for name, shape in (("model.norm.weight", (HIDDEN,)), ("lm_head.weight", (3, HIDDEN))):
         tensors.append(Tensor(name, "BF16", shape, _BF16[: 2 * math.prod(shape)]))
@@ -170,13 +176,8 @@ def sound_checkpoint(*, quantized: bool = True, files: int = 1, experts: str | N
     if experts is not None:
         config |= {"num_experts": EXPERTS, "moe_intermediate_size": EXPERT_INNER, "hidden_act": "silu"}
     if quantized:
-        config["quantization_config"] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": list(BLOCK),
-            "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate"],
-        }
+        ignored = ("lm_head", "model.layers.0.mlp.gate")
+        config["quantization_config"] = BlockFp8Config(BLOCK, ignored, container=container).to_dict()
     if files == 1:
         return Draft(quantized, {SINGLE: tensors}, config)
     half = len(tensors) // 2

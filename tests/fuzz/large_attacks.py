@@ -158,6 +158,18 @@ HEAVY: Mapping[str, Callable[[int], HostileFolder]] = {
     "two ignore lists": lambda size: _quantization_file(
         ignored_layers=_names(size // 2, "a#"), modules_to_not_convert=_names(size // 2, "b#")
     ),
+    "a list of patterns": lambda size: _quantization_file(modules_to_not_convert=_names(size, "re:.*(a|b)*#.*_proj$")),
+    "patterns and many modules": lambda size: _terabyte(
+        size, "model.layers." * 9, modules_to_not_convert=["re:(.*s.*)*x", "*r" * 40, "re:.*[ab]$", "self_attn"]
+    ),
+    "one endless pattern": lambda size: _quantization_file(modules_to_not_convert=["re:" + "(a|b)*" * (size // 6)]),
+    "config groups": lambda size: _quantization_file(
+        quant_method="compressed-tensors", config_groups={name: {"targets": ["Linear"]} for name in _names(size, "g#")}
+    ),
+    "targets of a group": lambda size: _quantization_file(
+        quant_method="compressed-tensors", config_groups={"g": {"targets": _names(size, "t#"), "weights": {}}}
+    ),
+    "unknown keys": lambda size: _quantization_file(**dict.fromkeys(_names(size, "k#"), 1)),
     "ignore lists and dots": lambda size: _with_header(
         b"{" + _numbered(size, f'"{_DOTS}#.weight":{{{_EMPTY_FP8}}}') + b"}",
         quantization_config=sound_checkpoint().config["quantization_config"] | {"ignored_layers": ["x"]},

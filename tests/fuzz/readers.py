@@ -112,14 +112,17 @@ IGNORED: tuple[tuple[str, ...], ...] = ((), (), (), ("*.down_proj",), ("*.expert
 
 def _convert(folder: Path, operation: str) -> None:
     from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
-    from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
+    from qwen3_fp8_ascend.checkpoints.quantize import CONTAINERS, quantize_checkpoint
 
     destination = folder.parent.parent.parent / "converted"
     before = sorted(os.listdir(folder))
     try:
         if operation == "quantize":
-            ignore = IGNORED[sum(path.lstat().st_size for path in folder.iterdir()) % len(IGNORED)]
-            quantize_checkpoint(folder, destination, block=drafts.BLOCK, ignore=ignore, progress=False)
+            size = sum(path.lstat().st_size for path in folder.iterdir())
+            ignore, container = IGNORED[size % len(IGNORED)], CONTAINERS[size % len(CONTAINERS)]
+            quantize_checkpoint(
+                folder, destination, block=drafts.BLOCK, ignore=ignore, container=container, progress=False
+            )
         else:
             dequantize_checkpoint(folder, destination, progress=False)
     except BlockFp8Error:
@@ -148,7 +151,7 @@ def _check_values(folder: Path, operation: str) -> None:
                 if file.get_slice(name).get_dtype() not in READABLE:
                     continue  # copied as bytes
                 tensor = file.get_tensor(name)
-                if operation == "quantize" and name.endswith("_scale_inv"):
+                if operation == "quantize" and name.endswith((".weight_scale_inv", ".weight_scale")):
                     assert bool((torch.isfinite(tensor) & (tensor >= 0)).all()), f"a bad scale in {name}"
                 assert tensor.dtype != torch.float8_e4m3fn or operation == "quantize", f"{name} is still FP8"
                 if tensor.dtype == torch.float8_e4m3fn:
@@ -204,7 +207,7 @@ def _load_layers(folder: Path, plugin: Any, qkv: Any, merged: Any, row: Any) -> 
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 module, _, kind = name.rpartition(".")
-                if module in places and kind in ("weight", "weight_scale_inv"):
+                if module in places and kind in ("weight", plugin.checkpoint.scale_name):
                     layer, shard = places[module]
                     parameter = getattr(layer, kind, None)
                     if isinstance(layer.quant_method, _linear_method()) and parameter is not None:

@@ -18,10 +18,28 @@ QUANTIZATION_KEYS = (
     "modules_to_not_convert",
     "ignored_layers",
     "scale_fmt",
+    "expert_dtype",
+    "routed_experts_quant_method",
+    "modules_to_convert",
+    "config_groups",
+    "format",
+    "ignore",
+    "sparsity_config",
+    "kv_cache_scheme",
+    "quant_algo",
+    "quantization",
+    "producer",
+    "\x1b[2J",
 )
 QUANTIZATION_VALUES: tuple[Any, ...] = (
     "fp8",
     "awq",
+    "compressed-tensors",
+    "modelopt",
+    "FP8_PB_WO",
+    "fp4",
+    {"quant_algo": "FP8_PB_WO", "exclude_modules": ["*"]},
+    {"g": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}},
     "e4m3",
     "e5m2",
     "static",
@@ -63,6 +81,62 @@ def change_quantization(draft: Draft, choices: Choices) -> None:
     _quantization(draft)[choices.pick(QUANTIZATION_KEYS)] = value
 
 
+ENTRIES = (
+    "re:.*",
+    "re:.*down_proj$",
+    "re:(a*)*b",
+    "re:(.*a.*){9}",
+    "re:(?!x)",
+    "re:[",
+    "*",
+    "*.down_proj",
+    "model.layers.*",
+    r"model\.layers\.\d+",
+    "model.language_model.layers.0",
+    "qkv_proj",
+    "self_attn",
+    "*a" * 60,
+    "re:" + "(" * 300,
+    "re:" + "a{64}" * 90,
+    "x" * 3000,
+    ".",
+    "",
+)
+"""Of ignore lists: names and patterns, sound and evil."""
+
+
+def change_ignored(draft: Draft, choices: Choices) -> None:
+    """Entries for whichever key the container has."""
+    entries = [choices.pick(ENTRIES) for _ in range(1 + choices.below(40))]
+    for key in ("modules_to_not_convert", "ignore", "exclude_modules"):
+        _quantization(draft)[key] = entries
+
+
+def change_group(draft: Draft, choices: Choices) -> None:
+    """A value deep in a config group of compressed-tensors, or a further group."""
+    groups = _quantization(draft).get("config_groups")
+    if not isinstance(groups, dict):
+        groups = _quantization(draft)["config_groups"] = {}
+    group = groups.get("group_0")
+    group = dict(group) if isinstance(group, dict) else {}
+    groups[choices.pick(("group_0", "group_1", "", "\x1b[2J", "x" * 300))] = group
+    part = choices.pick(("weights", "input_activations", "targets", "format", "output_activations"))
+    if choices.below(2) and isinstance(group.get(part), dict):
+        key = choices.pick(("num_bits", "type", "strategy", "block_structure", "group_size", "dynamic", "symmetric"))
+        value = odd_value(choices) if choices.below(2) else choices.pick((8, "float", "8x8", [128, 128], True, None))
+        group[part] = group[part] | {key: value}
+    else:
+        group[part] = odd_value(choices) if choices.below(2) else choices.pick((["fc1"], [""], ["XAttention"], None))
+
+
+def change_container(draft: Draft, choices: Choices) -> None:
+    """Another container's words for what the tensors are."""
+    found = _quantization(draft)
+    found["quant_method"] = choices.pick(("fp8", "compressed-tensors", "compressed_tensors", "modelopt", "ModelOpt"))
+    if choices.below(2):
+        found["quant_algo"] = choices.pick(("FP8_PB_WO", "fp8_block_scales", "FP8", "NVFP4"))
+
+
 def change_block(draft: Draft, choices: Choices) -> None:
     _quantization(draft)["weight_block_size"] = [choices.pick(NUMBERS + HUGE) for _ in range(2)]
 
@@ -101,6 +175,9 @@ def change_experts(draft: Draft, choices: Choices) -> None:
 CONFIGS: tuple[Damage, ...] = (
     change_quantization,
     change_block,
+    change_ignored,
+    change_group,
+    change_container,
     lose_quantization_key,
     move_quantization,
     change_config,
