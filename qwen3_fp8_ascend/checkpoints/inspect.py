@@ -118,16 +118,18 @@ def inspect_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
     )
 
 
-def check_checkpoint(folder: str | os.PathLike[str]) -> CheckpointReport:
+def check_checkpoint(folder: str | os.PathLike[str], config: BlockFp8Config | None = None) -> CheckpointReport:
     """Refuse a checkpoint that cannot be served as block FP8; return its report otherwise.
 
+    config: given to a checkpoint that has no quantization_config (``--hf-overrides``), so that FP8 weights may come
+        later. Its own weights are then not judged.
     Raises:
         BlockFp8Error: the first error, saying how many more there are.
     """
     report = inspect_checkpoint(folder)
     if report.errors:
         raise CheckpointError(report.errors[0], len(report.errors) - 1)
-    if report.config is None:
+    if report.config is None and config is None:
         raise fault(
             "this is not a block-FP8 checkpoint: its config.json has no quantization_config",
             file=report.folder,

@@ -162,16 +162,19 @@ class BlockFp8AscendConfig(QuantizationConfig):
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Look at the headers of a local checkpoint before any process is started or weight is read.
 
-        A folder without any weights is let pass: ``--load-format dummy`` needs none.
+        A folder without any weights is let pass: ``--load-format dummy`` needs none. So is one of unquantized weights
+        whose quantization_config was given by ``--hf-overrides``: a trainer will push FP8 weights (`renewal`).
         Raises:
             BlockFp8Error: the first anomaly found.
         """
         folder = Path(model_name)
         if not folder.is_dir() or not any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir()):
             return
-        report = check_checkpoint(folder)
-        if report.plan is not None:
-            self.modules.obey(report.plan.kinds())
+        report = check_checkpoint(folder, self.checkpoint)
+        if report.plan is None:
+            logger.info("%s has no quantization_config: the one given instead is obeyed, for weights to come", folder)
+            return
+        self.modules.obey(report.plan.kinds())
         if report.warnings:
             first, count = report.warnings[0], len(report.warnings)
             logger.warning("%s (%s); %d warnings in all, see `inspect`", first.what, first.where, count)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import hashlib
 import json
 import subprocess
 import sys
@@ -20,6 +22,8 @@ from qwen3_fp8_ascend.serving import serving_environment
 from tests.support.logprobs import TEXTS
 
 ROOT = Path(__file__).parent.parent.parent
+BUCKET = 7
+"""Tensors that are pushed together."""
 TOKENS = 12
 """How many tokens are generated after each text."""
 
@@ -34,14 +38,20 @@ class Run:
     """Text that is put before each prompt to show it an image of noise."""
     seed: int = 0
     """Of the images."""
+    push: str | None = None
+    """A checkpoint whose tensors are given to the live model's `load_weights` before the prompts, in several parts."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Log-probabilities of all tokens of `TEXTS` but the first of each, and what greedy decoding adds to each text."""
+    """Log-probabilities of all tokens of `TEXTS` but the first of each, and what greedy decoding adds to each text.
+
+    packed: a digest of every packed weight, by layer.
+    """
 
     logprobs: np.ndarray
     tokens: list[list[int]]
+    packed: dict[str, str]
 
 
 def answers(runs: Sequence[Run], folder: Path, timeout: float = 600, **environment: str) -> list[Answer]:
@@ -59,7 +69,7 @@ def answers(runs: Sequence[Run], folder: Path, timeout: float = 600, **environme
             command, cwd=ROOT, env=inherited, stdout=file, stderr=subprocess.STDOUT, timeout=timeout, check=False
         )
     assert done.returncode == 0, log.read_text()[-4000:]
-    return [Answer(np.array(one["logprobs"]), one["tokens"]) for one in json.loads(made.read_text())]
+    return [Answer(**one | {"logprobs": np.array(one["logprobs"])}) for one in json.loads(made.read_text())]
 
 
 def main(given: str, made: str) -> None:
@@ -73,14 +83,39 @@ def ask(run: Run) -> dict[str, Any]:
 
     options: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True} | run.options
     llm = LLM(run.model, **options)
+    if run.push is not None:
+        llm.apply_model(functools.partial(_push, run.push))
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, prompt_logprobs=0, ignore_eos=True)
     outputs = llm.generate([_prompt(text, run) for text in TEXTS], sampling, use_tqdm=False)
     logprobs = [next(iter(entry.values())).logprob for out in outputs for entry in out.prompt_logprobs[1:]]
     tokens = [list(out.outputs[0].token_ids) for out in outputs]
+    (packed,) = llm.apply_model(_digests)
     del llm, outputs
     cleanup_dist_env_and_memory()
     gc.collect()
-    return {"logprobs": logprobs, "tokens": tokens}
+    return {"logprobs": logprobs, "tokens": tokens, "packed": packed}
+
+
+def _push(folder: str, model: Any) -> None:
+    """As trainers do: no tensor's place is known to them, and buckets end anywhere.
+
+    Routers stay, and so does the head in effect: on a CPU vLLM itself lays bf16 linears out once and for all.
+    """
+    from safetensors.torch import load_file
+
+    tensors = [item for item in load_file(Path(folder) / "model.safetensors").items() if ".mlp.gate." not in item[0]]
+    for first in range(0, len(tensors), BUCKET):
+        model.load_weights(iter(tensors[first : first + BUCKET]))
+
+
+def _digests(model: Any) -> dict[str, str]:
+    found = {}
+    for name, layer in model.named_modules():
+        for attribute in ("packed_weight", "packed_w13_weight", "packed_w2_weight"):
+            if (packed := getattr(layer, attribute, None)) is not None:
+                content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in packed.tensors)
+                found[f"{name}.{attribute}"] = hashlib.sha256(content).hexdigest()
+    return found
 
 
 def _prompt(text: str, run: Run) -> Any:
