@@ -14,7 +14,7 @@ from qwen3_fp8_ascend.checkpoints.anomaly import fault
 from qwen3_fp8_ascend.checkpoints.conversion import ConversionSummary, Read, convert_checkpoint
 from qwen3_fp8_ascend.checkpoints.folder import QUANTIZATION_KEYS, read_checkpoint
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
-from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, expected_scale_shape, is_scale
+from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, expected_scale_shape, is_cache_scale, is_scale
 from qwen3_fp8_ascend.checkpoints.tensors import FLOAT_DTYPES
 from qwen3_fp8_ascend.checkpoints.tiles import Tile, tiles
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
@@ -65,6 +65,8 @@ class _Dequantization:
     def outputs(self, tensor: TensorEntry) -> Sequence[TensorEntry]:
         if is_scale(tensor.name, self.format):
             return []  # read beside its weight, which may be in another file
+        if is_cache_scale(tensor.name):
+            return []  # of a quantized KV cache, for which a model that is not quantized has no place
         return [replace(tensor, dtype=DTYPE_NAMES[self.dtype]) if tensor.dtype == E4M3 else tensor]
 
     def convert(self, tensor: TensorEntry, read: Read) -> Sequence[torch.Tensor]:

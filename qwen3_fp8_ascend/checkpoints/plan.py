@@ -27,7 +27,7 @@ from qwen3_fp8_ascend.checkpoints.rules import (
     QUANTIZE_AGAIN,
     find_anomalies,
     find_unused,
-    is_scale,
+    is_cache_scale,
 )
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
 from qwen3_fp8_ascend.errors import describe, printable
@@ -36,8 +36,6 @@ from qwen3_fp8_ascend.format import WEIGHT_SUFFIX, BlockFp8Config
 FP8, FLOAT = "fp8", "float"
 EXCLUDED_FP8 = "config.json excludes a module from quantization whose weight is FP8"
 UNLISTED_FLOAT = "a linear layer is not FP8, though config.json does not exclude it from quantization"
-CACHE_SCALES = re.compile(r"\.(?:[qkv]|kv|[qkv]_cache|kv_cache)[._](?:scale|zero_point)$")
-"""Scales of the KV cache or of attention, which is not quantized here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +229,7 @@ def _check_complete(
 
 def _notes(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:
     """What is left aside, since it says nothing about linear layers."""
-    cached = [t for t in checkpoint.tensors.values() if CACHE_SCALES.search(t.name) and not is_scale(t.name, config)]
+    cached = [t for t in checkpoint.tensors.values() if is_cache_scale(t.name)]
     if cached:
         yield Anomaly(
             "scales of a quantized KV cache are ignored: the cache keeps the model's dtype",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
@@ -24,6 +25,7 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 FOREIGN_SCALES = (".input_scale", ".activation_scale", ".input_scale_inv", ".weight_zero_point", ".input_zero_point")
 """Tensors of static, per-tensor or asymmetric schemes; block FP8 with dynamic activations has none of them."""
 
+CACHE_SCALES = re.compile(r"\.(?:[qkv]|kv|[qkv]_cache|kv_cache)[._](?:scale|zero_point)$")
 OUTPUT_HEAD = "lm_head"
 QUANTIZE_AGAIN = "quantize the bf16 model again: `qwen3-fp8-ascend quantize`"
 DOWNLOAD_AGAIN = "the checkpoint is damaged or incomplete; download it again, or " + QUANTIZE_AGAIN
@@ -39,6 +41,11 @@ def is_scale(name: str, config: BlockFp8Config) -> bool:
     if not name.endswith(SCALE_ENDINGS[config.container]):
         return False
     return name.endswith(f".{config.scale_name}") or FUSED_SCALES.match(name) is not None
+
+
+def is_cache_scale(name: str) -> bool:
+    """Whether a tensor is a scale of the KV cache or of attention, which are not quantized here."""
+    return CACHE_SCALES.search(name) is not None
 
 
 def expected_scale_shape(shape: tuple[int, ...], block: BlockSize) -> tuple[int, ...]:

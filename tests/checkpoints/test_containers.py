@@ -171,3 +171,5 @@ def test_scales_of_a_cache_are_a_note(tmp_path: Path) -> None:
     (note,) = report.anomalies
     assert (note.severity, note.got, report.errors, report.warnings) == ("note", "7 tensors", (), ())
     assert "KV cache" in note.what and report.notes == (note,)
+    dequantize_checkpoint(tmp_path / "m", tmp_path / "back", progress=False)
+    assert load(tmp_path / "back").keys() == load(source).keys()
