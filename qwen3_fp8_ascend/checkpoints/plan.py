@@ -23,7 +23,6 @@ from qwen3_fp8_ascend.checkpoints.rules import (
     DOWNLOAD_AGAIN,
     E4M3,
     FLOATS,
-    OUTPUT_HEAD,
     QUANTIZE_AGAIN,
     find_anomalies,
     find_unused,
@@ -120,8 +119,7 @@ def _compare(modules: Mapping[str, Module], config: BlockFp8Config) -> tuple[set
             if ignored.has(asked) or (config.targets and not targets.has(asked)):
                 listed.add(name)
             if module.kind == FP8 and name in listed:
-                if name.rpartition(".")[2] != OUTPUT_HEAD:  # which is refused anyway
-                    doubts.append(_doubt(module, EXCLUDED_FP8))
+                doubts.append(_doubt(module, EXCLUDED_FP8))
             elif module.kind == FLOAT and name not in listed and _should_be_fp8(module):
                 doubts.append(_doubt(module, UNLISTED_FLOAT))
     except UnreadableError:

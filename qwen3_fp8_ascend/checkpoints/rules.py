@@ -13,7 +13,6 @@ from qwen3_fp8_ascend.checkpoints.layers import (
     is_fused_experts,
     is_linear_weight,
     layer_index,
-    module_of,
 )
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry, is_plain_text
 from qwen3_fp8_ascend.containers import MODELOPT, SCALE_ENDINGS
@@ -26,7 +25,6 @@ FOREIGN_SCALES = (".input_scale", ".activation_scale", ".input_scale_inv", ".wei
 """Tensors of static, per-tensor or asymmetric schemes; block FP8 with dynamic activations has none of them."""
 
 CACHE_SCALES = re.compile(r"\.(?:[qkv]|kv|[qkv]_cache|kv_cache)[._](?:scale|zero_point)$")
-OUTPUT_HEAD = "lm_head"
 QUANTIZE_AGAIN = "quantize the bf16 model again: `qwen3-fp8-ascend quantize`"
 DOWNLOAD_AGAIN = "the checkpoint is damaged or incomplete; download it again, or " + QUANTIZE_AGAIN
 
@@ -105,8 +103,6 @@ def _check_weight(tensor: TensorEntry, tensors: Mapping[str, TensorEntry], confi
             "serve it without this plugin, or " + QUANTIZE_AGAIN,
         )
         return
-    if module_of(tensor.name).rpartition(".")[2] == OUTPUT_HEAD:
-        yield _anomaly(tensor, "an output head in FP8 is not served", "a float weight", tensor.dtype, QUANTIZE_AGAIN)
     name = config.scale_of(tensor.name)
     scale = tensors.get(name)
     shape = expected_scale_shape(tensor.shape, config.block)

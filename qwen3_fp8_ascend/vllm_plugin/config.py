@@ -18,13 +18,14 @@ from vllm.platforms import current_platform
 from qwen3_fp8_ascend.checkpoints.folder import PICKLE_SUFFIXES, WEIGHTS_SUFFIX
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
 from qwen3_fp8_ascend.checkpoints.patterns import UnreadableError
+from qwen3_fp8_ascend.checkpoints.plan import FP8
 from qwen3_fp8_ascend.containers import holds_fp8
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockFp8Config
 from qwen3_fp8_ascend.vllm_plugin import logger
 from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod, projection_names
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
-from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8LmHeadMethod
+from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8HeadMethod, BlockFp8LmHeadMethod
 from qwen3_fp8_ascend.vllm_plugin.modules import Modules
 
 WEIGHT_SUFFIXES = {WEIGHTS_SUFFIX, *PICKLE_SUFFIXES}
@@ -187,7 +188,9 @@ class BlockFp8AscendConfig(QuantizationConfig):
         model = vllm_config.model_config
         settings = Settings.from_flags(vllm_config.additional_config, getattr(model, "hf_overrides", None))
         hf_config = getattr(model, "hf_config", None)
-        if isinstance(layer, ParallelLMHead) and settings.lm_head == "fp8":
+        is_head = isinstance(layer, ParallelLMHead)
+        fp8_head = is_head and self.modules.kinds.get(prefix) == FP8
+        if is_head and not fp8_head and settings.lm_head == "fp8":
             return BlockFp8LmHeadMethod(self.checkpoint.block, settings.backend, hf_config)
         dummy = vllm_config.load_config.load_format == "dummy"
         if isinstance(layer, RoutedExperts):
@@ -204,12 +207,13 @@ class BlockFp8AscendConfig(QuantizationConfig):
                 hf_config=hf_config,
                 scale_name=self.checkpoint.scale_name,
             )
-        if not isinstance(layer, LinearBase):
+        if not isinstance(layer, LinearBase) and not fp8_head:
             return None
-        if self._is_skipped(prefix):
+        if not fp8_head and self._is_skipped(prefix):
             return self.unquantized_linear_method()
         logger.debug("%s: block FP8, settings %s", prefix, settings)
-        return BlockFp8LinearMethod(
+        method = BlockFp8HeadMethod if fp8_head else BlockFp8LinearMethod
+        return method(
             self.checkpoint.block,
             prefix=prefix,
             shard_names=self._shard_names(prefix),

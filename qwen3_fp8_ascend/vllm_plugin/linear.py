@@ -83,12 +83,16 @@ class BlockFp8LinearMethod(LinearMethodBase):
         widths = tuple(output_partition_sizes)
         partition = self._partition(layer, widths, input_size_per_partition, input_size, output_size)
         whole = self._full_widths(layer, widths, output_size)
-        layer.block_partition = partition
         layer.logical_widths = output_partition_sizes
         layer.weight_block_size = list(self.block)
-        self._declare(layer, partition, whole, extra_weight_attrs["weight_loader"])
+        self._register(layer, partition, whole, extra_weight_attrs["weight_loader"])
+
+    def _register(self, layer: Any, partition: Partition, whole: tuple[int, ...], load: Callable[..., None]) -> None:
+        """whole: rows of each shard before ranks divide them."""
+        layer.block_partition = partition
+        self._declare(layer, partition, whole, load)
         self.renewal = Renewal(
-            declare=lambda staged: self._declare(staged, partition, whole, extra_weight_attrs["weight_loader"]),
+            declare=lambda staged: self._declare(staged, partition, whole, load),
             missing=lambda: self._missing(partition),
             pack=lambda staged: self._pack(
                 layer, staged.get_parameter("weight").data, staged.get_parameter(self.scale_name).data

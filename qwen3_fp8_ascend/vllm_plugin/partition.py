@@ -39,7 +39,7 @@ class Extent:
 
 def blocks_of(start: int, size: int, block: int) -> Extent:
     """The blocks that rows or columns [start, start + size) touch."""
-    return Extent(start // block, ceil_div(start + size, block) - start // block)
+    return Extent(start // block, ceil_div(start + size, block) - start // block if size else 0)
 
 
 @dataclass(frozen=True)

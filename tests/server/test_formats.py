@@ -29,6 +29,7 @@ SERVED = (
     "ModelOpt, experts",
     "`fp8`, `model.visual` alone",
     "`fp8`, scales of a KV cache",
+    "`fp8`, an output head in FP8",
     "`fp8`, a list that excludes what is FP8",
     "`fp8`, a list that forgets `in_proj_a` and `in_proj_b`",
 )

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3_fp8_ascend.checkpoints.inspect import inspect_checkpoint
-from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
+from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint, quantize_weight
 from tests.support.public_models import write_model
 from tests.test_containers import LLM_COMPRESSOR, MODELOPT_CONFIG, MODELOPT_FILE, changed
 
@@ -95,12 +95,8 @@ def cache_scales(tensors: Tensors) -> Tensors:
 
 
 def fp8_head(tensors: Tensors) -> Tensors:
-    n, k = tensors["lm_head.weight"].shape
-    head = {
-        "lm_head.weight": torch.zeros(n, k).to(E4M3),
-        "lm_head.weight_scale_inv": torch.ones(-(-n // 128), k // 128),
-    }
-    return tensors | head
+    codes, scale = quantize_weight(tensors["lm_head.weight"])
+    return tensors | {"lm_head.weight": codes, "lm_head.weight_scale_inv": scale}
 
 
 @dataclass(frozen=True, eq=False)
