@@ -82,9 +82,7 @@ def config_with_fp8_head() -> BlockFp8AscendConfig:
 def stored_head(problem: Problem) -> ParallelLMHead:
     config = config_with_fp8_head()
     vocabulary, hidden = problem.weight.shape
-    head = ParallelLMHead(
-        vocabulary, hidden, params_dtype=torch.bfloat16, quant_config=config, prefix="lm_head", **arguments
-    )
+    head = ParallelLMHead(vocabulary, hidden, params_dtype=torch.bfloat16, quant_config=config, prefix="lm_head")
     head.weight.weight_loader(head.weight, problem.weight)
     head.weight_scale_inv.weight_loader(head.weight_scale_inv, problem.scale)
     head.quant_method.process_weights_after_loading(head)
