@@ -12,13 +12,21 @@ from qwen3_fp8_ascend.containers import COMPRESSED_TENSORS, MODELOPT, holds_fp8
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize
 
-CODES = {"num_bits": 8, "type": "float", "symmetric": True, "actorder": None, "observer_kwargs": {}}
+CODES = {
+    "num_bits": 8,
+    "type": "float",
+    "symmetric": True,
+    "actorder": None,
+    "observer_kwargs": {},
+    "scale_dtype": None,
+    "zp_dtype": None,
+}
 GROUP = {
     "format": "float-quantized",
-    "input_activations": CODES | {"dynamic": True, "strategy": "group", "group_size": 128, "observer": None},
+    "input_activations": CODES | {"dynamic": True, "strategy": "group", "group_size": 128, "block_structure": None},
     "output_activations": None,
     "targets": ["Linear"],
-    "weights": CODES | {"dynamic": False, "strategy": "block", "block_structure": [128, 128], "observer": "minmax"},
+    "weights": CODES | {"dynamic": False, "strategy": "block", "block_structure": [128, 128], "group_size": None},
 }
 LLM_COMPRESSOR: dict[str, Any] = {
     "config_groups": {"group_0": GROUP},
@@ -30,9 +38,9 @@ LLM_COMPRESSOR: dict[str, Any] = {
     "quantization_status": "compressed",
     "sparsity_config": {},
     "transform_config": {},
-    "version": "0.13.0",
+    "version": "0.19.0",
 }
-"""What llm-compressor writes for the scheme FP8_BLOCK."""
+"""What llm-compressor 0.14 writes for the scheme FP8_BLOCK."""
 
 MODELOPT_FILE: dict[str, Any] = {
     "producer": {"name": "modelopt", "version": "0.29.0"},

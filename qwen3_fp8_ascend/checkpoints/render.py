@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from qwen3_fp8_ascend.checkpoints.plan import FLOAT, FP8
+from qwen3_fp8_ascend.containers import FP8 as FP8_CONTAINER
 from qwen3_fp8_ascend.errors import printable
 
 if TYPE_CHECKING:
@@ -12,6 +15,7 @@ if TYPE_CHECKING:
 
     from qwen3_fp8_ascend.checkpoints.experts import ExpertsSummary
     from qwen3_fp8_ascend.checkpoints.inspect import CheckpointReport
+    from qwen3_fp8_ascend.checkpoints.plan import Plan
 
 MAX_SHOWN = 50
 
@@ -23,6 +27,8 @@ def render(report: CheckpointReport, console: Console) -> None:
 
     if report.config is not None:
         what = f"block FP8, e4m3, blocks of {report.config.block}, {report.block_fp8_layers} linear layers"
+        if report.config.container != FP8_CONTAINER:
+            what += f", in the words of {report.config.container}"
     elif report.errors:
         what = "not a usable block-FP8 checkpoint"
     else:
@@ -41,12 +47,25 @@ def render(report: CheckpointReport, console: Console) -> None:
     console.print(table)
     if report.experts is not None:
         console.print(Text(_describe_experts(report.experts)))
-    if report.config is not None and report.config.ignored:
-        shown = _names(report.config.ignored[:4]) + (" …" if len(report.config.ignored) > 4 else "")
-        console.print(Text(f"left unquantized by config: {len(report.config.ignored)} modules ({shown})"))
+    if report.plan is not None:
+        console.print(Text(_describe_plan(report.plan)))
+        ignored = report.plan.config.ignored
+        if ignored:
+            shown = _names(ignored[:4]) + (" …" if len(ignored) > 4 else "")
+            console.print(Text(f"left unquantized by config: {len(ignored)} names ({shown})"))
     if report.unused_files:
         console.print(Text(f"not named in the index, so not used: {_names(report.unused_files)}"))
     _render_anomalies(report, console)
+
+
+def _describe_plan(plan: Plan) -> str:
+    """How modules will be served, experts of a layer counted as one."""
+    kinds = Counter(plan.kinds().values())
+    listed = sum(module.listed for module in plan.modules.values())
+    return (
+        f"served as its tensors are: {kinds[FP8]} modules in FP8, {kinds[FLOAT]} float "
+        f"(the config leaves {listed} unquantized); --json has them by name"
+    )
 
 
 def _describe_experts(experts: ExpertsSummary) -> str:

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from qwen3_fp8_ascend import ops, reference
-from qwen3_fp8_ascend.checkpoints.folder import Checkpoint, find_quantization, read_checkpoint
+from qwen3_fp8_ascend.checkpoints.folder import Checkpoint, read_checkpoint
 from qwen3_fp8_ascend.checkpoints.tensors import WeightReader
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.precision.runs import TOP, Run
-from qwen3_fp8_ascend.format import Activation, BlockFp8Config, BlockGrid, BlockSize
+from qwen3_fp8_ascend.format import Activation, BlockFp8Config, BlockGrid
 from qwen3_fp8_ascend.provenance import npu_name
 
 DEQUANTIZED = "dequantized"
@@ -78,8 +78,8 @@ def load_model(folder: Path, backend: str, activation: Activation, dtype: torch.
     from transformers import AutoConfig, AutoModelForCausalLM
 
     checkpoint = read_checkpoint(folder)
-    quantization = find_quantization(checkpoint.config)
-    form = BlockFp8Config.from_dict(*quantization) if quantization is not None else BlockFp8Config()
+    quantization = checkpoint.quantization
+    said = BlockFp8Config.from_dict(*quantization) if quantization is not None else BlockFp8Config()
     try:
         config = AutoConfig.from_pretrained(folder)
     except ValueError as error:
@@ -92,7 +92,7 @@ def load_model(folder: Path, backend: str, activation: Activation, dtype: torch.
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     converted = device == "cpu" and _has_room(checkpoint, backend)
     with WeightReader(folder) as reader, torch.no_grad():
-        _fill(model, checkpoint, reader, form.block, backend, form.activation(activation), dtype, device, converted)
+        _fill(model, checkpoint, reader, said, backend, said.activation(activation), dtype, device, converted)
     _compute_buffers(model, config, device)
     return model.eval()
 
@@ -116,7 +116,7 @@ def _fill(
     model: torch.nn.Module,
     checkpoint: Checkpoint,
     reader: WeightReader,
-    block: BlockSize,
+    said: BlockFp8Config,
     backend: str,
     activation: Activation,
     dtype: torch.dtype,
@@ -126,19 +126,19 @@ def _fill(
     tensors = checkpoint.tensors
     state: dict[str, torch.Tensor] = {}
     for name, entry in tensors.items():
-        if name.endswith(".weight_scale_inv"):
+        if name.endswith(f".{said.scale_name}"):
             continue
         tensor = reader.read(entry)
         module, _, kind = name.rpartition(".")
         if entry.dtype != "F8_E4M3":
             state[name] = tensor.to(device, dtype)
             continue
-        scale_name = f"{module}.weight_scale_inv"
+        scale_name = said.scale_of(name)
         if kind != "weight" or scale_name not in tensors:
             fix = "look at the checkpoint with `qwen3-fp8-ascend inspect`"
             raise BlockFp8Error("an FP8 tensor has no block scales", where=name, expected=scale_name, fix=fix)
-        scale = reader.read(tensors[scale_name]).float()
-        grid = BlockGrid((tensor.shape[0],), tensor.shape[1], block)
+        grid = BlockGrid((tensor.shape[0],), tensor.shape[1], said.block)
+        scale = reader.read(tensors[scale_name]).float().reshape(grid.scale_shape)
         if backend == DEQUANTIZED:
             state[name] = ops.dequantize_weight(tensor, scale, grid, dtype).to(device)
             continue
