@@ -381,6 +381,14 @@ def test_bad_values_behind_a_cut_are_named(ranks: Callable[[int, int], None]) ->
         finish(layer)
 
 
+def test_a_block_that_no_backend_serves_is_said_before_anything_is_loaded() -> None:
+    quantization = BlockFp8AscendConfig(BlockFp8Config(BlockSize(1, 128)))
+    with pytest.raises(BlockFp8Error, match=r"no backend can run block FP8 on cpu(?s:.*)32 rows.*, not 1x128"):
+        ColumnParallelLinear(
+            256, 256, bias=False, params_dtype=torch.bfloat16, quant_config=quantization, prefix="model.layers.0.one"
+        )
+
+
 def down_proj(k: int, **changes: Any) -> RowParallelLinear:
     return RowParallelLinear(
         k, 200, **({"bias": False, "params_dtype": torch.float32, "quant_config": config()} | changes), prefix="down"
