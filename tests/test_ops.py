@@ -15,8 +15,14 @@ from qwen3_fp8_ascend.backends.registry import ENVIRONMENT_VARIABLE, LOADED
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.validate.checks import judge
 from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize
-from qwen3_fp8_ascend.testing.judges import Problem, assert_bias_before_rounding, assert_exact, random_problem
-from qwen3_fp8_ascend.testing.strategies import activations, beside_powers_of_two, problems
+from qwen3_fp8_ascend.testing.judges import (
+    Problem,
+    assert_bias_before_rounding,
+    assert_exact,
+    beside_powers_of_two,
+    random_problem,
+)
+from qwen3_fp8_ascend.testing.strategies import activations, problems
 from tests.support.devices import backends, device
 
 BACKENDS = backends()
@@ -38,6 +44,25 @@ def test_linear(backend: str, activation: Activation, problem: Problem) -> None:
     assume(activation in able.computes and able.unsupported(problem.grid.block) is None)
     got = linear(problem, backend, activation)
     assert judge(able, len(problem.x), got, problem, activation).faults == []
+
+
+BLOCKS = tuple(BlockSize(*sizes) for sizes in ((64, 64), (128, 64), (64, 128), (1, 128), (48, 40), (32, 32), (256, 96)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("m", [1, 9, 70])
+def test_blocks_of_another_size(backend: str, block: BlockSize, m: int) -> None:
+    """Exactly, groups of activations included, or not at all: then the reason names the block."""
+    able = load_backend(backend)
+    problem = random_problem(m, (200, 64), 300, block=block, seed=m)
+    if able.unsupported(block) is not None:
+        with pytest.raises(BlockFp8Error, match=rf"(?s){backend}.*\b{block}\b"):
+            linear(problem, backend)
+        return
+    for activation in able.computes:
+        got = linear(problem, backend, activation)
+        assert judge(able, m, got, problem, activation).faults == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

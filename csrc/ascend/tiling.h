@@ -26,8 +26,8 @@ constexpr uint32_t kMaxGemvColumns = 16384;  // k that block_gemv keeps on chip
 constexpr float kDecodeBias = 256.0f;
 
 enum Dtype : uint32_t { kFloat16 = 0, kBfloat16 = 1, kFloat32 = 2 };
-constexpr uint32_t kNoBias = 3;                          // in the place of a bias's Dtype
-enum Activation : uint32_t { kDynamic = 0, kNone = 1 };  // w8a8, w8a16
+constexpr uint32_t kNoBias = 3;                                             // in the place of a bias's Dtype
+enum Activation : uint32_t { kDynamic = 0, kNone = 1, kDynamicUe8m0 = 2 };  // w8a8, w8a16, w8a8-ue8m0
 
 // Where a tile of 128 packed rows goes: `rows` columns of the output from `start` on. 32 bytes, one DataBlock.
 // shrink and grow, the same in every tile, are for the host: powers of two that normalise the weight for many rows.
@@ -38,7 +38,7 @@ struct TileSpan {
 };
 
 struct QuantizeTiling {
-  uint32_t rows, columns, groups, dtype;
+  uint32_t rows, columns, groups, activation, dtype;
 };
 
 struct DequantizeTiling {

@@ -50,6 +50,9 @@ MAX_COLUMNS = 65408
 TILE = DEFAULT_BLOCK.n
 FRACTAL = 16
 SCALE_REPEATS = 8
+ACTIVATIONS = {Activation.W8A8: 0, Activation.W8A16: 1, Activation.W8A8_UE8M0: 2}
+"""What the operators and kernels call an activation (`Activation` in csrc/ascend/tiling.h)."""
+
 DECODE_BIAS = 256.0
 """Packed codes decode to their value times 2^-8; the packed scales carry 2^8 (`kDecodeBias`)."""
 
@@ -99,7 +102,7 @@ def pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: Bl
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     if bias is not None and bias.dtype not in (x.dtype, torch.float32):
         bias = bias.float()
-    return ascendc_linear(x, *packed.tensors, bias, packed.n, activation is Activation.W8A8)
+    return ascendc_linear(x, *packed.tensors, bias, packed.n, ACTIVATIONS[activation])
 
 
 def _fake_linear(
@@ -109,7 +112,7 @@ def _fake_linear(
     spans: torch.Tensor,
     bias: torch.Tensor | None,
     n: int,
-    w8a8: bool,
+    activation: int,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], n)
 
@@ -122,7 +125,7 @@ def ascendc_linear(
     spans: torch.Tensor,
     bias: torch.Tensor | None,
     n: int,
-    w8a8: bool,
+    activation: int,
 ) -> torch.Tensor:
     """The kernel that suits the number of rows.
 
@@ -138,23 +141,23 @@ def ascendc_linear(
         weight = prefill.scratch(n, k, x)
         shrink, grow = spans[0, 2:4].view(torch.float32)
         operators.ascendc_block_dequantize_out(codes, scales * shrink, spans, weight)
-        operand, grow_rows = _quantized_operand(x) if w8a8 else prefill.normalise_rows(x)
+        operand, grow_rows = _operand(x, activation)
         return prefill.multiply(operand, weight, n, grow_rows * grow, bias, x.dtype)
     if m == 1 and k <= MAX_GEMV_COLUMNS and _single_row_kernel() == "gemv":
-        return operators.ascendc_block_gemv(x, codes, scales, spans, bias, n, w8a8)
+        return operators.ascendc_block_gemv(x, codes, scales, spans, bias, n, activation)
     rows = [
-        operators.ascendc_block_linear(part, codes, scales, spans, bias, n, w8a8) for part in x.split(HAND_OVER_ROWS)
+        operators.ascendc_block_linear(part, codes, scales, spans, bias, n, activation)
+        for part in x.split(HAND_OVER_ROWS)
     ]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
-    return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, activation is Activation.W8A8, x.dtype)
+    return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, ACTIVATIONS[activation], x.dtype)
 
 
 def unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
-    w8a8 = activation is Activation.W8A8
-    return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, w8a8, torch.float32)
+    return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, ACTIVATIONS[activation], torch.float32)
 
 
 def block_experts(
@@ -175,7 +178,7 @@ def _fake_grouped_linear(
     spans: torch.Tensor,
     ends: torch.Tensor,
     n: int,
-    w8a8: bool,
+    activation: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], n, dtype=dtype)
@@ -189,7 +192,7 @@ def ascendc_grouped_linear(
     spans: torch.Tensor,
     ends: torch.Tensor,
     n: int,
-    w8a8: bool,
+    activation: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The way that suits the number of rows, for rows sorted by expert.
@@ -202,14 +205,14 @@ def ascendc_grouped_linear(
         launches, each of which finds its part of the list: an expert with rows in two of them is decoded for both.
     """
     if x.shape[0] > HAND_OVER_ROWS * ends.shape[0] and prefill.fits(ends.shape[0] * n, x.shape[1]):
-        return _grouped_through_scratch(x.contiguous(), codes, scales, spans, ends, n, w8a8, dtype)
+        return _grouped_through_scratch(x.contiguous(), codes, scales, spans, ends, n, activation, dtype)
     x = x.to(dtype).contiguous()  # the kernel's results have the dtype of its activations
     out = []
     for first in range(0, x.shape[0], MAX_GROUPED_ROWS):
         part = x[first : first + MAX_GROUPED_ROWS]
         of_part = ends if part.shape[0] == x.shape[0] else ends.clamp(first, first + part.shape[0]) - first
         out.append(
-            torch.ops.qwen3_fp8_ascend.ascendc_block_grouped_linear(part, codes, scales, spans, of_part, n, w8a8)
+            torch.ops.qwen3_fp8_ascend.ascendc_block_grouped_linear(part, codes, scales, spans, of_part, n, activation)
         )
     return out[0] if len(out) == 1 else torch.cat(out)
 
@@ -221,7 +224,7 @@ def _grouped_through_scratch(
     spans: torch.Tensor,
     ends: torch.Tensor,
     n: int,
-    w8a8: bool,
+    activation: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """All experts' weights, each normalised by its own power of two, in one scratch, and the stock grouped product."""
@@ -234,7 +237,7 @@ def _grouped_through_scratch(
     torch.ops.qwen3_fp8_ascend.ascendc_block_dequantize_out(
         codes.flatten(0, 1), normalised.flatten(0, 1), below.flatten(0, 1), weights
     )
-    operand, grow = _quantized_operand(x) if w8a8 else prefill.normalise_rows(x)
+    operand, grow = _operand(x, activation)
     owner = torch.searchsorted(ends, torch.arange(m, device=x.device), right=True).clamp_(max=experts - 1)
     grow = grow * powers[:, 1:].index_select(0, owner)
     return prefill.multiply_groups(operand, weights.view(experts, n, k), ends, grow, dtype)
@@ -253,9 +256,11 @@ def _single_row_kernel() -> str:
     return chosen
 
 
-def _quantized_operand(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x after quantization, as `prefill.normalise_groups` returns it: (m, k' >= k), (m, 1)."""
-    codes, scale = torch.ops.qwen3_fp8_ascend.ascendc_group_quantize(x)
+def _operand(x: torch.Tensor, activation: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, quantized if it is to be, as `prefill` takes it. Shapes: x (m, k) -> (m, k), (m, 1)."""
+    if activation == ACTIVATIONS[Activation.W8A16]:
+        return prefill.normalise_rows(x)
+    codes, scale = torch.ops.qwen3_fp8_ascend.ascendc_group_quantize(x, activation)
     values = torch.nn.functional.pad(e4m3.decode(codes), (0, -x.shape[1] % TILE)).unflatten(1, (-1, TILE))
     operand, grow = prefill.normalise_groups(values, scale, x)
     return operand.narrow(1, 0, x.shape[1]), grow
@@ -266,7 +271,7 @@ def quantize_activation(x: torch.Tensor, block_k: int, activation: Activation) -
         raise BlockFp8Error(
             "the Ascend C backend quantizes in groups of 128", expected=DEFAULT_BLOCK.k, got=block_k, fix="use 128"
         )
-    codes, scale = torch.ops.qwen3_fp8_ascend.ascendc_group_quantize(x.contiguous())
+    codes, scale = torch.ops.qwen3_fp8_ascend.ascendc_group_quantize(x.contiguous(), ACTIVATIONS[activation])
     return codes.view(torch.float8_e4m3fn), scale
 
 
@@ -331,7 +336,7 @@ def plan() -> tuple[tuple[str, str], ...]:
 BACKEND = Backend(
     name="ascendc",
     summary="Ascend C kernels on Atlas A2 and A3: exact for decode, prefill through an fp16 scratch",
-    computes=frozenset({Activation.W8A8, Activation.W8A16}),
+    computes=frozenset(Activation),
     device_types=frozenset({"npu"}),
     unusable=unusable,
     pack=pack,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from qwen3_fp8_ascend.format import AMAX_FLOOR, E4M3_MAX, ceil_div
-from qwen3_fp8_ascend.reference import NAN_CODE
+from qwen3_fp8_ascend.format import AMAX_FLOOR, E4M3_MAX, Activation, ceil_div
+from qwen3_fp8_ascend.reference import NAN_CODE, round_up_to_power_of_two
 
 _BIAS_STEP = (127 - 7) << 23
 """fp32's exponent bias less e4m3's, in the exponent's place."""
@@ -30,7 +30,9 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
     return torch.where(wide > 0x7F, -value, value)
 
 
-def quantize_values(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_values(
+    x: torch.Tensor, block_k: int, activation: Activation = Activation.W8A8
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What `reference.quantize_activation` makes of x, as fp32 values on the e4m3 grid instead of codes.
 
     Shapes: x (m, k) bf16/fp16/fp32 -> values (m, ceil(k / block_k), block_k) fp32, padded with zeros, scale
@@ -41,6 +43,8 @@ def quantize_values(x: torch.Tensor, block_k: int) -> tuple[torch.Tensor, torch.
     groups = ceil_div(k, block_k)
     grouped = torch.nn.functional.pad(x.float(), (0, groups * block_k - k)).view(m, groups, block_k)
     scale = grouped.abs().amax(-1).clamp_min(AMAX_FLOOR) / E4M3_MAX
+    if activation is Activation.W8A8_UE8M0:
+        scale = round_up_to_power_of_two(scale)
     scaled = (grouped / scale.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)
     return _round_to_grid(scaled), scale
 

@@ -93,8 +93,8 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[to
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     if packed.layout == NATIVE:
         codes, scale, *kept = packed.tensors
-        return torch_npu_native_linear(x, codes, scale, kept[0] if kept else None, bias)
-    return torch_npu_scratch_linear(x, *packed.tensors, bias)
+        return torch_npu_native_linear(x, codes, scale, kept[0] if kept else None, bias, activation.value)
+    return torch_npu_scratch_linear(x, *packed.tensors, bias, activation.value)
 
 
 def _fake_native_linear(
@@ -103,6 +103,7 @@ def _fake_native_linear(
     scale: torch.Tensor,
     kept: torch.Tensor | None,
     bias: torch.Tensor | None = None,
+    activation: str = Activation.W8A8.value,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], codes.shape[0] if kept is None else kept.shape[0])
 
@@ -114,6 +115,7 @@ def torch_npu_native_linear(
     scale: torch.Tensor,
     kept: torch.Tensor | None,
     bias: torch.Tensor | None = None,
+    activation: str = Activation.W8A8.value,
 ) -> torch.Tensor:
     """W8A8 in the chip's own block-scaled product (A5).
 
@@ -126,7 +128,7 @@ def torch_npu_native_linear(
     """
     _check_activation(x)
     _check_packed(codes, scale, x.shape[1], rows=_BLOCK, where="npu_quant_matmul")
-    x_codes, x_scale = _native_quantize(x, codes.shape[1])
+    x_codes, x_scale = _native_quantize(x, codes.shape[1], activation)
     out = _operators().npu_quant_matmul(
         x_codes,
         codes.view(torch.float8_e4m3fn).t(),
@@ -139,9 +141,14 @@ def torch_npu_native_linear(
     return out if bias is None else (out + bias.float()).to(x.dtype)
 
 
-def _native_quantize(x: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 codes (m, columns), zeros behind x's own, and scales (m, columns / 128)."""
+def _native_quantize(x: torch.Tensor, columns: int, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 codes (m, columns), zeros behind x's own, and scales (m, columns / 128).
+
+    The chip's operator knows no scales that are powers of two; those codes are made by plain torch operations.
+    """
     padded = torch.nn.functional.pad(x, (0, columns - x.shape[1])) if x.shape[1] != columns else x
+    if Activation(activation) is Activation.W8A8_UE8M0:
+        return quantize_activation(padded, _BLOCK, Activation.W8A8_UE8M0)
     codes, scale = _operators().npu_dynamic_block_quant(
         padded.contiguous(),
         min_scale=MIN_SCALE,
@@ -189,11 +196,15 @@ def _shards(padded: torch.Tensor, widths: Sequence[int], dim: int) -> list[torch
 
 
 def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
-    return torch_npu_native_grouped_linear(x, *packed.grouped_tensors, ends, list(packed.grid.widths), x.dtype)
+    return torch_npu_native_grouped_linear(
+        x, *packed.grouped_tensors, ends, list(packed.grid.widths), x.dtype, activation.value
+    )
 
 
 def unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
-    return torch_npu_native_grouped_linear(x, *packed.grouped_tensors, ends, list(packed.grid.widths), torch.float32)
+    return torch_npu_native_grouped_linear(
+        x, *packed.grouped_tensors, ends, list(packed.grid.widths), torch.float32, activation.value
+    )
 
 
 def block_experts(
@@ -214,6 +225,7 @@ def _fake_native_grouped_linear(
     ends: torch.Tensor,
     widths: Sequence[int],
     dtype: torch.dtype,
+    activation: str = Activation.W8A8.value,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], sum(widths), dtype=dtype)
 
@@ -226,6 +238,7 @@ def torch_npu_native_grouped_linear(
     ends: torch.Tensor,
     widths: Sequence[int],
     dtype: torch.dtype,
+    activation: str = Activation.W8A8.value,
 ) -> torch.Tensor:
     """W8A8 of rows sorted by expert in the chip's own grouped block-scaled product (A5).
 
@@ -249,7 +262,7 @@ def torch_npu_native_grouped_linear(
             got=f"{tuple(codes.shape)}, {tuple(scale.shape)}, {tuple(ends.shape)}",
             fix="pass the tensors of ops.pack_experts(..., backend='torch_npu')",
         )
-    x_codes, x_scale = _native_quantize(x, codes.shape[2])
+    x_codes, x_scale = _native_quantize(x, codes.shape[2], activation)
     (out,) = _operators().npu_grouped_matmul(
         [x_codes],
         [codes.view(torch.float8_e4m3fn).transpose(1, 2)],
@@ -267,14 +280,24 @@ def torch_npu_native_grouped_linear(
 
 
 def _fake_scratch_linear(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, powers: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    powers: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str = Activation.W8A8.value,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
 @torch_operator(_fake_scratch_linear)
 def torch_npu_scratch_linear(
-    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, powers: torch.Tensor, bias: torch.Tensor | None
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    powers: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str = Activation.W8A8.value,
 ) -> torch.Tensor:
     """W8A8 by decoding the weight into the scratch, then the stock product.
 
@@ -290,13 +313,13 @@ def torch_npu_scratch_linear(
     normalised = scales * powers[0]
     for part, scale, target in zip(codes.split(step), normalised.split(step), weight.split(step), strict=True):
         target.copy_((e4m3.decode(part).unflatten(1, (-1, _BLOCK)) * scale.unsqueeze(-1)).flatten(1))
-    operand, grow = prefill.normalise_groups(*e4m3.quantize_values(x, _BLOCK), x)
+    operand, grow = prefill.normalise_groups(*e4m3.quantize_values(x, _BLOCK, Activation(activation)), x)
     return prefill.multiply(operand, weight, rows, grow * powers[1], bias, x.dtype)
 
 
 def quantize_activation(x: torch.Tensor, block_k: int, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
     k = x.shape[1]
-    values, scale = e4m3.quantize_values(x, block_k)
+    values, scale = e4m3.quantize_values(x, block_k, activation)
     codes = e4m3.encode(values).flatten(1).narrow(1, 0, k).contiguous()
     return codes.view(torch.float8_e4m3fn), scale
 
@@ -352,7 +375,7 @@ def plan() -> tuple[tuple[str, str], ...]:
 BACKEND = Backend(
     name="torch_npu",
     summary="torch_npu's operators: the FP8 product of Ascend 950, exact; on A2 and A3 an fp16 scratch for any rows",
-    computes=frozenset({Activation.W8A8}),
+    computes=frozenset({Activation.W8A8, Activation.W8A8_UE8M0}),
     device_types=frozenset({"npu"}),
     unusable=unusable,
     pack=pack,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qwen3_fp8_ascend import reference
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, E4M3_MAX, Activation, BlockGrid, BlockSize
 
 FP32_REL_L2 = 1e-6
 """Largest relative L2 distance of an fp32 result from the fp64 oracle."""
@@ -110,6 +110,20 @@ def random_problem(
         torch.randn(grid.n, generator=generator).to(dtype) if bias else None,
         grid,
     )
+
+
+def beside_powers_of_two(dtype: torch.dtype, block_k: int = DEFAULT_BLOCK.k) -> torch.Tensor:
+    """Tokens of one group each, whose scale is a power of two, or that of the next larger or smaller number.
+
+    Shapes: -> (tokens, block_k) `dtype`. fp16's subnormals are among them.
+    """
+    tops = (E4M3_MAX * torch.exp2(torch.arange(-24.0, 8))).to(dtype)  # all exact
+    bits = tops.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    largest = torch.cat([tops, (bits + 1).view(dtype), (bits - 1).view(dtype)])
+    x = torch.rand(len(largest), block_k, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = (x * largest.float()[:, None] * 0.99).to(dtype)
+    x[:, 0] = largest
+    return x
 
 
 def rel_l2(got: torch.Tensor, want: torch.Tensor) -> float:

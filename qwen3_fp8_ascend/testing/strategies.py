@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, E4M3_MAX, BlockGrid, BlockSize
+from qwen3_fp8_ascend.format import BlockGrid, BlockSize
 from qwen3_fp8_ascend.testing.judges import Problem
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,20 +36,6 @@ def activations(draw: st.DrawFn, k: int | None = None, dtype: torch.dtype | None
         wide = torch.zeros(m, k + 3, dtype=dtype)
         wide[:, 1 : k + 1] = x
         x = wide[:, 1 : k + 1]
-    return x
-
-
-def beside_powers_of_two(dtype: torch.dtype, block_k: int = DEFAULT_BLOCK.k) -> torch.Tensor:
-    """Tokens of one group each, whose scale is a power of two, or that of the next larger or smaller number.
-
-    Shapes: -> (tokens, block_k) `dtype`. fp16's subnormals are among them.
-    """
-    tops = (E4M3_MAX * torch.exp2(torch.arange(-24.0, 8))).to(dtype)  # all exact
-    bits = tops.view(torch.int32 if dtype == torch.float32 else torch.int16)
-    largest = torch.cat([tops, (bits + 1).view(dtype), (bits - 1).view(dtype)])
-    x = torch.rand(len(largest), block_k, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    x = (x * largest.float()[:, None] * 0.99).to(dtype)
-    x[:, 0] = largest
     return x
 
 

@@ -11,12 +11,15 @@ import triton
 import triton.language as tl
 
 from qwen3_fp8_ascend import reference
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.triton_kernels.lanes import LANE_BLOCK
 
 GROUP = tl.constexpr(LANE_BLOCK)
 _E4M3_MAX = tl.constexpr(448.0)
 _AMAX_FLOOR = tl.constexpr(1e-10)
 _INFINITY_BITS = tl.constexpr(0x7F800000)
+_MANTISSA_BITS = tl.constexpr(0x7FFFFF)
+_LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 _FP16_MAX = tl.constexpr(65504.0)
 
 CODE_VALUES = tl.constexpr(0)
@@ -25,6 +28,8 @@ SCALED = tl.constexpr(1)
 """`group_values_kernel`: divide by a power of two and keep fp16's eleven bits (w8a16)."""
 RESIDUAL = tl.constexpr(2)
 """`group_values_kernel`: what SCALED lost, in fp16 too, for fp32 activations."""
+CODE_VALUES_UE8M0 = tl.constexpr(3)
+"""`group_values_kernel`: as CODE_VALUES, with scales that are powers of two (w8a8-ue8m0)."""
 
 
 @triton.jit
@@ -48,10 +53,19 @@ def _amax(x):
 
 
 @triton.jit
-def _e4m3_scale(x):
-    """The scale of each row of x, (rows, 128) fp32 -> (rows,) fp32."""
+def _e4m3_scale(x, UE8M0: tl.constexpr):
+    """The scale of each row of x, (rows, 128) fp32 -> (rows,) fp32; UE8M0: rounded up to a power of two.
+
+    Any bit of the mantissa carries into the exponent. An infinity takes part as the largest float, which becomes
+    infinity. A NaN may become anything, and comes back by the maximum of both. (As an integer, the minimum is what
+    ascendnpu-ir 1.1.0 cannot compile.)
+    """
     amax = _amax(x)
-    return tl.div_rn(_maximum(amax, _AMAX_FLOOR), tl.full(amax.shape, _E4M3_MAX, tl.float32))
+    scale = tl.div_rn(_maximum(amax, _AMAX_FLOOR), tl.full(amax.shape, _E4M3_MAX, tl.float32))
+    if UE8M0:
+        bits = _minimum(scale, _LARGEST_FLOAT).to(tl.int32, bitcast=True)
+        scale = _maximum(((bits + _MANTISSA_BITS) & _INFINITY_BITS).to(tl.float32, bitcast=True), scale)
+    return scale
 
 
 @triton.jit
@@ -90,7 +104,9 @@ def _e4m3_value(y):
 
 
 @triton.jit
-def group_quantize_kernel(x_ptr, codes_ptr, scale_ptr, groups, ROWS: tl.constexpr, CORES: tl.constexpr):
+def group_quantize_kernel(
+    x_ptr, codes_ptr, scale_ptr, groups, UE8M0: tl.constexpr, ROWS: tl.constexpr, CORES: tl.constexpr
+):
     """codes and scales of x, a contiguous tensor seen as (groups, 128).
 
     Shapes: x (groups, 128) bf16/fp16/fp32 -> codes (groups, 128) int8 view of e4m3, scale (groups,) fp32.
@@ -101,7 +117,7 @@ def group_quantize_kernel(x_ptr, codes_ptr, scale_ptr, groups, ROWS: tl.constexp
         offset = row[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         inside = row[:, None] < groups
         x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        scale = _e4m3_scale(x)
+        scale = _e4m3_scale(x, UE8M0)
         code = _e4m3_code(_divide_and_clamp(x, scale))
         tl.store(codes_ptr + offset, code.to(tl.int8), mask=inside)
         tl.store(scale_ptr + row, scale, mask=row < groups)
@@ -135,8 +151,8 @@ def group_values_kernel(
         x = tl.load(
             x_ptr + row[:, None] * (x_blocks * GROUP) + column[None, :], mask=row[:, None] < rows_here, other=0.0
         ).to(tl.float32)
-        if KIND == CODE_VALUES:
-            scale = _e4m3_scale(x)
+        if (KIND == CODE_VALUES) | (KIND == CODE_VALUES_UE8M0):
+            scale = _e4m3_scale(x, KIND == CODE_VALUES_UE8M0)
             value = _e4m3_value(_divide_and_clamp(x, scale))
         else:
             # The largest magnitude lands in [2^14, 2^15); 2^-100 keeps the reciprocal of the scale finite.
@@ -153,13 +169,13 @@ def group_values_kernel(
         tl.store(scale_ptr + k_block * m_padded + row, scale)
 
 
-def group_quantize_specification(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def group_quantize_specification(x: torch.Tensor, ue8m0: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """What `group_quantize_kernel` computes.
 
     Shapes: x (groups, 128) -> codes (groups, 128) int8, scale (groups,) fp32.
     Source: `qwen3_fp8_ascend.reference.quantize_activation`.
     """
-    codes, scale = reference.quantize_activation(x, LANE_BLOCK)
+    codes, scale = reference.quantize_activation(x, LANE_BLOCK, Activation.W8A8_UE8M0 if ue8m0 else Activation.W8A8)
     return codes.view(torch.int8), scale.flatten()
 
 
@@ -172,8 +188,9 @@ def group_values_specification(
     """
     m, k = x.shape
     rows = torch.nn.functional.pad(x.float(), (0, k_blocks * LANE_BLOCK - k, 0, m_padded - m))
-    if kind == CODE_VALUES.value:
-        codes, scale = reference.quantize_activation(rows, LANE_BLOCK)
+    if kind in (CODE_VALUES.value, CODE_VALUES_UE8M0.value):
+        activation = Activation.W8A8 if kind == CODE_VALUES.value else Activation.W8A8_UE8M0
+        codes, scale = reference.quantize_activation(rows, LANE_BLOCK, activation)
         values = codes.to(torch.float16)
     else:
         groups = rows.unflatten(-1, (k_blocks, LANE_BLOCK))

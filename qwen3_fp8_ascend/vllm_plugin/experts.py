@@ -24,6 +24,7 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
     UNWRITTEN_CODE,
     as_held,
     check_dtype,
+    check_served,
     check_serving,
     explain_load_errors,
     fill_with_small_values,
@@ -92,7 +93,8 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
 
         Shapes: w13_weight (E, 2I, H), w2_weight (E, H, I), each with its scales (E, blocks of n, blocks of k).
         Raises:
-            BlockFp8Error: tensor parallelism would cut through a block.
+            BlockFp8Error: no backend here serves experts in blocks of that size, or none that was named; or tensor
+                parallelism would cut through a block.
         """
         self._check_partition()
         inner = intermediate_size_per_partition
@@ -113,6 +115,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         for name, grid in self.grids.items():
             codes = torch.full((experts, grid.n, grid.k), UNWRITTEN_CODE, dtype=torch.uint8)
             scale = torch.full((experts, *grid.scale_shape), torch.nan, dtype=torch.float32)
+            check_served(self.backend, codes.device, self.activation, self.block, experts=True)
             for parameter, tensor, dtypes in (
                 (f"{name}_weight", codes, CODE_DTYPES),
                 (self._scale_of(name), scale, ops.SCALE_DTYPES),

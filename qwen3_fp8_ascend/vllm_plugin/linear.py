@@ -17,6 +17,7 @@ from qwen3_fp8_ascend.format import Activation, BlockSize
 from qwen3_fp8_ascend.vllm_plugin.loading import (
     UNWRITTEN_CODE,
     ShardScaleParameter,
+    check_served,
     check_serving,
     checked_loader,
     fill_with_small_values,
@@ -78,7 +79,8 @@ class BlockFp8LinearMethod(LinearMethodBase):
 
         The codes are bytes from the first moment on: NPUs before the Ascend 950 can neither cast nor copy FP8.
         Raises:
-            BlockFp8Error: tensor parallelism would cut through a block where the ranks cannot agree on its activations.
+            BlockFp8Error: no backend here serves blocks of that size, or none that was named; or tensor parallelism
+                would cut through a block where the ranks cannot agree on its activations.
         """
         widths = tuple(output_partition_sizes)
         partition = self._partition(layer, widths, input_size_per_partition, input_size, output_size)
@@ -103,6 +105,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         self, layer: torch.nn.Module, partition: Partition, whole: tuple[int, ...], load: Callable[..., None]
     ) -> None:
         codes = torch.full((sum(partition.widths), partition.k), UNWRITTEN_CODE, dtype=torch.uint8)
+        check_served(self.backend, codes.device, self.activation, self.block)
         layer.register_parameter(
             "weight",
             ModelWeightParameter(

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from vllm.model_executor.parameter import BlockQuantScaleParameter
 
-from qwen3_fp8_ascend.backends.registry import PackedWeight
+from qwen3_fp8_ascend.backends.registry import PackedWeight, select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import Activation
+from qwen3_fp8_ascend.format import Activation, BlockSize
 from qwen3_fp8_ascend.ops import DAMAGED
 from qwen3_fp8_ascend.reference import scales_as_fp32
 from qwen3_fp8_ascend.vllm_plugin import logger
@@ -221,6 +221,18 @@ class ScaleNote:
 
 
 scale_note = ScaleNote()
+
+
+def check_served(
+    backend: str | None, device: torch.device, activation: Activation, block: BlockSize, *, experts: bool = False
+) -> None:
+    """Choose the backend before weights are read: what none can serve is then said within seconds.
+
+    Raises:
+        BlockFp8Error: as `select_backend`.
+    """
+    if device.type != "meta":  # where vLLM only counts
+        select_backend(backend, device.type, activation, block, experts)
 
 
 def check_serving(layer: Any, attribute: str, prefix: str) -> None:

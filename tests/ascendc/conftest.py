@@ -17,12 +17,15 @@ import torch
 from filelock import FileLock
 
 from qwen3_fp8_ascend.backends import ascendc
-from qwen3_fp8_ascend.format import BlockGrid
+from qwen3_fp8_ascend.format import Activation, BlockGrid
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "ascend"
 EMULATOR = ROOT / "tests" / "support" / "ascendc_emulator"
 CACHE = ROOT / ".cache" / "ascendc"
+
+W8A8 = ascendc.ACTIVATIONS[Activation.W8A8]
+"""As the kernels have it."""
 
 KERNELS = ("group_quantize", "block_dequantize", "block_linear", "block_grouped_linear", "block_gemv")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -129,12 +132,14 @@ class Emulator:
             results[name] = torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
         return results
 
-    def quantize(self, x: torch.Tensor, cores: int = 3) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def quantize(
+        self, x: torch.Tensor, cores: int = 3, activation: int = W8A8
+    ) -> tuple[torch.Tensor, torch.Tensor, dict]:
         rows, columns = x.shape
         out = self.run(
             "group_quantize",
             {"codes": ((rows, columns), torch.uint8), "scale": ((rows, -(-columns // 128)), torch.float32)},
-            rows=rows, columns=columns, dtype=DTYPES[x.dtype], cores=cores, x=x,
+            rows=rows, columns=columns, dtype=DTYPES[x.dtype], cores=cores, activation=activation, x=x,
         )  # fmt: skip
         return out["codes"], out["scale"], out["counters"]
 
@@ -150,26 +155,26 @@ class Emulator:
 
     def linear(
         self, kernel: str, x: torch.Tensor, tensors: Sequence[torch.Tensor], n: int, *,
-        bias: torch.Tensor | None = None, dynamic: bool = True, cores: int = 3, chip: str = "910B3",
+        bias: torch.Tensor | None = None, activation: int = W8A8, cores: int = 3, chip: str = "910B3",
     ) -> tuple[torch.Tensor, dict]:  # fmt: skip
         packed, scale, spans = tensors
         given = {} if bias is None else {"bias": bias, "bias_dtype": DTYPES[bias.dtype]}
         out = self.run(
             kernel, {"out": ((x.shape[0], n), x.dtype)},
             m=x.shape[0], n=n, k=x.shape[1], dtype=DTYPES[x.dtype], cores=cores, chip=chip, flags=self.flags,
-            activation=0 if dynamic else 1, x=x, packed=packed, scale=scale, spans=spans, **given,
+            activation=activation, x=x, packed=packed, scale=scale, spans=spans, **given,
         )  # fmt: skip
         return out["out"], out["counters"]
 
     def grouped_linear(
         self, x: torch.Tensor, tensors: Sequence[torch.Tensor], ends: torch.Tensor, n: int, *,
-        dynamic: bool = True, cores: int = 3, chip: str = "910B3",
+        activation: int = W8A8, cores: int = 3, chip: str = "910B3",
     ) -> tuple[torch.Tensor, dict]:  # fmt: skip
         packed, scale, spans = tensors
         out = self.run(
             "block_grouped_linear", {"out": ((x.shape[0], n), x.dtype)},
             m=x.shape[0], n=n, k=x.shape[1], dtype=DTYPES[x.dtype], cores=cores, chip=chip, flags=self.flags,
-            activation=0 if dynamic else 1, x=x, packed=packed, scale=scale, spans=spans, ends=ends,
+            activation=activation, x=x, packed=packed, scale=scale, spans=spans, ends=ends,
         )  # fmt: skip
         return out["out"], out["counters"]
 

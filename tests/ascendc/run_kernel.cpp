@@ -106,7 +106,7 @@ namespace {
 
 void group_quantize(const Arguments &args) {
     const uint32_t rows = args.number("rows"), columns = args.number("columns"), dtype = args.number("dtype");
-    const QuantizeTiling tiling = plan_quantize(rows, columns, static_cast<Dtype>(dtype));
+    const QuantizeTiling tiling = plan_quantize(rows, columns, activation_of(args.number("activation")), static_cast<Dtype>(dtype));
     std::vector<uint8_t> x = args.load("x"), codes(size_t{rows} * columns), scale(size_t{rows} * tiling.groups * sizeof(float));
     machine->map("x", x.data(), x.size(), Storage::input, true);
     machine->map("codes", codes.data(), codes.size(), Storage::output);

@@ -58,8 +58,8 @@ def on_cpu(schemas: None, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -
     """Gives the operators a CPU implementation, the emulator, and lets the backend run on the CPU."""
     library = torch.library.Library(NAMESPACE, "IMPL")
 
-    def group_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return emulator.quantize(x)[:2]
+    def group_quantize(x: torch.Tensor, activation: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return emulator.quantize(x, activation=activation)[:2]
 
     def block_dequantize(packed, scale, spans, n, k, dtype):
         return emulator.dequantize((packed, scale, spans), n, k, dtype)[0]
@@ -67,14 +67,14 @@ def on_cpu(schemas: None, emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -
     def block_dequantize_out(packed, scale, spans, out):
         out.copy_(emulator.dequantize((packed, scale, spans), *out.shape, out.dtype)[0])
 
-    def block_linear(x, packed, scale, spans, bias, n, dynamic):
-        return emulator.linear("block_linear", x, (packed, scale, spans), n, bias=bias, dynamic=dynamic)[0]
+    def block_linear(x, packed, scale, spans, bias, n, activation):
+        return emulator.linear("block_linear", x, (packed, scale, spans), n, bias=bias, activation=activation)[0]
 
-    def block_gemv(x, packed, scale, spans, bias, n, dynamic):
-        return emulator.linear("block_gemv", x, (packed, scale, spans), n, bias=bias, dynamic=dynamic)[0]
+    def block_gemv(x, packed, scale, spans, bias, n, activation):
+        return emulator.linear("block_gemv", x, (packed, scale, spans), n, bias=bias, activation=activation)[0]
 
-    def block_grouped_linear(x, packed, scale, spans, ends, n, dynamic):
-        return emulator.grouped_linear(x, (packed, scale, spans), ends, n, dynamic=dynamic)[0]
+    def block_grouped_linear(x, packed, scale, spans, ends, n, activation):
+        return emulator.grouped_linear(x, (packed, scale, spans), ends, n, activation=activation)[0]
 
     every = (group_quantize, block_dequantize, block_dequantize_out, block_linear, block_gemv, block_grouped_linear)
     for function in every:
@@ -192,17 +192,17 @@ def test_the_start_up_check_passes_and_notices_a_device_that_flushes_subnormals(
 def test_meta_shapes_and_symbolic_sizes(schemas: None) -> None:
     operators = torch.ops.qwen3_fp8_ascend
     x = torch.empty(5, 300, device="meta", dtype=torch.bfloat16)
-    codes, scale = operators.ascendc_group_quantize(x)
+    codes, scale = operators.ascendc_group_quantize(x, 0)
     assert (codes.shape, codes.dtype) == ((5, 300), torch.uint8)
     assert (scale.shape, scale.dtype) == ((5, 3), torch.float32)
     packed, w_scale, spans = (
         torch.empty(shape, device="meta", dtype=dtype)
         for shape, dtype in (((2, 3, 16384), torch.uint8), ((2, 3, 8), torch.float32), ((2, 8), torch.int32))
     )
-    out = operators.ascendc_block_linear(x, packed, w_scale, spans, None, 200, True)
+    out = operators.ascendc_block_linear(x, packed, w_scale, spans, None, 200, 0)
     assert (out.shape, out.dtype) == ((5, 200), torch.bfloat16)
     experts, ends = (tensor[None].expand(4, *tensor.shape) for tensor in (packed, w_scale, spans)), x.new_empty(4)
-    out = operators.ascendc_block_grouped_linear(x, *experts, ends.long(), 200, True)
+    out = operators.ascendc_block_grouped_linear(x, *experts, ends.long(), 200, 0)
     assert (out.shape, out.dtype) == ((5, 200), torch.bfloat16)
     dense = operators.ascendc_block_dequantize(packed, w_scale, spans, 200, 300, torch.float16)
     assert (dense.shape, dense.dtype) == ((200, 300), torch.float16)
@@ -212,7 +212,7 @@ def test_meta_shapes_and_symbolic_sizes(schemas: None) -> None:
 
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         rows = mode.from_tensor(torch.empty(7, 300), symbolic_context=None, static_shapes=False)
-        codes, scale = operators.ascendc_group_quantize(rows)
+        codes, scale = operators.ascendc_group_quantize(rows, 0)
         assert codes.shape[0] == rows.shape[0]
         assert scale.shape[1] == (rows.shape[1] + 127) // 128
 

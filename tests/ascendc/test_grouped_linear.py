@@ -86,7 +86,7 @@ def test_sixteen_bit_rows_are_the_rounded_oracle(
     counts, widths, k = (5, 0, 70), (130, 62), 384
     weights, ends = random_groups(len(counts), widths, k), ends_of(counts)
     x = torch.randn(sum(counts), k, generator=torch.Generator().manual_seed(3)).bfloat16().to(dtype)
-    got, _ = emulator.grouped_linear(x, packed(weights), ends, 192, dynamic=activation is Activation.W8A8)
+    got, _ = emulator.grouped_linear(x, packed(weights), ends, 192, activation=ascendc.ACTIVATIONS[activation])
     for weight, (start, end) in zip(weights, itertools.pairwise([0, *ends.tolist()]), strict=True):
         problem = Problem(x[start:end], weight.codes, weight.scale, grid=weight.grid)
         assert_exact(got[start:end], problem, activation)

@@ -37,11 +37,11 @@ def calls():
     return [line for line in host.log() if "stream" not in line]
 
 def every_operator():
-    operators.ascendc_group_quantize(torch.ones(100, K))
+    operators.ascendc_group_quantize(torch.ones(100, K), 0)
     operators.ascendc_block_dequantize(*weight, TILES * 128, K, torch.float16)
-    operators.ascendc_block_linear(torch.ones(4, K), *weight, None, TILES * 128, True)
-    operators.ascendc_block_gemv(torch.ones(1, K), *weight, None, TILES * 128, True)
-    operators.ascendc_block_grouped_linear(torch.ones(5, K), *experts, ends, TILES // 4 * 128, True)
+    operators.ascendc_block_linear(torch.ones(4, K), *weight, None, TILES * 128, 0)
+    operators.ascendc_block_gemv(torch.ones(1, K), *weight, None, TILES * 128, 0)
+    operators.ascendc_block_grouped_linear(torch.ones(5, K), *experts, ends, TILES // 4 * 128, 0)
 
 def error_of(function, *arguments):
     try:
@@ -103,11 +103,11 @@ every_operator()
 assert len(calls()) == 5
 host.set("launch_error", 507015)
 for function, arguments in (
-    (operators.ascendc_group_quantize, (torch.ones(1, K),)),
+    (operators.ascendc_group_quantize, (torch.ones(1, K), 2)),
     (operators.ascendc_block_dequantize, (*weight, TILES * 128, K, torch.float16)),
-    (operators.ascendc_block_linear, (torch.ones(4, K), *weight, None, TILES * 128, True)),
-    (operators.ascendc_block_gemv, (torch.ones(1, K), *weight, None, TILES * 128, True)),
-    (operators.ascendc_block_grouped_linear, (torch.ones(5, K), *experts, ends, TILES // 4 * 128, True)),
+    (operators.ascendc_block_linear, (torch.ones(4, K), *weight, None, TILES * 128, 0)),
+    (operators.ascendc_block_gemv, (torch.ones(1, K), *weight, None, TILES * 128, 0)),
+    (operators.ascendc_block_grouped_linear, (torch.ones(5, K), *experts, ends, TILES // 4 * 128, 0)),
 ):
     message = error_of(function, *arguments)
     assert "ret=507015" in message and "qwen3_fp8_" in message, message
@@ -147,10 +147,10 @@ def test_a_bias_is_in_the_dtype_of_x_or_in_fp32(host_libraries: Libraries) -> No
         """
 x = torch.ones(2, K, dtype=torch.bfloat16)
 for dtype in (torch.bfloat16, torch.float32):
-    operators.ascendc_block_linear(x, *weight, torch.ones(TILES * 128, dtype=dtype), TILES * 128, True)
+    operators.ascendc_block_linear(x, *weight, torch.ones(TILES * 128, dtype=dtype), TILES * 128, 0)
 assert len(calls()) == 2
 half = torch.ones(TILES * 128, dtype=torch.float16)
-assert "in BFloat16 or float32" in error_of(operators.ascendc_block_linear, x, *weight, half, TILES * 128, True)
+assert "in BFloat16 or float32" in error_of(operators.ascendc_block_linear, x, *weight, half, TILES * 128, 0)
 """,
     )
 
@@ -161,17 +161,17 @@ def test_experts_and_their_list_of_ends_are_checked(host_libraries: Libraries) -
         """
 grouped, n = operators.ascendc_block_grouped_linear, TILES // 4 * 128
 x = torch.ones(5, K)
-assert grouped(x, *experts, ends, n, True).shape == (5, n)
-assert grouped(x[:0], *experts, ends, n, True).shape == (0, n)
+assert grouped(x, *experts, ends, n, 0).shape == (5, n)
+assert grouped(x[:0], *experts, ends, n, 0).shape == (0, n)
 assert calls() == ["block_grouped_linear 20"]
 one = torch.tensor([1])
-assert grouped(x[:1], *(tensor[:1] for tensor in experts), one, n, True).shape == (1, n)
+assert grouped(x[:1], *(tensor[:1] for tensor in experts), one, n, 0).shape == (1, n)
 assert calls() == ["block_grouped_linear 16"]  # a tile is one core's
-assert "ends is int64 (4)" in error_of(grouped, x, *experts, ends.int(), n, True)
-assert "ends is int64 (4)" in error_of(grouped, x, *experts, ends[:3], n, True)
-assert "the first is that of the groups" in error_of(grouped, x, *weight, ends, n, True)
-assert "the first is that of the groups" in error_of(grouped, x, experts[0][:3], *experts[1:], ends, n, True)
-assert "4096 rows" in error_of(grouped, torch.ones(4097, K), *experts, ends, n, True)
+assert "ends is int64 (4)" in error_of(grouped, x, *experts, ends.int(), n, 0)
+assert "ends is int64 (4)" in error_of(grouped, x, *experts, ends[:3], n, 0)
+assert "the first is that of the groups" in error_of(grouped, x, *weight, ends, n, 0)
+assert "the first is that of the groups" in error_of(grouped, x, experts[0][:3], *experts[1:], ends, n, 0)
+assert "4096 rows" in error_of(grouped, torch.ones(4097, K), *experts, ends, n, 0)
 assert calls() == []
 """,
     )

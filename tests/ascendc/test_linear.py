@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwen3_fp8_ascend import reference
+from qwen3_fp8_ascend.backends import ascendc
 from qwen3_fp8_ascend.format import Activation
 
 from .conftest import (
@@ -112,10 +113,10 @@ def test_w8a16(emulator: Emulator, kernel: str) -> None:
     weight = random_weight((200,), 300)
     m = 1 if kernel == "block_gemv" else 4
     x = random_activation(m, 300, torch.bfloat16)
-    exact, _ = emulator.linear(kernel, x.float(), weight.tensors, 200, dynamic=False)
+    exact, _ = emulator.linear(kernel, x.float(), weight.tensors, 200, activation=ascendc.ACTIVATIONS[Activation.W8A16])
     assert relative_error(exact, oracle_of(x.float(), weight, Activation.W8A16)) <= EXACT
     fine = random_activation(m, 300, torch.float32)
-    rounded, _ = emulator.linear(kernel, fine, weight.tensors, 200, dynamic=False)
+    rounded, _ = emulator.linear(kernel, fine, weight.tensors, 200, activation=ascendc.ACTIVATIONS[Activation.W8A16])
     assert EXACT < relative_error(rounded, oracle_of(fine, weight, Activation.W8A16)) <= REQUIRED
 
 
@@ -163,7 +164,7 @@ def test_nan_and_infinity_are_those_of_the_specification(
     x[4, 3], x[4, 4] = float("inf"), float("nan")
     rows = x.split(1) if kernel == "block_gemv" else [x]
     parts = [
-        emulator.linear(kernel, row, weight.tensors, 130, dynamic=activation == Activation.W8A8)[0] for row in rows
+        emulator.linear(kernel, row, weight.tensors, 130, activation=ascendc.ACTIVATIONS[activation])[0] for row in rows
     ]
     got, oracle = torch.cat(parts), oracle_of(x, weight, activation).to(dtype)
     assert torch.equal(got.isnan(), oracle.isnan())

@@ -6,16 +6,21 @@ import pytest
 import torch
 
 from qwen3_fp8_ascend import reference
+from qwen3_fp8_ascend.backends import ascendc
+from qwen3_fp8_ascend.format import Activation
+from qwen3_fp8_ascend.testing.judges import beside_powers_of_two
 
 from .conftest import DTYPES, Emulator, random_activation
 
 
 def assert_equals_specification(emulator: Emulator, x: torch.Tensor) -> None:
-    codes, scale, _ = emulator.quantize(x)
-    expected_codes, expected_scale = reference.quantize_activation(x)
-    assert torch.equal(codes, expected_codes.view(torch.uint8))
-    assert torch.equal(scale.isnan(), expected_scale.isnan())
-    assert torch.equal(scale.nan_to_num(), expected_scale.nan_to_num())
+    """With any scales, and with those that are powers of two."""
+    for activation in (Activation.W8A8, Activation.W8A8_UE8M0):
+        codes, scale, _ = emulator.quantize(x, activation=ascendc.ACTIVATIONS[activation])
+        expected_codes, expected_scale = reference.quantize_activation(x, activation=activation)
+        assert torch.equal(codes, expected_codes.view(torch.uint8))
+        assert torch.equal(scale.isnan(), expected_scale.isnan())
+        assert torch.equal(scale.nan_to_num(), expected_scale.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -41,6 +46,11 @@ def test_every_midpoint_between_codes_rounds_to_even(emulator: Emulator) -> None
     _, scale, _ = emulator.quantize(x)
     assert torch.equal(scale, torch.ones_like(scale))
     assert_equals_specification(emulator, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scales_at_the_edges_of_powers_of_two(emulator: Emulator, dtype: torch.dtype) -> None:
+    assert_equals_specification(emulator, beside_powers_of_two(dtype))
 
 
 def test_extremes(emulator: Emulator) -> None:

@@ -34,18 +34,18 @@ def linear(problem: Problem, activation: Activation = Activation.W8A8) -> torch.
     codes, scales, powers = torch_npu.pack(problem.weight, problem.scale, problem.grid)
     weight = prefill.scratch(*codes.shape, x)
     weight.copy_((e4m3.decode(codes).unflatten(1, (-1, 128)) * (scales * powers[0]).unsqueeze(-1)).flatten(1))
-    if activation is Activation.W8A8:
-        operand, grow = prefill.normalise_groups(*e4m3.quantize_values(x, 128), x)
-    else:
+    if activation is Activation.W8A16:
         operand, grow = prefill.normalise_rows(x)
+    else:
+        operand, grow = prefill.normalise_groups(*e4m3.quantize_values(x, 128, activation), x)
     return prefill.multiply(operand, weight, len(codes), grow * powers[1], problem.bias, x.dtype)
 
 
 def linear_of_bf16_operands(problem: Problem, activation: Activation) -> torch.Tensor:
     """Both operands rounded to bf16 instead: what this did until it was normalised."""
     x = problem.x
-    if activation is Activation.W8A8:
-        values, scale = e4m3.quantize_values(x, 128)
+    if activation is not Activation.W8A16:
+        values, scale = e4m3.quantize_values(x, 128, activation)
         x = (values * scale.unsqueeze(-1)).flatten(1)[:, : x.shape[1]].to(x.dtype)
     weight = reference.dequantize_weight(problem.weight, problem.scale, problem.grid, x.dtype)
     return (x.float() @ weight.float().T).to(x.dtype)

@@ -21,6 +21,7 @@ from qwen3_fp8_ascend.testing.judges import (
     assert_bias_before_rounding,
     assert_exact,
     assert_prefill,
+    beside_powers_of_two,
     random_problem,
 )
 
@@ -114,26 +115,32 @@ def pack(problem: Problem, **options: Any) -> ops.PackedWeight:
     return ops.pack_weight(problem.weight, problem.scale, problem.grid, "torch_npu", **options)
 
 
+QUANTIZING = (Activation.W8A8, Activation.W8A8_UE8M0)
+
+
+@pytest.mark.parametrize("activation", QUANTIZING)
 @pytest.mark.parametrize(("widths", "k"), SHAPES)
 @pytest.mark.parametrize("m", [1, 7, 65, 512])
-def test_linear(chip: str, widths: tuple[int, ...], k: int, m: int) -> None:
+def test_linear(chip: str, widths: tuple[int, ...], k: int, m: int, activation: Activation) -> None:
     """A5 multiplies exactly; A2 and A3 decode into the scratch whatever the number of rows."""
     problem = random_problem(m, widths, k, bias=True)
     packed = pack(problem)
     for bias in (None, problem.bias):
-        got = ops.block_linear(problem.x, packed, bias)
+        got = ops.block_linear(problem.x, packed, bias, activation)
         judge = assert_exact if chip == "A5" else assert_prefill
-        judge(got, dataclasses.replace(problem, bias=bias))
+        judge(got, dataclasses.replace(problem, bias=bias), activation)
 
 
+@pytest.mark.parametrize("activation", QUANTIZING)
 @pytest.mark.parametrize("case", nonfinite.NON_FINITE, ids=str)
 @pytest.mark.parametrize("chip", ["A2"], indirect=True)
-def test_nan_and_infinities(chip: str, case: nonfinite.NonFinite) -> None:
+def test_nan_and_infinities(chip: str, case: nonfinite.NonFinite, activation: Activation) -> None:
     x = nonfinite.activation(case)
-    assert nonfinite.wrong_quantization(x, *ops.quantize_activation(x, backend="torch_npu")) == []
+    got = ops.quantize_activation(x, activation=activation, backend="torch_npu")
+    assert nonfinite.wrong_quantization(x, *got, activation) == []
     weight = random_problem(0, (200,), 300)
-    oracle = dataclasses.replace(weight, x=x).oracle()
-    assert nonfinite.wrong_linear(case, ops.block_linear(x, pack(weight)), oracle) == []
+    oracle = dataclasses.replace(weight, x=x).oracle(activation)
+    assert nonfinite.wrong_linear(case, ops.block_linear(x, pack(weight), activation=activation), oracle) == []
 
 
 @pytest.mark.parametrize("m", [1, 70])
@@ -171,9 +178,11 @@ def test_zero_rows(chip: str) -> None:
 
 def test_quantization_and_dequantization_are_the_specification(chip: str) -> None:
     problem = random_problem(5, (40, 24), 130)
-    codes, scale = ops.quantize_activation(problem.x, backend="torch_npu")
-    want_codes, want_scale = reference.quantize_activation(problem.x)
-    assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8)) and torch.equal(scale, want_scale)
+    for activation in QUANTIZING:
+        for x in (problem.x, beside_powers_of_two(torch.bfloat16)):
+            codes, scale = ops.quantize_activation(x, activation=activation, backend="torch_npu")
+            want_codes, want_scale = reference.quantize_activation(x, activation=activation)
+            assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8)) and torch.equal(scale, want_scale)
     got = ops.dequantize_weight(problem.weight, problem.scale, problem.grid, backend="torch_npu")
     assert torch.equal(got, reference.dequantize_weight(problem.weight, problem.scale, problem.grid))
 
@@ -199,7 +208,7 @@ def test_fp32_activations_are_refused_by_the_native_product(chip: str) -> None:
 
 def test_w8a16_and_other_blocks_are_refused(chip: str) -> None:
     problem = random_problem(2, (64,), 128)
-    with pytest.raises(BlockFp8Error, match="computes w8a8, not w8a16"):
+    with pytest.raises(BlockFp8Error, match="computes w8a8/w8a8-ue8m0, not w8a16"):
         pack(problem, activation=Activation.W8A16)
     with pytest.raises(BlockFp8Error, match="blocks of 128x128"):
         ops.pack_weight(problem.weight, torch.ones(1, 2), BlockGrid((64,), 128, BlockSize(64, 64)), "torch_npu")
@@ -303,9 +312,10 @@ def nowhere(problem: ExpertsProblem) -> ExpertsProblem:
 @on_a5
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_of_experts(chip: str, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("activation", QUANTIZING)
+def test_a_layer_of_experts(chip: str, activation: Activation, name: str, dtype: torch.dtype) -> None:
     problem = LAYERS[name](dtype)
-    assert_layer_exact(problem.layer("torch_npu"), problem)
+    assert_layer_exact(problem.layer("torch_npu", activation), problem, activation)
 
 
 @on_a5
@@ -370,7 +380,7 @@ def test_experts_are_refused_where_the_chip_has_no_product_for_them(chip: str, m
         with pytest.raises(BlockFp8Error, match="serves experts on Ascend 950 alone"):
             problem.pack("torch_npu")
         return
-    with pytest.raises(BlockFp8Error, match="computes w8a8, not w8a16"):
+    with pytest.raises(BlockFp8Error, match="computes w8a8/w8a8-ue8m0, not w8a16"):
         problem.pack("torch_npu", activation=Activation.W8A16)
     monkeypatch.setattr(torch_npu, "MAX_EXPERTS", 1)
     with pytest.raises(BlockFp8Error, match="too many experts"):

@@ -1,4 +1,5 @@
-"""Checkpoints whose scales are powers of two (``"scale_fmt": "ue8m0"``), stored as fp32 or as e8m0, through vLLM.
+"""Checkpoints whose scales are powers of two (``"scale_fmt": "ue8m0"``), stored as fp32 or as e8m0, and checkpoints
+in other blocks than 128 x 128, through vLLM.
 
 In fp32, against the specification in transformers' own model.
 """
@@ -67,3 +68,33 @@ def test_log_probabilities(tmp_path: Path) -> None:
     assert exact < NEAR
     assert near < far / 4
     assert distance(any_scales, transformers_logprobs(other, activation=Activation.W8A8)) < far / 4
+
+
+BY_NAME = "reference"
+"""The backend that serves blocks of single rows, which no fast one does."""
+
+
+def test_other_blocks(tmp_path: Path) -> None:
+    """Served by the CPU backend, or by the specification if it is asked for; activations in groups of `block.k`."""
+    source = write_qwen3(tmp_path / "bf16")
+    sizes = {"64x64": (64, 64), "128x64": (128, 64), "1x128": (1, 128)}
+    models = {name: tmp_path / name for name in sizes}
+    for name, block in sizes.items():
+        quantize_checkpoint(source, models[name], block=block, progress=False)
+    runs = []
+    for name, model in models.items():
+        settings = {"backend": BY_NAME} if name == "1x128" else {}
+        for activation in ("w8a16", "w8a8"):
+            given = {"qwen3_fp8_ascend": settings | {"activation": activation}}
+            runs.append(Run(str(model), W8A8 | {"additional_config": given}))
+    made = iter(answers(runs, tmp_path))
+    for name, model in models.items():
+        weights_only, w8a8 = next(made).logprobs, next(made).logprobs
+        near = distance(weights_only, transformers_logprobs(model))
+        quantized = transformers_logprobs(model, activation=Activation.W8A8)
+        noise, quantizing = distance(w8a8, quantized), distance(w8a8, weights_only)
+        print(
+            f"\n{name}, nats a token against the specification: w8a16 {near:.7f}, w8a8 {noise:.6f} of {quantizing:.4f}"
+        )
+        assert near < NEAR
+        assert noise < quantizing / 2

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwen3_fp8_ascend.testing import nonfinite
+from qwen3_fp8_ascend.testing.judges import beside_powers_of_two
 from qwen3_fp8_ascend.testing.nonfinite import same_numbers
 from qwen3_fp8_ascend.triton_kernels.block_dequantize import (
     block_dequantize_specification,
@@ -65,14 +66,17 @@ def finite_codes(n, k):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ue8m0", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_quantize_is_bit_exact(dtype, form):
+def test_quantize_is_bit_exact(dtype, ue8m0, form):
     groups = 301
     x = wide_range(groups, 128, TYPES[dtype])
     x[3], x[4], x[5, 7], x[6, 9], x[7, 0] = 0.0, -0.0, float("nan"), float("inf"), float("-inf")
     codes, scale = torch.zeros(groups, 128, dtype=torch.int8), torch.zeros(groups)
-    executable(cases.quantize_case(dtype, CORES), form)((CORES,), x, codes, scale, groups)
-    expected, expected_scale = group_quantize_specification(x)
+    edges = beside_powers_of_two(TYPES[dtype])
+    x[8 : 8 + len(edges)] = edges
+    executable(cases.quantize_case(dtype, CORES, ue8m0=ue8m0), form)((CORES,), x, codes, scale, groups)
+    expected, expected_scale = group_quantize_specification(x, ue8m0)
     assert int((codes != expected).sum()) == 0 and same_numbers(scale, expected_scale)
 
 
@@ -94,7 +98,9 @@ def test_quantize_any_nan_and_infinity(dtype, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("kind", "dtype"), [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "fp32")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "fp32"), (3, "bf16"), (3, "fp32")]
+)
 def test_values_are_bit_exact(kind, dtype, form):
     m, m_padded, x_blocks, k_blocks = 21, 32, 3, 4
     x = wide_range(m, x_blocks * 128, TYPES[dtype])

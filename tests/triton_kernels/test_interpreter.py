@@ -24,6 +24,7 @@ from qwen3_fp8_ascend.testing.judges import (
     assert_bias_before_rounding,
     assert_exact,
     assert_prefill,
+    beside_powers_of_two,
     random_problem,
 )
 from qwen3_fp8_ascend.triton_kernels import block_linear, group_quantize, lanes
@@ -81,14 +82,18 @@ def test_lanes_round_trip():
     assert torch.equal(packed[1, 7] >> 8, codes[7, 384:].to(torch.int16))
 
 
+QUANTIZING = (Activation.W8A8, Activation.W8A8_UE8M0)
+
+
+@pytest.mark.parametrize("activation", QUANTIZING)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "k"), [(0, 128), (1, 1), (3, 300), (33, 128)])
-def test_quantize_is_bit_exact(m, k, dtype):
+def test_quantize_is_bit_exact(m, k, dtype, activation):
     x = wide_range(m, k, dtype)
     if m > 2:
         x[0], x[1, 5], x[2, 6] = 0.0, float("nan"), float("-inf")
-    codes, scale = ops.quantize_activation(x, backend="triton")
-    expected, expected_scale = reference.quantize_activation(x)
+    codes, scale = ops.quantize_activation(x, activation=activation, backend="triton")
+    expected, expected_scale = reference.quantize_activation(x, activation=activation)
     assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(scale.view(torch.int32), expected_scale.view(torch.int32)) or torch.allclose(
         scale, expected_scale, rtol=0, atol=0, equal_nan=True
@@ -102,10 +107,20 @@ def non_finite(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quantize_any_nan_and_infinity(dtype):
+def test_scales_at_the_edges_of_powers_of_two(dtype):
+    x = beside_powers_of_two(dtype)
+    codes, scale = ops.quantize_activation(x, activation=Activation.W8A8_UE8M0, backend="triton")
+    expected, expected_scale = reference.quantize_activation(x, activation=Activation.W8A8_UE8M0)
+    assert torch.equal(scale, expected_scale) and torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("activation", QUANTIZING)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_any_nan_and_infinity(dtype, activation):
     found, x = non_finite(dtype)
-    parts = zip(found, *(part.split(6) for part in (x, *ops.quantize_activation(x, backend="triton"))), strict=True)
-    wrong = {str(case): nonfinite.wrong_quantization(*rest) for case, *rest in parts}
+    got = ops.quantize_activation(x, activation=activation, backend="triton")
+    parts = zip(found, *(part.split(6) for part in (x, *got)), strict=True)
+    wrong = {str(case): nonfinite.wrong_quantization(*rest, activation) for case, *rest in parts}
     assert len(wrong) >= 16 and {name: what for name, what in wrong.items() if what} == {}
 
 
@@ -131,7 +146,7 @@ def test_linear_of_any_nan_and_infinity(dtype, activation, through):
     oracle = reference.block_linear(x, weight, scale, activation=activation, compute_dtype=torch.float64)
     packed = ops.pack_weight(weight, scale, backend="triton")
     if through == "scratch":
-        out = backend.through_scratch(x, *packed.tensors, 40, activation == Activation.W8A8, None)
+        out = backend.through_scratch(x, *packed.tensors, 40, activation.value, None)
     else:
         out = ops.block_linear(x, packed, activation=activation)
     parts = zip(found, out.split(6), oracle.split(6), strict=True)
@@ -149,7 +164,7 @@ def test_quantize_ties_and_every_code():
             assert scale.item() == 1.0 and torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("kind", [0, 1, 2, 3])
 def test_values_match_their_specification(kind):
     x = wide_range(21, 384, torch.float32 if kind == 2 else torch.bfloat16)
     x[4], x[5, 3], x[6, 200] = 0.0, float("inf"), float("-inf")
@@ -262,7 +277,7 @@ def test_prefill_through_the_scratch(m, widths, k, dtype, activation, monkeypatc
     packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "triton")
     monkeypatch.setattr(prefill, "stock_product", lambda x, w: (x.float() @ w.float().T).to(x.dtype))
     for bias in (None, problem.bias):
-        got = backend.through_scratch(problem.x, *packed.tensors, sum(widths), activation == Activation.W8A8, bias)
+        got = backend.through_scratch(problem.x, *packed.tensors, sum(widths), activation.value, bias)
         assert_prefill(got, dataclasses.replace(problem, bias=bias), activation)
 
 
@@ -271,7 +286,7 @@ def test_operator_is_traceable():
     packed = ops.pack_weight(weight, scale, backend="triton")
     torch.library.opcheck(
         backend.triton_block_linear,
-        (torch.randn(3, 256), *packed.tensors, 128, True),
+        (torch.randn(3, 256), *packed.tensors, 128, "w8a8"),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -303,9 +318,9 @@ def test_bad_input_is_refused_before_any_launch(monkeypatch):
     monkeypatch.setattr(backend, "launch_linear", launched)
     x = torch.randn(2, 256)
     with pytest.raises(BlockFp8Error, match="wrong dtype"):
-        backend.triton_block_linear(x.double(), *packed.tensors, 128, True)
+        backend.triton_block_linear(x.double(), *packed.tensors, 128, "w8a8")
     with pytest.raises(BlockFp8Error, match="two dimensions"):
-        backend.triton_block_linear(x[0], *packed.tensors, 128, True)
+        backend.triton_block_linear(x[0], *packed.tensors, 128, "w8a8")
     lanes_there, w_scale, powers = packed.tensors
     for bad in (
         (x[:, :100], lanes_there[:0], w_scale),
@@ -316,7 +331,7 @@ def test_bad_input_is_refused_before_any_launch(monkeypatch):
         (torch.randn(2, 257), lanes_there, w_scale),
     ):
         with pytest.raises(BlockFp8Error, match="is not a packed weight's"):
-            backend.triton_block_linear(*bad, powers, 128, True)
+            backend.triton_block_linear(*bad, powers, 128, "w8a8")
     with pytest.raises(BlockFp8Error, match="groups of one size"):
         ops.quantize_activation(x, block_k=64, backend="triton")
     with pytest.raises(BlockFp8Error, match="blocks of 128x128"):

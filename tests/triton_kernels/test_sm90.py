@@ -45,18 +45,19 @@ def test_linear(block_m, subnormals):
     assert built.metadata.shared <= 227 << 10, "more shared memory than a Hopper block has"
 
 
+@pytest.mark.parametrize("ue8m0", [False, True])
 @pytest.mark.parametrize("x", ["*bf16", "*fp16", "*fp32"])
-def test_quantize_divides_exactly(x):
+def test_quantize_divides_exactly(x, ue8m0):
     built = build(
         group_quantize.group_quantize_kernel,
         {"x_ptr": x, "codes_ptr": "*i8", "scale_ptr": "*fp32"},
         ("groups",),
-        {"ROWS": NVIDIA.quantize_rows, "CORES": 528},
+        {"UE8M0": ue8m0, "ROWS": NVIDIA.quantize_rows, "CORES": 528},
     )
     assert "div.rn.f32" in built.asm["ptx"] and "div.full.f32" not in built.asm["ptx"]
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("kind", [0, 1, 2, 3])
 def test_values(kind):
     built = build(
         group_quantize.group_values_kernel,

@@ -146,7 +146,7 @@ def test_an_output_head_in_fp8(
     assert isinstance(model.lm_head.quant_method, BlockFp8LmHeadMethod)
     with set_current_vllm_config(config), model.fake_mode, NPU, torch.no_grad():
         if chip.backend == "torch_npu":
-            with pytest.raises(BlockFp8Error, match="computes w8a8, not w8a16"):
+            with pytest.raises(BlockFp8Error, match="computes w8a8/w8a8-ue8m0, not w8a16"):
                 model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
             return
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)

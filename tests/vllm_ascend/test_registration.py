@@ -22,7 +22,7 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.serving import free_port
 from qwen3_fp8_ascend.testing.models import QWEN3_8B
-from qwen3_fp8_ascend.vllm_plugin import versions
+from qwen3_fp8_ascend.vllm_plugin import loading, versions
 from qwen3_fp8_ascend.vllm_plugin.ascend import AscendConfig, BlockFp8NpuConfig
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 
@@ -34,6 +34,12 @@ MISMATCH = (
 )
 THEIR_PLUGINS = ("ascend", "ascend_kv_connector", "ascend_model_loader", "ascend_service_profiling", "ascend_model")
 SERVE = "import sys; from tests.vllm_ascend.conftest import engine_config; engine_config(sys.argv[1])"
+
+
+@pytest.fixture(autouse=True)
+def any_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is computed here and there is no NPU; which backend a chip gets is tests/backends/test_soc.py's."""
+    monkeypatch.setattr(loading, "select_backend", lambda *of: None)
 
 
 def linear_methods(model: torch.nn.Module) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from vllm.model_executor.model_loader.reload import (
     record_metadata_for_reloading,
 )
 
-from qwen3_fp8_ascend import reference
+from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_weight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockFp8Config
@@ -73,6 +73,7 @@ def make_runner(
     expert_parallel: bool = False,
     experts: int = EXPERTS,
     inner: int = INNER,
+    scale_fmt: str = "fp32",
     **arguments: Any,
 ) -> Any:
     """vLLM's layer, made as its models make it."""
@@ -86,7 +87,7 @@ def make_runner(
             intermediate_size=inner,
             params_dtype=torch.float32,
             renormalize=True,
-            quant_config=BlockFp8AscendConfig(BlockFp8Config(ignored=ignored)),
+            quant_config=BlockFp8AscendConfig(BlockFp8Config(ignored=ignored, scale_fmt=scale_fmt)),
             prefix=PREFIX,
             **arguments,
         )
@@ -154,12 +155,24 @@ def test_one_by_one() -> None:
         assert_near(out, expected(wrong, *routed()))
 
 
-def test_bf16_scales() -> None:
-    tensors = {name: t.bfloat16() if name.endswith("_inv") else t for name, t in checkpoint().items()}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e8m0fnu])
+def test_scales_of_fewer_bits(dtype: torch.dtype) -> None:
+    tensors = {name: t.to(dtype) if name.endswith("_inv") else t for name, t in checkpoint().items()}
     layer = make_layer()
     load(layer, tensors)
     exact = {name: t.float() if name.endswith("_inv") else t for name, t in tensors.items()}
     assert_near(apply(finish(layer), *routed()), expected(exact, *routed()))
+
+
+def test_scales_that_are_powers_of_two() -> None:
+    """What the checkpoint says of its scales decides what w8a8 is, and reaches the experts."""
+    for config, activation in ((VllmConfig(), Activation.W8A8_UE8M0), (None, Activation.W8A16)):
+        layer = make_layer(config=config, scale_fmt="ue8m0")
+        assert layer.quant_method.activation is activation
+        load(layer, checkpoint())
+        x, weights, ids = routed()
+        packed = finish(layer).packed_w13_weight, layer.packed_w2_weight
+        assert torch.equal(apply(layer, x, weights, ids), ops.block_experts(x, *packed, weights, ids, activation))
 
 
 def test_all_in_one_tensor() -> None:

@@ -50,6 +50,17 @@ def qkv_layer(quantization: BlockFp8AscendConfig, **changes: Any) -> QKVParallel
     )
 
 
+def gate_up_layer(k: int, gate: int, up: int) -> MergedColumnParallelLinear:
+    return MergedColumnParallelLinear(
+        k,
+        [gate, up],
+        bias=False,
+        params_dtype=torch.bfloat16,
+        quant_config=config(),
+        prefix="model.layers.0.mlp.gate_up_proj",
+    )
+
+
 def split(problem: Problem) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The checkpoint's tensors: weight and scale of each shard."""
     grid = problem.grid
@@ -145,14 +156,7 @@ def test_every_kind_of_linear_layer(name: str, k: int) -> None:
 
 def test_a_whole_merged_tensor_on_disk() -> None:
     problem = random_problem(5, (256, 128), 256)
-    layer = MergedColumnParallelLinear(
-        256,
-        [256, 128],
-        bias=False,
-        params_dtype=torch.bfloat16,
-        quant_config=config(),
-        prefix="model.layers.0.mlp.gate_up_proj",
-    )
+    layer = gate_up_layer(256, 256, 128)
     load(layer, [(None, problem.weight, problem.scale)])
     assert_exact(finish(layer)(problem.x)[0], problem)
 
@@ -167,14 +171,7 @@ def test_compiled_with_a_dynamic_batch() -> None:
 
 def test_one_resident_copy_at_one_byte_a_weight() -> None:
     problem = random_problem(1, (1536, 1536), 576)
-    layer = MergedColumnParallelLinear(
-        576,
-        [1536, 1536],
-        bias=False,
-        params_dtype=torch.bfloat16,
-        quant_config=config(),
-        prefix="model.layers.0.mlp.gate_up_proj",
-    )
+    layer = gate_up_layer(576, 1536, 1536)
     load(layer, [(i, *tensors) for i, tensors in enumerate(split(problem))])
     originals = [weakref.ref(t.untyped_storage()) for t in (layer.weight.data, layer.weight_scale_inv.data)]
     finish(layer)
@@ -357,14 +354,7 @@ def test_a_merged_tensor_on_disk_is_cut_within_its_blocks(ranks: Callable[[int, 
     want = [part.chunk(4, 1) for part in problem.oracle().to(torch.bfloat16).split((256, 128), 1)]
     for rank in range(4):
         ranks(rank, 4)
-        layer = MergedColumnParallelLinear(
-            256,
-            [256, 128],
-            bias=False,
-            params_dtype=torch.bfloat16,
-            quant_config=config(),
-            prefix="model.layers.0.mlp.gate_up_proj",
-        )
+        layer = gate_up_layer(256, 256, 128)
         load(layer, [(None, problem.weight, problem.scale)])
         out = finish(layer).quant_method.apply(layer, problem.x)
         assert (out == torch.cat([part[rank] for part in want], 1)).double().mean() > 0.995
@@ -379,6 +369,14 @@ def test_bad_values_behind_a_cut_are_named(ranks: Callable[[int, int], None]) ->
     load(layer, [(name, *tensors) for name, tensors in zip("qkv", parts, strict=True)])
     with pytest.raises(BlockFp8Error, match=r"where: model\.layers\.0\.self_attn\.k_proj\.weight_scale_inv"):
         finish(layer)
+
+
+def test_a_block_that_no_backend_serves_is_said_before_anything_is_loaded() -> None:
+    quantization = BlockFp8AscendConfig(BlockFp8Config(BlockSize(1, 128)))
+    with pytest.raises(BlockFp8Error, match=r"no backend can run block FP8 on cpu(?s:.*)32 rows.*, not 1x128"):
+        ColumnParallelLinear(
+            256, 256, bias=False, params_dtype=torch.bfloat16, quant_config=quantization, prefix="model.layers.0.one"
+        )
 
 
 def down_proj(k: int, **changes: Any) -> RowParallelLinear:

@@ -24,8 +24,16 @@ inline void check_plan(bool holds, const std::string& what, uint64_t got) {
   if (!holds) throw std::invalid_argument(what + ", got " + std::to_string(got));
 }
 
-inline QuantizeTiling plan_quantize(uint32_t rows, uint32_t columns, Dtype dtype) {
-  return {rows, columns, static_cast<uint32_t>(ceil_div(columns, kBlock)), dtype};
+// The operators' number of an activation: which of them a kernel computes.
+inline Activation activation_of(int64_t number) {
+  check_plan(number == kDynamic || number == kNone || number == kDynamicUe8m0,
+             "activation is 0 (w8a8), 1 (w8a16) or 2 (w8a8-ue8m0)", static_cast<uint64_t>(number));
+  return static_cast<Activation>(number);
+}
+
+inline QuantizeTiling plan_quantize(uint32_t rows, uint32_t columns, Activation activation, Dtype dtype) {
+  check_plan(activation != kNone, "activation is 0 (w8a8) or 2 (w8a8-ue8m0) where x is quantized", activation);
+  return {rows, columns, static_cast<uint32_t>(ceil_div(columns, kBlock)), activation, dtype};
 }
 
 // Vector cores worth launching for the chunks of an activation.

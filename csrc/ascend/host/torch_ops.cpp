@@ -154,11 +154,11 @@ void enqueue(const char* name, const Target& target, Launch launch) {
   command.Run();
 }
 
-std::tuple<at::Tensor, at::Tensor> group_quantize(const at::Tensor& x) {
+std::tuple<at::Tensor, at::Tensor> group_quantize(const at::Tensor& x, int64_t activation) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "ascendc_group_quantize: x is (rows, columns) and contiguous, got ",
               x.sizes());
   const uint32_t rows = narrow(x.size(0), "rows"), columns = narrow(x.size(1), "columns");
-  const QuantizeTiling tiling = plan_quantize(rows, columns, dtype_of(x.scalar_type()));
+  const QuantizeTiling tiling = plan_quantize(rows, columns, activation_of(activation), dtype_of(x.scalar_type()));
   at::Tensor codes = at::empty({rows, columns}, x.options().dtype(at::kByte));
   at::Tensor scale = at::empty({rows, tiling.groups}, x.options().dtype(at::kFloat));
   if (codes.numel() == 0) return {codes, scale};
@@ -230,17 +230,16 @@ at::Tensor linear(const char* name, Launch launch, const at::Tensor& x, const at
 }
 
 at::Tensor block_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& spans,
-                        const std::optional<at::Tensor>& bias, int64_t n, bool dynamic) {
+                        const std::optional<at::Tensor>& bias, int64_t n, int64_t activation) {
   const auto make_plan = [&](uint32_t tiles, uint32_t bias_dtype, const CoreCounts& cores) {
-    return plan_linear(narrow(x.size(0), "m"), narrow(n, "n"), narrow(x.size(1), "k"), tiles,
-                       dynamic ? kDynamic : kNone, dtype_of(x.scalar_type()), bias_dtype,
-                       mixed_blocks("ascendc_block_linear", cores));
+    return plan_linear(narrow(x.size(0), "m"), narrow(n, "n"), narrow(x.size(1), "k"), tiles, activation_of(activation),
+                       dtype_of(x.scalar_type()), bias_dtype, mixed_blocks("ascendc_block_linear", cores));
   };
   return linear("qwen3_fp8_block_linear", launch_block_linear, x, packed, scale, spans, bias, n, make_plan);
 }
 
 at::Tensor block_grouped_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale,
-                                const at::Tensor& spans, const at::Tensor& ends, int64_t n, bool dynamic) {
+                                const at::Tensor& spans, const at::Tensor& ends, int64_t n, int64_t activation) {
   constexpr const char* name = "ascendc_block_grouped_linear";
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), name, ": x is (m, k) and contiguous, got ", x.sizes());
   check_same_device(x, packed, "x");
@@ -253,7 +252,7 @@ at::Tensor block_grouped_linear(const at::Tensor& x, const at::Tensor& packed, c
   if (out.numel() == 0) return out;
   const Target target(x);
   const LinearPlan plan = plan_grouped_linear(narrow(x.size(0), "m"), narrow(n, "n"), narrow(x.size(1), "k"),
-                                              weights.tiles(), weights.groups, dynamic ? kDynamic : kNone,
+                                              weights.tiles(), weights.groups, activation_of(activation),
                                               dtype_of(x.scalar_type()), mixed_blocks(name, target.cores));
   const at::Tensor workspace = at::empty({static_cast<int64_t>(plan.workspace_bytes)}, x.options().dtype(at::kByte));
   enqueue("qwen3_fp8_block_grouped_linear", target, [=](void* stream) {
@@ -264,10 +263,10 @@ at::Tensor block_grouped_linear(const at::Tensor& x, const at::Tensor& packed, c
 }
 
 at::Tensor block_gemv(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& spans,
-                      const std::optional<at::Tensor>& bias, int64_t n, bool dynamic) {
+                      const std::optional<at::Tensor>& bias, int64_t n, int64_t activation) {
   TORCH_CHECK(x.dim() == 2 && x.size(0) == 1, "ascendc_block_gemv: x has one row, got ", x.sizes());
   const auto make_plan = [&](uint32_t tiles, uint32_t bias_dtype, const CoreCounts& cores) {
-    return plan_gemv(narrow(n, "n"), narrow(x.size(1), "k"), tiles, dynamic ? kDynamic : kNone,
+    return plan_gemv(narrow(n, "n"), narrow(x.size(1), "k"), tiles, activation_of(activation),
                      dtype_of(x.scalar_type()), bias_dtype, cores.vector);
   };
   return linear("qwen3_fp8_block_gemv", launch_block_gemv, x, packed, scale, spans, bias, n, make_plan);

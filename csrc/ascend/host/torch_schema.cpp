@@ -11,7 +11,7 @@ namespace {
 
 c10::SymInt groups_of(const c10::SymInt& columns) { return (columns + (kBlock - 1)) / static_cast<int64_t>(kBlock); }
 
-std::tuple<at::Tensor, at::Tensor> group_quantize_meta(const at::Tensor& x) {
+std::tuple<at::Tensor, at::Tensor> group_quantize_meta(const at::Tensor& x, int64_t) {
   TORCH_CHECK(x.dim() == 2, "ascendc_group_quantize: x is (rows, columns), got ", x.dim(), " dimensions");
   at::Tensor codes = at::empty_symint(x.sym_sizes(), x.options().dtype(at::kByte));
   at::Tensor scale = at::empty_symint({x.sym_size(0), groups_of(x.sym_size(1))}, x.options().dtype(at::kFloat));
@@ -28,13 +28,13 @@ void block_dequantize_out_meta(const at::Tensor&, const at::Tensor&, const at::T
 }
 
 at::Tensor block_linear_meta(const at::Tensor& x, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                             const std::optional<at::Tensor>&, c10::SymInt n, bool) {
+                             const std::optional<at::Tensor>&, c10::SymInt n, int64_t) {
   TORCH_CHECK(x.dim() == 2, "ascendc_block_linear: x is (m, k), got ", x.dim(), " dimensions");
   return at::empty_symint({x.sym_size(0), std::move(n)}, x.options());
 }
 
 at::Tensor block_grouped_linear_meta(const at::Tensor& x, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                     const at::Tensor&, c10::SymInt n, bool) {
+                                     const at::Tensor&, c10::SymInt n, int64_t) {
   TORCH_CHECK(x.dim() == 2, "ascendc_block_grouped_linear: x is (m, k), got ", x.dim(), " dimensions");
   return at::empty_symint({x.sym_size(0), std::move(n)}, x.options());
 }
@@ -42,23 +42,25 @@ at::Tensor block_grouped_linear_meta(const at::Tensor& x, const at::Tensor&, con
 }  // namespace
 }  // namespace qwen3_fp8_ascend
 
+// activation is a number of tiling.h's Activation.
 // packed (tiles, k_blocks, 16384) uint8, scale (tiles, k_blocks, 8) float32, spans (tiles, 8) int32: see tiling.h; of a
 // grouped linear they have a leading dimension of groups, and ends is (groups,) int64.
 TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
-  m.def("ascendc_group_quantize(Tensor x) -> (Tensor codes, Tensor scale)");
+  m.def("ascendc_group_quantize(Tensor x, int activation) -> (Tensor codes, Tensor scale)");
   m.def(
       "ascendc_block_dequantize(Tensor packed, Tensor scale, Tensor spans, SymInt n, SymInt k, ScalarType dtype) -> "
       "Tensor");
   m.def("ascendc_block_dequantize_out(Tensor packed, Tensor scale, Tensor spans, Tensor(a!) out) -> ()");
   m.def(
-      "ascendc_block_linear(Tensor x, Tensor packed, Tensor scale, Tensor spans, Tensor? bias, SymInt n, bool dynamic) "
+      "ascendc_block_linear(Tensor x, Tensor packed, Tensor scale, Tensor spans, Tensor? bias, SymInt n, int "
+      "activation) "
       "-> Tensor");
   m.def(
-      "ascendc_block_gemv(Tensor x, Tensor packed, Tensor scale, Tensor spans, Tensor? bias, SymInt n, bool dynamic) "
+      "ascendc_block_gemv(Tensor x, Tensor packed, Tensor scale, Tensor spans, Tensor? bias, SymInt n, int activation) "
       "-> Tensor");
   m.def(
-      "ascendc_block_grouped_linear(Tensor x, Tensor packed, Tensor scale, Tensor spans, Tensor ends, SymInt n, bool "
-      "dynamic) -> Tensor");
+      "ascendc_block_grouped_linear(Tensor x, Tensor packed, Tensor scale, Tensor spans, Tensor ends, SymInt n, int "
+      "activation) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, Meta, m) {

@@ -2,6 +2,7 @@
 //
 // dynamic: scale = max(amax, 1e-10) / 448 and x / scale by true division; rounding to e4m3, nearest even, through
 //     fp16: a conversion that rounds to odd keeps enough to round a second time without error.
+// dynamic, ue8m0: the same, with the scale rounded up to a power of two.
 // none: scale = 2^(floor(log2 amax) - 14), so that x / scale is exact and uses fp16's upper range. The scale of a group
 //     with an infinity is that of the largest floats, so that the infinity itself stays one and the others stay finite.
 // NaN and infinity go through as the specification says: no clamp is needed, since |x / scale| <= 448 up to rounding.
@@ -16,8 +17,10 @@ constexpr float kAmaxFloor = 1e-10f;
 constexpr float kTinyFloor = 1e-30f;  // keeps the exponent of an all-zero group in range
 constexpr float kLargestFloat = 3.4028234663852886e38f;
 constexpr float kExponentRoom = 1.0f / 16384.0f;
-constexpr float kEncodeBias = 1.0f / 256.0f;  // e4m3 exponents in place as fp16 exponents
-constexpr int16_t kQuietNan = 0x7E00;         // of fp16; a NaN that a division gives has at least these bits
+constexpr float kEncodeBias = 1.0f / 256.0f;   // e4m3 exponents in place as fp16 exponents
+constexpr int32_t kInfinityBits = 0x7F800000;  // the exponent of an fp32
+constexpr int32_t kMantissaBits = 0x7FFFFF;
+constexpr int16_t kQuietNan = 0x7E00;  // of fp16; a NaN that a division gives has at least these bits
 
 class ActivationGroups {
  public:
@@ -57,10 +60,14 @@ class ActivationGroups {
     WholeReduceMax<float>(scale, a, static_cast<int32_t>(kFloatLanes), static_cast<int32_t>(kChunkGroups), 1, 1, 16,
                           ReduceOrder::ORDER_ONLY_VALUE);
     vector_barrier();
-    if (activation == kDynamic) {
+    if (activation != kNone) {
       Maxs(scale, scale, kAmaxFloor, static_cast<int32_t>(kChunkGroups));
       vector_barrier();
       Div(scale, scale, largest_, static_cast<int32_t>(kChunkGroups));
+      if (activation == kDynamicUe8m0) {
+        vector_barrier();
+        round_up_to_power_of_two(scale);
+      }
     } else {
       Maxs(scale, scale, kTinyFloor, static_cast<int32_t>(kChunkGroups));
       vector_barrier();
@@ -130,11 +137,27 @@ class ActivationGroups {
     AscendC::Cast(f, x, AscendC::RoundMode::CAST_NONE, kChunk);
   }
 
+  // To the smallest power of two that is not below a scale: any bit of the mantissa carries into the exponent. Infinity
+  // stays, and so does a NaN, which takes part as infinity and comes back by the maximum of both.
+  __aicore__ inline void round_up_to_power_of_two(const AscendC::LocalTensor<float>& scale) {
+    using namespace AscendC;
+    const int32_t count = static_cast<int32_t>(kChunkGroups);
+    const LocalTensor<float> up = carry_.Get<float>();
+    const LocalTensor<int32_t> bits = up.ReinterpretCast<int32_t>();
+    Mins(bits, scale.ReinterpretCast<int32_t>(), kInfinityBits, count);
+    vector_barrier();
+    Adds(bits, bits, kMantissaBits, count);
+    vector_barrier();
+    keep_exponent(up);
+    vector_barrier();
+    Max(scale, up, scale, count);
+  }
+
   // Clears sign and mantissa: only the exponent field stays. The mask of one 32-bit word is {0x0000, 0x7F80}.
   __aicore__ inline void keep_exponent(const AscendC::LocalTensor<float>& scale) {
     using namespace AscendC;
     const LocalTensor<int32_t> mask = bits_.Get<int32_t>();
-    Duplicate(mask, static_cast<int32_t>(0x7F800000), static_cast<int32_t>(kChunkGroups));
+    Duplicate(mask, kInfinityBits, static_cast<int32_t>(kChunkGroups));
     vector_barrier();
     const LocalTensor<int16_t> halves = scale.ReinterpretCast<int16_t>();
     And(halves, halves, bits_.Get<int16_t>(), static_cast<int32_t>(2 * kChunkGroups));

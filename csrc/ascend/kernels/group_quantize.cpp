@@ -42,7 +42,7 @@ class GroupQuantize {
     input_.EnQue(x);
     x = input_.template DeQue<T>();
     LocalTensor<float> scale = scales_.AllocTensor<float>();
-    groups_.scale_groups(x, scale, blocks_.Get<float>(), kDynamic);
+    groups_.scale_groups(x, scale, blocks_.Get<float>(), tiling_.activation);
     input_.FreeTensor(x);
     LocalTensor<uint8_t> codes = output_.AllocTensor<uint8_t>();
     groups_.encode(codes);

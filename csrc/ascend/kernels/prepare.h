@@ -50,10 +50,10 @@ class PrepareActivations {
       x = input_.template DeQue<T>();
       groups_.scale_groups(x, scale_.Get<float>(), blocks, tiling_.activation);
       input_.FreeTensor(x);
-      if (tiling_.activation == kDynamic) {
-        groups_.quantized(operands);
-      } else {
+      if (tiling_.activation == kNone) {
         groups_.narrowed(operands);
+      } else {
+        groups_.quantized(operands);
       }
     } else {
       Duplicate(operands, static_cast<half>(0.0f), static_cast<int32_t>(kChunk));

@@ -19,6 +19,7 @@ from qwen3_fp8_ascend.backends.triton.launch import (
     ACTIVATIONS,
     BLOCK,
     CODE_VALUES,
+    CODE_VALUES_UE8M0,
     RESIDUAL,
     SCALED,
     as_int8,
@@ -38,6 +39,9 @@ from qwen3_fp8_ascend.triton_kernels.configuration import (
     check_index_range,
     linear_shape,
 )
+
+CODE_KINDS = {Activation.W8A8: CODE_VALUES, Activation.W8A8_UE8M0: CODE_VALUES_UE8M0}
+"""The kind of values that x becomes where it is quantized."""
 
 HAND_OVER_ROWS = 64
 """On an NPU, most rows of x for the fused kernel. From 64 rows on the prediction for it is slower than the stock BF16
@@ -93,17 +97,17 @@ def through_scratch(
     w_scale: torch.Tensor,
     powers: torch.Tensor,
     n: int,
-    w8a8: bool,
+    activation: str,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Decode the weight into a scratch, then the stock product; `prefill` says what is rounded."""
     pairs, rows, _ = lanes.shape
     weight = prefill.scratch(rows, 2 * pairs * BLOCK, x)
     launch_packed_dequantize(lanes, w_scale * powers[0], weight)
-    if w8a8:
+    if (kind := CODE_KINDS.get(Activation(activation))) is not None:
         m, k_blocks = x.shape[0], ceil_div(x.shape[1], BLOCK)
         row_tile = chip_of(x.device.type).value_rows
-        values, scale = group_values(x, CODE_VALUES, k_blocks, ceil_div(m, row_tile) * row_tile)
+        values, scale = group_values(x, kind, k_blocks, ceil_div(m, row_tile) * row_tile)
         operand, grow = prefill.normalise_groups(values[:m].unflatten(1, (k_blocks, BLOCK)), scale.T[:m], x)
     else:
         operand, grow = prefill.normalise_rows(x)
@@ -116,7 +120,7 @@ def _fake_linear(
     w_scale: torch.Tensor,
     powers: torch.Tensor,
     n: int,
-    w8a8: bool,
+    activation: str,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], n)
@@ -129,12 +133,13 @@ def triton_block_linear(
     w_scale: torch.Tensor,
     powers: torch.Tensor,
     n: int,
-    w8a8: bool,
+    activation: str,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x @ W.T + bias of a packed weight.
 
     Shapes: x (m, k), lanes, w_scale and powers as `pack` returns them, bias (n,) -> (m, n) in x.dtype.
+    activation: an `Activation`'s value.
     """
     check_operand("the activation", x, ACTIVATIONS, lanes.device)
     _check_packed(lanes, w_scale, x.shape[1])
@@ -142,13 +147,13 @@ def triton_block_linear(
     k_blocks, n_padded = w_scale.shape
     device = lanes.device
     if device.type == "npu" and m > HAND_OVER_ROWS and k_blocks and prefill.fits(n_padded, k_blocks * BLOCK):
-        return through_scratch(x, lanes, w_scale, powers, n, w8a8, bias)
+        return through_scratch(x, lanes, w_scale, powers, n, activation, bias)
     subnormals = keeps_subnormals(device.type, device.index)
     cores = cores_of(device.type, device.index)[0]
     cut = linear_shape(m, n_padded, k_blocks, cores, chip_of(device.type), subnormals)
     # fp16 cannot hold fp32 activations: what it loses is multiplied separately.
-    exact = not w8a8 and x.dtype == torch.float32
-    kinds = (CODE_VALUES,) if w8a8 else (SCALED, RESIDUAL) if exact else (SCALED,)
+    kind, exact = CODE_KINDS.get(Activation(activation)), x.dtype == torch.float32
+    kinds = (kind,) if kind is not None else (SCALED, RESIDUAL) if exact else (SCALED,)
     # Sums that a bias is still added to are not rounded before: then the kernel writes fp32.
     stored = x.dtype if bias is None else torch.float32
     total: torch.Tensor | None = None
@@ -165,7 +170,7 @@ def triton_block_linear(
 
 
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
-    return triton_block_linear(x, *packed.tensors, packed.n, activation is Activation.W8A8, bias)
+    return triton_block_linear(x, *packed.tensors, packed.n, activation.value, bias)
 
 
 def plan() -> tuple[tuple[str, str], ...]:
@@ -180,7 +185,7 @@ def plan() -> tuple[tuple[str, str], ...]:
 BACKEND = Backend(
     name="triton",
     summary="Triton kernels for Ascend A2/A3/A5 and NVIDIA; never run on an NPU so far",
-    computes=frozenset({Activation.W8A8, Activation.W8A16}),
+    computes=frozenset(Activation),
     device_types=frozenset({"npu", "cuda", "cpu"} if INTERPRETED else {"npu", "cuda"}),
     unusable=unusable,
     pack=pack,

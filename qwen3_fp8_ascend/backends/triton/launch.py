@@ -35,7 +35,12 @@ KEEPS_SUBNORMALS_VARIABLE = "QWEN3_FP8_ASCEND_TRITON_SUBNORMALS"
 BLOCK = DEFAULT_BLOCK.k
 
 
-CODE_VALUES, SCALED, RESIDUAL = 0, 1, 2  # `triton_kernels.group_quantize`, which needs Triton to be imported
+CODE_VALUES, SCALED, RESIDUAL, CODE_VALUES_UE8M0 = (
+    0,
+    1,
+    2,
+    3,
+)  # `triton_kernels.group_quantize`, which needs Triton to be imported
 
 
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
@@ -97,7 +102,8 @@ def quantize_activation(x: torch.Tensor, block_k: int, activation: Activation) -
     if m * groups:
         rows = chip_of(x.device.type).quantize_rows
         cores = min(cores_of(x.device.type, x.device.index)[1], ceil_div(m * groups, rows))
-        kernels().quantize[(cores,)](padded, codes, scale, m * groups, ROWS=rows, CORES=cores)
+        ue8m0 = activation is Activation.W8A8_UE8M0
+        kernels().quantize[(cores,)](padded, codes, scale, m * groups, UE8M0=ue8m0, ROWS=rows, CORES=cores)
     return codes[:, :k].contiguous().view(torch.float8_e4m3fn), scale
 
 

@@ -15,6 +15,7 @@ from qwen3_fp8_ascend.triton_kernels.configuration import (
 )
 from qwen3_fp8_ascend.triton_kernels.group_quantize import (
     CODE_VALUES,
+    CODE_VALUES_UE8M0,
     RESIDUAL,
     SCALED,
     group_quantize_kernel,
@@ -33,20 +34,25 @@ CUBE_CORES = {
 _CONSTANT = "constexpr"
 
 
-def quantize_case(x: str, cores: int, configuration: Architecture = ASCEND_A2_A3) -> KernelCase:
+def quantize_case(x: str, cores: int, configuration: Architecture = ASCEND_A2_A3, ue8m0: bool = False) -> KernelCase:
     """`group_quantize_kernel` for an activation type ("bf16", "fp16", "fp32")."""
     return KernelCase(
-        f"group_quantize[{x}]",
+        f"group_quantize[{x}{',ue8m0' if ue8m0 else ''}]",
         group_quantize_kernel,
         {"x_ptr": f"*{x}", "codes_ptr": "*i8", "scale_ptr": "*fp32", "groups": "i32"}
-        | {"ROWS": _CONSTANT, "CORES": _CONSTANT},
-        {"ROWS": configuration.quantize_rows, "CORES": cores},
+        | dict.fromkeys(("UE8M0", "ROWS", "CORES"), _CONSTANT),
+        {"UE8M0": ue8m0, "ROWS": configuration.quantize_rows, "CORES": cores},
     )
 
 
 def values_case(x: str, kind: int, cores: int, configuration: Architecture = ASCEND_A2_A3) -> KernelCase:
     """`group_values_kernel` for an activation type and kind."""
-    name = {CODE_VALUES.value: "codes", SCALED.value: "scaled", RESIDUAL.value: "residual"}[kind]
+    name = {
+        CODE_VALUES.value: "codes",
+        CODE_VALUES_UE8M0.value: "codes-ue8m0",
+        SCALED.value: "scaled",
+        RESIDUAL.value: "residual",
+    }[kind]
     return KernelCase(
         f"group_values[{name},{x}]",
         group_values_kernel,
@@ -125,6 +131,8 @@ def all_cases(architecture_name: str) -> list[KernelCase]:
     cube = CUBE_CORES[architecture_name]
     vector = 2 * cube
     cases = [quantize_case(x, vector, configuration) for x in ("bf16", "fp16", "fp32")]
+    cases += [quantize_case("bf16", vector, configuration, ue8m0=True)]
+    cases += [values_case("bf16", CODE_VALUES_UE8M0.value, vector, configuration)]
     cases += [values_case(x, CODE_VALUES.value, vector, configuration) for x in ("bf16", "fp16", "fp32")]
     cases += [values_case(x, SCALED.value, vector, configuration) for x in ("bf16", "fp16", "fp32")]
     cases += [values_case("fp32", RESIDUAL.value, vector, configuration)]
