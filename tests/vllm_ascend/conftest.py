@@ -185,7 +185,8 @@ def pretend_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         imports.setitem(sys.modules, "triton.language", language)
         pack_lanes = importlib.import_module("qwen3_fp8_ascend.triton_kernels.lanes").pack_lanes
         imports.delitem(sys.modules, "qwen3_fp8_ascend.triton_kernels.lanes")
-    kernels = dict.fromkeys(("quantize", "values", "dequantize", "packed_dequantize", "linear"), Launch())
+    launched = ("quantize", "values", "dequantize", "packed_dequantize", "linear", "grouped_linear")
+    kernels: dict[str, Any] = dict.fromkeys(launched, Launch())
     kernels |= {"pack_lanes": pack_lanes, "dot_type": None}
     pretended = {
         "kernels": lambda: SimpleNamespace(**kernels),
