@@ -178,7 +178,7 @@ class BlockFp8AscendConfig(QuantizationConfig):
             if self._experts_are_skipped(layer, prefix):
                 return None  # vLLM's own method for experts that are not quantized
             logger.debug("%s: block-FP8 experts, settings %s", prefix, settings)
-            return BlockFp8ExpertsMethod(
+            return self.experts_method()(
                 layer,
                 self.checkpoint.block,
                 prefix=prefix,
@@ -192,7 +192,7 @@ class BlockFp8AscendConfig(QuantizationConfig):
         if self._is_skipped(prefix):
             return self.unquantized_linear_method()
         logger.debug("%s: block FP8, settings %s", prefix, settings)
-        return BlockFp8LinearMethod(
+        return self.linear_method()(
             self.checkpoint.block,
             prefix=prefix,
             shard_names=self._shard_names(prefix),
@@ -201,6 +201,14 @@ class BlockFp8AscendConfig(QuantizationConfig):
             dummy=dummy,
             hf_config=hf_config,
         )
+
+    @staticmethod
+    def linear_method() -> type[BlockFp8LinearMethod]:
+        return BlockFp8LinearMethod
+
+    @staticmethod
+    def experts_method() -> type[BlockFp8ExpertsMethod]:
+        return BlockFp8ExpertsMethod
 
     @staticmethod
     def unquantized_linear_method() -> LinearMethodBase:

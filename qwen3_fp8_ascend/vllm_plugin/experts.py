@@ -60,7 +60,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         hf_config: Any = None,
     ) -> None:
         check_supported(layer, prefix)
-        super().__init__(layer.moe_config)
+        FusedMoEMethodBase.__init__(self, layer.moe_config)
         self.block = block
         self.prefix = prefix
         self.backend = backend
