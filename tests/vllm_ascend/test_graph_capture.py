@@ -193,6 +193,7 @@ def test_every_operator_of_this_package_is_looked_into() -> None:
         "torch_npu_native_grouped_linear",
         "torch_npu_scratch_linear",
         "triton_block_linear",
+        "triton_block_grouped_linear",
     }
     assert set(operators.IMPLEMENTATIONS) == names
 
