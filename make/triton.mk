@@ -49,7 +49,8 @@ test-triton-ascend: $(TRITON_ASCEND_STAMP)  ## compile the Triton kernels for ev
 
 test-triton: $(TRITON_STAMP)  ## the Triton kernels in the interpreter, and for sm_90
 	TRITON_INTERPRET=1 .venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels \
-		tests/triton_kernels/test_configuration.py tests/triton_kernels/test_interpreter.py
+		tests/triton_kernels/test_configuration.py tests/triton_kernels/test_interpreter.py \
+		tests/triton_kernels/test_grouped_interpreter.py
 	.venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels tests/triton_kernels/test_sm90.py
 
 triton-tables: $(TRITON_ASCEND_STAMP)

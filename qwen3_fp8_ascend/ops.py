@@ -236,12 +236,18 @@ def pack_experts(
 
 
 def grouped_linear(
-    x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation | str = Activation.W8A8
+    x: torch.Tensor,
+    packed: PackedWeight,
+    ends: torch.Tensor,
+    activation: Activation | str = Activation.W8A8,
+    *,
+    unrounded: bool = False,
 ) -> torch.Tensor:
     """`block_linear` of each expert for its own rows of x, which are sorted by expert.
 
     Shapes: x (m, k) bf16/fp16/fp32, ends (E,) int64 on x's device: rows [ends[e - 1], ends[e]) are expert e's
-        -> (m, n) in x.dtype. Rows behind the last end are nobody's, and what is in their outputs is not specified.
+        -> (m, n) in x.dtype, or in fp32 if `unrounded`. Rows behind the last end are nobody's, and what is in their
+        outputs is not specified.
     Raises:
         BlockFp8Error: shapes, dtypes, layouts or devices that do not fit, a backend that has no grouped linear or does
             not compute `activation`, or a gradient is wanted (`refuse_gradients`).
@@ -257,8 +263,11 @@ def grouped_linear(
         raise BlockFp8Error(f"the backend {packed.backend!r} has no grouped linear", fix="use block_experts")
     refuse_gradients("grouped_linear", x)
     if not (x.shape[0] and packed.n and packed.k):
-        return x.new_zeros(x.shape[0], packed.n)
-    return backend.grouped_linear(_as_rows(x), packed, ends.contiguous(), activation)
+        return x.new_zeros(x.shape[0], packed.n, dtype=torch.float32 if unrounded else x.dtype)
+    operands = _as_rows(x), packed, ends.contiguous(), activation
+    if unrounded:
+        return grouped.to_fp32(backend.grouped_linear, backend.unrounded, *operands)
+    return backend.grouped_linear(*operands)
 
 
 def block_experts(
@@ -309,7 +318,7 @@ def block_experts(
     if backend.block_experts is not None:
         return backend.block_experts(*operands)
     assert backend.grouped_linear is not None
-    return grouped.block_experts(backend.grouped_linear, *operands)
+    return grouped.block_experts(backend.grouped_linear, *operands, backend.unrounded)
 
 
 def count_nan_codes(weight: torch.Tensor) -> int:

@@ -89,14 +89,7 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[to
 
 
 def pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
-    """`pack` for one expert after the other, into tensors with a leading dimension of experts."""
-    layer: tuple[torch.Tensor, ...] = ()
-    for expert, weight in enumerate(weights):
-        tensors = pack(weight, scales[expert], grid)
-        layer = layer or tuple(t.new_empty((scales.shape[0], *t.shape)) for t in tensors)
-        for whole, part in zip(layer, tensors, strict=True):
-            whole[expert] = part
-    return layer
+    return grouped.pack_experts(pack, weights, scales, grid)
 
 
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
@@ -158,17 +151,6 @@ def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, ac
 
 def unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
     return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, ACTIVATIONS[activation], torch.float32)
-
-
-def block_experts(
-    x: torch.Tensor,
-    w13: PackedWeight,
-    w2: PackedWeight,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    activation: Activation,
-) -> torch.Tensor:
-    return grouped.block_experts(grouped_linear, x, w13, w2, topk_weights, topk_ids, activation, unrounded)
 
 
 def _fake_grouped_linear(
@@ -345,7 +327,7 @@ BACKEND = Backend(
     dequantize_weight=dequantize_weight,
     pack_experts=pack_experts,
     grouped_linear=grouped_linear,
-    block_experts=block_experts,
+    unrounded=unrounded,
     unsupported=unsupported,
     detail=lambda: soc.device_name() or "",
     plan=plan,

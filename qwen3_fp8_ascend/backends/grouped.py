@@ -5,15 +5,60 @@ Nothing here waits for a device: rows are sorted and found again on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.nn.functional import silu
 
 from qwen3_fp8_ascend.backends.registry import PackedWeight
-from qwen3_fp8_ascend.format import Activation
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import Activation, BlockGrid
 
 GroupedLinear = Callable[[torch.Tensor, PackedWeight, torch.Tensor, Activation], torch.Tensor]
+Pack = Callable[[torch.Tensor, torch.Tensor, BlockGrid], tuple[torch.Tensor, ...]]
+
+
+def pack_experts(
+    pack: Pack, weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid
+) -> tuple[torch.Tensor, ...]:
+    """`pack` for one expert after the other, into tensors with a leading dimension of experts."""
+    layer: tuple[torch.Tensor, ...] = ()
+    for expert, weight in enumerate(weights):
+        tensors = pack(weight, scales[expert], grid)
+        layer = layer or tuple(t.new_empty((scales.shape[0], *t.shape)) for t in tensors)
+        for whole, part in zip(layer, tensors, strict=True):
+            whole[expert] = part
+    return layer
+
+
+def check_ends(ends: torch.Tensor, rows: int) -> None:
+    """Refuse a list of ends that is none, where to look is not to wait for a device.
+
+    Raises:
+        BlockFp8Error: on a CPU, ends that decrease or lie behind the last row.
+    """
+    if ends.device.type != "cpu":
+        return
+    if bool((torch.diff(ends, prepend=ends.new_zeros(1)) < 0).any() or ends[-1] > rows):
+        raise BlockFp8Error(
+            "the ends of the experts' rows decrease, or lie behind the last row",
+            expected=f"numbers from 0 to {rows} in order",
+            got=ends.tolist(),
+        )
+
+
+def to_fp32(
+    grouped_linear: GroupedLinear,
+    unrounded: GroupedLinear | None,
+    x: torch.Tensor,
+    packed: PackedWeight,
+    ends: torch.Tensor,
+    activation: Activation,
+) -> torch.Tensor:
+    """A grouped linear whose sums are not rounded to x.dtype: (m, n) fp32."""
+    if unrounded:
+        return unrounded(x, packed, ends, activation)
+    return grouped_linear(x.float(), packed, ends, activation)  # as fp32, x has the same codes
 
 
 def block_experts(
@@ -28,7 +73,7 @@ def block_experts(
 ) -> torch.Tensor:
     """`reference.block_experts`. An id outside 0..E-1 adds nothing, whatever it is: to look would be to wait.
 
-    unrounded: the grouped linear with fp32 results for x of any dtype. Without, fp32 activations ask for them.
+    unrounded: as `Backend.unrounded`.
     """
     (m, top_k), experts = topk_ids.shape, w13.groups
     flat = topk_ids.reshape(-1).long()
@@ -38,8 +83,7 @@ def block_experts(
     h = grouped_linear(x.index_select(0, order // top_k), w13, ends, activation)
     gate, up = h.float().split(w2.k, dim=1)
     a = (silu(gate) * up).to(x.dtype)
-    # As fp32, a has the same codes, and what comes out is not rounded.
-    down = unrounded(a, w2, ends, activation) if unrounded else grouped_linear(a.float(), w2, ends, activation)
+    down = to_fp32(grouped_linear, unrounded, a, w2, ends, activation)
     y = torch.empty(m * top_k, w2.n, device=x.device, dtype=torch.float32)
     y.index_copy_(0, order, down)
     y = (y * topk_weights.reshape(-1, 1)).masked_fill_(~chosen[:, None], 0).view(m, top_k, w2.n)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from qwen3_fp8_ascend import reference
+from qwen3_fp8_ascend.backends import grouped
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid
@@ -29,12 +30,7 @@ def pack_experts(
 
 def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
     weights, scales = packed.grouped_tensors
-    if x.device.type == "cpu" and bool((torch.diff(ends, prepend=ends.new_zeros(1)) < 0).any() or ends[-1] > len(x)):
-        raise BlockFp8Error(
-            "the ends of the experts' rows decrease, or lie behind the last row",
-            expected=f"numbers from 0 to {len(x)} in order",
-            got=ends.tolist(),
-        )
+    grouped.check_ends(ends, x.shape[0])
     return reference.grouped_linear(x, weights, scales, ends, activation=activation, grid=packed.grid)
 
 

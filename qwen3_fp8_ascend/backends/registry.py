@@ -79,6 +79,7 @@ class Backend:
     `pack_experts`, `grouped_linear` and `block_experts` are `ops`' too. A backend may have none of the three, or
     `pack_experts` with either of the others: `grouped.block_experts` makes a layer of a grouped linear.
     `pack_experts` gets the experts' weights one by one, and gives tensors with a leading dimension of experts.
+    `unrounded` is a `grouped_linear` with fp32 results for x of any dtype; without, fp32 activations ask for them.
 
     unusable: the reason why this backend cannot run on this machine, or None.
     unsupported: the reason why it cannot serve this block size, or None.
@@ -106,6 +107,7 @@ class Backend:
         Callable[[torch.Tensor, PackedWeight, PackedWeight, torch.Tensor, torch.Tensor, Activation], torch.Tensor]
         | None
     ) = None
+    unrounded: Callable[[torch.Tensor, PackedWeight, torch.Tensor, Activation], torch.Tensor] | None = None
     unsupported: Callable[[BlockSize], str | None] = lambda block: None
     detail: Callable[[], str] | None = None
     by_name_only: Callable[[], str | None] = lambda: None

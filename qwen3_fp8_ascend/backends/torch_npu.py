@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qwen3_fp8_ascend.backends import e4m3, grouped, prefill, soc
+from qwen3_fp8_ascend.backends import e4m3, prefill, soc
 from qwen3_fp8_ascend.backends.operators import torch_operator
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
@@ -207,17 +207,6 @@ def unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activat
     )
 
 
-def block_experts(
-    x: torch.Tensor,
-    w13: PackedWeight,
-    w2: PackedWeight,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    activation: Activation,
-) -> torch.Tensor:
-    return grouped.block_experts(grouped_linear, x, w13, w2, topk_weights, topk_ids, activation, unrounded)
-
-
 def _fake_native_grouped_linear(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -384,7 +373,7 @@ BACKEND = Backend(
     dequantize_weight=dequantize_weight,
     pack_experts=pack_experts,
     grouped_linear=grouped_linear,
-    block_experts=block_experts,
+    unrounded=unrounded,
     unsupported=unsupported,
     detail=lambda: soc.device_name() or "",
     by_name_only=by_name_only,

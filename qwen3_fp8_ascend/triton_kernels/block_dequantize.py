@@ -56,19 +56,21 @@ def packed_dequantize_kernel(
     out_ptr,
     n,
     k_blocks,
+    groups,
     ROWS: tl.constexpr,
     KEEPS_SUBNORMALS: tl.constexpr,
     CORES: tl.constexpr,
 ):
-    """code * scale of a packed weight: what a prefill needs that multiplies with the stock matmul.
+    """code * scale of packed weights: what a prefill needs that multiplies with the stock matmul.
 
-    Shapes: lanes (k_blocks / 2, n, 128) int16, scale (k_blocks, n) fp32 -> out (n, 128 k_blocks), any floating type.
-        ROWS divides n.
-    Semantics: `packed_dequantize_specification`, bit for bit; each lane is read once.
+    Shapes: lanes (groups, k_blocks / 2, n, 128) int16, scale (groups, k_blocks, n) fp32 -> out (groups, n,
+        128 k_blocks), any floating type. ROWS divides n.
+    Semantics: `packed_dequantize_specification` of each group, bit for bit; each lane is read once.
     """
     row_tiles = n // ROWS
-    for step in range(tl.program_id(0), row_tiles * (k_blocks // 2), CORES):
-        pair = step // row_tiles
+    pairs = k_blocks // 2
+    for step in range(tl.program_id(0), row_tiles * pairs * groups, CORES):
+        pair = step // row_tiles  # of all groups
         row = (step % row_tiles) * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, BLOCK)
         lane = tl.load(lanes_ptr + (pair * n + row)[:, None] * BLOCK + column[None, :])
@@ -76,7 +78,8 @@ def packed_dequantize_kernel(
         odd = decode_lane(lane, KEEPS_SUBNORMALS).to(tl.float32)
         even = even * tl.load(scale_ptr + 2 * pair * n + row)[:, None]
         odd = odd * tl.load(scale_ptr + (2 * pair + 1) * n + row)[:, None]
-        to = out_ptr + row[:, None] * (k_blocks * BLOCK) + (2 * pair * BLOCK + column)[None, :]
+        out_row = (pair // pairs) * n + row
+        to = out_ptr + out_row[:, None] * (k_blocks * BLOCK) + (2 * (pair % pairs) * BLOCK + column)[None, :]
         tl.store(to, even.to(out_ptr.dtype.element_ty))
         tl.store(to + BLOCK, odd.to(out_ptr.dtype.element_ty))
 

@@ -139,6 +139,18 @@ def linear_shape(
     return LinearShape(block_m, block_n, split_k, m_tiles * block_m)
 
 
+def grouped_shape(m: int, groups: int, chip: Architecture, keeps_subnormals: bool) -> LinearShape:
+    """Tiles for m rows that belong to groups, of which only the device knows the sizes.
+
+    A tile has as many rows as a group has on average; larger groups take several passes. Rows are not moved to where a
+    tile begins, so behind the last one there is room for what a tile reads beyond. K is not split: a row's sum is the
+    same wherever the others go, and even one token's experts have tiles for all cores.
+    """
+    block_m = row_tile(ceil_div(m, groups), chip)
+    padded = ceil_div(m + block_m - 1, chip.value_rows) * chip.value_rows
+    return LinearShape(block_m, column_tile(block_m, chip, keeps_subnormals), 1, padded)
+
+
 def check_index_range(what: str, elements: int) -> None:
     """Refuse a tensor whose offsets do not fit the kernels' int32.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from packaging.version import Version
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -19,7 +20,13 @@ from vllm_ascend.quantization import AscendModelSlimConfig
 from qwen3_fp8_ascend.containers import holds_fp8
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockFp8Config
+from qwen3_fp8_ascend.vllm_plugin import versions
 from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
+from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod
+from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
+
+FIRST_WITH_SCHEMES = Version("0.30.0rc2")
+"""The vLLM-Ascend whose methods for experts are given routed tokens. In 0.23.0 they route, by other arguments."""
 
 
 class BlockFp8NpuConfig(BlockFp8AscendConfig):
@@ -43,25 +50,54 @@ class BlockFp8NpuConfig(BlockFp8AscendConfig):
         return [torch.bfloat16, torch.float16]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str, tid2eid: Any = None) -> QuantizeMethodBase | None:
-        """As the base class, but for mixtures of experts, for which vLLM-Ascend passes a table `tid2eid`.
+        """As the base class. For experts vLLM-Ascend passes a table `tid2eid`, which its methods carry along.
 
         Raises:
-            BlockFp8Error: experts; no kernel for NPUs computes them yet.
+            BlockFp8Error: experts beside a vLLM-Ascend before `FIRST_WITH_SCHEMES`.
         """
-        if isinstance(layer, RoutedExperts):
+        experts = isinstance(layer, RoutedExperts)
+        if experts and not has_schemes():
             raise BlockFp8Error(
-                "mixture-of-experts layers in block FP8 are not served on NPUs yet",
+                "mixture-of-experts layers in block FP8 need a newer vLLM-Ascend",
                 where=prefix,
-                expected="a dense block-FP8 model; on CPUs mixtures of experts are served too",
-                fix="serve this model without `--quantization ascend`",
+                expected=f"vLLM-Ascend {FIRST_WITH_SCHEMES} or newer: its methods for experts get routed tokens",
+                got=f"{versions.installed_vllm_ascend()}, where such a method routes tokens itself",
+                fix="update vLLM-Ascend, or serve this model without `--quantization ascend`",
             )
-        return super().get_quant_method(layer, prefix)
+        method = super().get_quant_method(layer, prefix)
+        if experts and method is None:
+            from vllm_ascend.ops.fused_moe.routed_experts import AscendUnquantizedFusedMoEMethod
+
+            return AscendUnquantizedFusedMoEMethod(layer.moe_config, tid2eid)
+        if experts:
+            method.tid2eid = tid2eid  # type: ignore[union-attr]
+        return method
+
+    @staticmethod
+    def linear_method() -> type[BlockFp8LinearMethod]:
+        if not has_schemes():
+            return BlockFp8LinearMethod
+        from qwen3_fp8_ascend.vllm_plugin.ascend_schemes import NpuLinearMethod
+
+        return NpuLinearMethod
+
+    @staticmethod
+    def experts_method() -> type[BlockFp8ExpertsMethod]:
+        from qwen3_fp8_ascend.vllm_plugin.ascend_schemes import NpuExpertsMethod
+
+        return NpuExpertsMethod
 
     @staticmethod
     def unquantized_linear_method() -> LinearMethodBase:
         from vllm_ascend.ops.linear import AscendUnquantizedLinearMethod
 
         return AscendUnquantizedLinearMethod()
+
+
+def has_schemes() -> bool:
+    """Whether this vLLM-Ascend takes `ascend_schemes`."""
+    installed = versions.installed_vllm_ascend()
+    return installed is not None and Version(installed) >= FIRST_WITH_SCHEMES
 
 
 class AscendConfig(AscendModelSlimConfig):

@@ -197,7 +197,7 @@ class BlockFp8AscendConfig(QuantizationConfig):
             if self._experts_are_skipped(layer, prefix):
                 return None  # vLLM's own method for experts that are not quantized
             logger.debug("%s: block-FP8 experts, settings %s", prefix, settings)
-            return BlockFp8ExpertsMethod(
+            return self.experts_method()(
                 layer,
                 self.checkpoint.block,
                 prefix=prefix,
@@ -212,7 +212,7 @@ class BlockFp8AscendConfig(QuantizationConfig):
         if not fp8_head and self._is_skipped(prefix):
             return self.unquantized_linear_method()
         logger.debug("%s: block FP8, settings %s", prefix, settings)
-        method = BlockFp8HeadMethod if fp8_head else BlockFp8LinearMethod
+        method = BlockFp8HeadMethod if fp8_head else self.linear_method()
         return method(
             self.checkpoint.block,
             prefix=prefix,
@@ -223,6 +223,14 @@ class BlockFp8AscendConfig(QuantizationConfig):
             hf_config=hf_config,
             scale_name=self.checkpoint.scale_name,
         )
+
+    @staticmethod
+    def linear_method() -> type[BlockFp8LinearMethod]:
+        return BlockFp8LinearMethod
+
+    @staticmethod
+    def experts_method() -> type[BlockFp8ExpertsMethod]:
+        return BlockFp8ExpertsMethod
 
     @staticmethod
     def unquantized_linear_method() -> LinearMethodBase:

@@ -66,7 +66,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         scale_name: str = "weight_scale_inv",
     ) -> None:
         check_supported(layer, prefix)
-        super().__init__(layer.moe_config)
+        FusedMoEMethodBase.__init__(self, layer.moe_config)
         self.scale_ending = scale_name.removeprefix("weight")
         self.block = block
         self.prefix = prefix

@@ -1,6 +1,9 @@
 """Both lowered forms run on x86 and agree with the specification; broken ones do not."""
 
+import dataclasses
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +11,12 @@ import torch
 from qwen3_fp8_ascend.testing import nonfinite
 from qwen3_fp8_ascend.testing.judges import beside_powers_of_two
 from qwen3_fp8_ascend.testing.nonfinite import same_numbers
+from qwen3_fp8_ascend.triton_kernels import block_grouped_linear
 from qwen3_fp8_ascend.triton_kernels.block_dequantize import (
     block_dequantize_specification,
     packed_dequantize_specification,
 )
+from qwen3_fp8_ascend.triton_kernels.block_grouped_linear import block_grouped_linear_specification
 from qwen3_fp8_ascend.triton_kernels.block_linear import (
     block_linear_folded_specification,
     block_linear_specification,
@@ -136,8 +141,19 @@ def test_packed_dequantize_has_no_mismatch(dtype, subnormals, form):
         expected = packed_dequantize_specification(lanes, scale, torch.float16)
         assert expected.abs().max() < 1 and 0.2 < ((expected != 0) & (expected.abs() < 2.0**-14)).float().mean() < 0.6
     out = torch.zeros(256, 512, dtype=TYPES[dtype])
-    executable(cases.packed_dequantize_case(dtype, subnormals, CORES), form)((CORES,), lanes, scale, out, 256, 4)
+    executable(cases.packed_dequantize_case(dtype, subnormals, CORES), form)((CORES,), lanes, scale, out, 256, 4, 1)
     assert torch.equal(out, packed_dequantize_specification(lanes, scale, TYPES[dtype]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_dequantize_of_experts(form):
+    lanes, scale = torch.stack([pack_lanes(finite_codes(256, 512)) for _ in range(3)]), torch.rand(3, 4, 256) + 0.1
+    out = torch.zeros(3, 256, 512)
+    kernel = executable(cases.packed_dequantize_case("fp32", True, CORES), form)
+    kernel((CORES,), lanes, scale, out, 256, 4, 3)
+    for expert in range(3):
+        expected = packed_dequantize_specification(lanes[expert], scale[expert], torch.float32)
+        assert torch.equal(out[expert], expected)
 
 
 def linear_operands(m, n, k_blocks):
@@ -195,6 +211,104 @@ def test_linear_at_a_qwen3_8b_shape_scaled_down(shape):
     assert relative(out[0, :5], oracle[0, :5]) <= 1e-6
 
 
+def grouped_operands(groups, m_padded, n, k_blocks):
+    values, a_scale, _, _ = linear_operands(m_padded, 256, k_blocks)
+    layer = [linear_operands(1, n, k_blocks)[2:] for _ in range(groups)]
+    return values, a_scale, torch.stack([lanes for lanes, _ in layer]), torch.stack([scale for _, scale in layer])
+
+
+GROUPS = {
+    "uneven and empty": (3, 0, 17, 0, 0, 1, 9),
+    "all on one": (0, 0, 70, 0),
+    "one row each": (1,) * 8,
+    "none": (0, 0),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("block_m", "subnormals"), [(16, True), (16, False), (32, True), (64, True)])
+@pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
+def test_grouped_linear(counts, block_m, subnormals, form):
+    n, k_blocks, owned = 256, 2, sum(counts)
+    m = owned + 2  # two rows are nobody's
+    m_padded = -(-(m + block_m - 1) // 16) * 16
+    operands = grouped_operands(len(counts), m_padded, n, k_blocks)
+    ends, out = torch.tensor(counts).cumsum(0), torch.full((m, n), 7.0)
+    kernel = executable(cases.grouped_linear_case(block_m, subnormals, CORES), form)
+    kernel((CORES,), *operands, ends, out, m, m_padded, n, k_blocks, len(counts))
+    expected = block_grouped_linear_specification(*operands, ends)[:m]
+    assert (out[:owned].double() - expected[:owned]).norm() <= 1e-6 * expected[:owned].norm()
+    assert (out[owned:] == 7.0).all(), "rows that are nobody's were written"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ends", [(9, 2, 30, 4), (-5, 3, 3, 90), (2**31 + 1, 2**40, 7, -(2**35))])
+def test_a_list_that_is_none_leaves_no_operand(ends, form):
+    """Decreasing, negative, beyond the last row, beyond 32 bits: what is read and written is still the operands'."""
+    n, k_blocks, m, m_padded = 256, 2, 20, 48
+    operands = grouped_operands(4, m_padded, n, k_blocks)
+    guarded = torch.full((m + 64, n), 7.0)
+    kernel = executable(cases.grouped_linear_case(16, True, CORES), form)
+    kernel((CORES,), *operands, torch.tensor(ends), guarded[:m], m, m_padded, n, k_blocks, 4)
+    assert (guarded[m:] == 7.0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_grouped_weights_beyond_32_bits(form):
+    """A layer of 4.3 GB of lanes; memory that nothing touches is never there, so only two experts are real."""
+    n, k_blocks = 2048, 16
+    groups = (1 << 31) // (n * k_blocks * 64) + 2
+    values, a_scale, two_lanes, two_scales = grouped_operands(2, 32, n, k_blocks)
+    lanes = torch.empty(groups, *two_lanes.shape[1:], dtype=torch.int16)
+    w_scale = torch.empty(groups, k_blocks, n)
+    lanes[0], lanes[-1], w_scale[0], w_scale[-1] = *two_lanes, *two_scales
+    assert lanes[-1].storage_offset() > 2**31
+    ends, out = torch.full((groups,), 3), torch.zeros(7, n)
+    ends[-1] = 7
+    kernel = executable(cases.grouped_linear_case(16, True, CORES), form)
+    kernel((CORES,), values, a_scale, lanes, w_scale, ends, out, 7, 32, n, k_blocks, groups)
+    expected = block_grouped_linear_specification(values, a_scale, two_lanes, two_scales, torch.tensor((3, 7)))
+    assert relative(out, expected[:7]) <= 1e-6
+
+
+DEFECTS = {
+    "nothing": ("", ""),
+    "the scales of another expert": (
+        "tl.cast(group, tl.int64) * (k_blocks * n)",
+        "tl.cast(group // 2, tl.int64) * (k_blocks * n)",
+    ),
+    "the weight of another expert": ("tl.cast(group, tl.int64) * ((k", "tl.cast(group // 2, tl.int64) * ((k"),
+    "an end one row early": ("mask=m_row[:, None] < end", "mask=m_row[:, None] < end - 1"),
+    "an end one row late": ("first), m)", "first) + 1, m)"),
+    "the last rows that fill no tile are lost": ("tl.cdiv(end - first, BLOCK_M)", "((end - first) // BLOCK_M)"),
+    "rows beyond the expert's end are written": (", mask=m_row[:, None] < end", ""),
+    "a tile that two cores skip": ("(core + CORES - passed % CORES) % CORES", "core + passed % CORES"),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_defects_planted_in_the_grouped_kernel_are_found(defect, tmp_path):
+    """In its source, compiled like the kernel."""
+    old, new = DEFECTS[defect]
+    source = Path(block_grouped_linear.__file__).read_text()
+    assert not old or source.count(old) == 1, f"the kernel no longer has {old!r}"
+    file = tmp_path / "defective.py"
+    file.write_text(source.replace(old, new) if old else source)
+    spec = importlib.util.spec_from_file_location("defective", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    case = cases.grouped_linear_case(16, True, CORES)
+    case = dataclasses.replace(case, name=defect, function=module.block_grouped_linear_kernel)
+    counts, n, k_blocks = (5, 1, 20, 0, 3), 256, 2
+    m, m_padded = sum(counts) + 2, 64
+    operands = grouped_operands(len(counts), m_padded, n, k_blocks)
+    ends, out = torch.tensor(counts).cumsum(0), torch.zeros(m_padded, n)
+    kernel = HivmKernel(compile_to_hivm(lower_to_linalg(case, CHIP), CHIP, IR_VERSIONS[-1]))
+    kernel((CORES,), *operands, ends, out, m, m_padded, n, k_blocks, len(counts))
+    distance = relative(out, block_grouped_linear_specification(*operands, ends))
+    assert distance <= 1e-6 if defect == "nothing" else distance > 1e-3
+
+
 def mutate(text, old, new, count=1):
     assert old in text, f"the module no longer has {old!r}"
     return text.replace(old, new, count)
@@ -221,8 +335,19 @@ class TestBrokenKernelsAreNoticed:
     def linear_text(self, version):
         return hivm_text(cases.linear_case(16, True, CORES), version)
 
+    def grouped(self, text):
+        counts, m, m_padded = (5, 0, 20, 3), 28, 48
+        operands = grouped_operands(len(counts), m_padded, 256, 4)
+        out, ends = torch.zeros(m, 256), torch.tensor(counts).cumsum(0)
+        HivmKernel(text)((CORES,), *operands, ends, out, m, m_padded, 256, 4, len(counts))
+        return relative(out, block_grouped_linear_specification(*operands, ends)[:m])
+
+    def grouped_text(self, version):
+        return hivm_text(cases.grouped_linear_case(16, True, CORES), version)
+
     @pytest.mark.parametrize("version", IR_VERSIONS)
     def test_the_unchanged_modules_pass(self, version):
+        assert self.grouped(self.grouped_text(version)) <= 1e-6
         assert self.quantize(self.quantize_text(version)) == 0
         assert self.linear(self.linear_text(version)) <= 1e-6
 
@@ -248,6 +373,15 @@ class TestBrokenKernelsAreNoticed:
         dropped = next(i for i, line in enumerate(lines) if "sync_block_set[<VECTOR>, <PIPE_MTE3>" in line)
         with pytest.raises(ExecutionError, match="deadlock"):
             self.linear("\n".join(lines[:dropped] + lines[dropped + 1 :]))
+
+    @pytest.mark.parametrize("version", IR_VERSIONS)
+    def test_a_cross_core_flag_that_one_expert_takes_from_the_next(self, version, monkeypatch):
+        """The vector cores' wait before a tile's decoded weights are overwritten, left out."""
+        monkeypatch.setattr(hivm_executor, "DEADLOCK_S", 1.0)
+        lines = self.grouped_text(version).split("\n")
+        dropped = next(i for i, line in enumerate(lines) if "sync_block_wait[<VECTOR>" in line)
+        with pytest.raises(ExecutionError):
+            self.grouped("\n".join(lines[:dropped] + lines[dropped + 1 :]))
 
     @pytest.mark.parametrize("version", IR_VERSIONS)
     def test_a_surplus_cross_core_flag(self, version):
@@ -287,6 +421,6 @@ class TestBrokenKernelsAreNoticed:
         for subnormals in (True, False):
             case = cases.packed_dequantize_case("fp32", subnormals, CORES)
             out = torch.zeros(64, 512)
-            HivmKernel(hivm_text(case, IR_VERSIONS[-1]))((CORES,), lanes, scale, out, 64, 4)
+            HivmKernel(hivm_text(case, IR_VERSIONS[-1]))((CORES,), lanes, scale, out, 64, 4, 1)
             wrong[subnormals] = int((out != expected).sum())
         assert wrong[True] == 14 * 128 and wrong[False] == 0

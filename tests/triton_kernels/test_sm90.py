@@ -16,17 +16,21 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qwen3_fp8_ascend.triton_kernels import block_dequantize, block_linear, group_quantize
+from qwen3_fp8_ascend.triton_kernels import block_dequantize, block_grouped_linear, block_linear, group_quantize
 from qwen3_fp8_ascend.triton_kernels.configuration import NVIDIA, column_tile
 
 POINTERS = {"a_ptr": "*fp16", "a_scale_ptr": "*fp32", "lanes_ptr": "*i16", "w_scale_ptr": "*fp32", "out_ptr": "*bf16"}
 
 
-def build(kernel, pointers, sizes, constants, options=()):
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
+"""Shared memory of a block, by compute capability."""
+
+
+def build(kernel, pointers, sizes, constants, options=(), capability=90):
     signature = pointers | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
     order = {name: signature[name] for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=order, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
 
 
 @pytest.mark.parametrize("block_m", [16, 32, 64])
@@ -43,6 +47,23 @@ def test_linear(block_m, subnormals):
     ptx = built.asm["ptx"]
     assert built.asm["cubin"] and ("wgmma" in ptx or "mma.sync" in ptx)
     assert built.metadata.shared <= 227 << 10, "more shared memory than a Hopper block has"
+
+
+@pytest.mark.parametrize("capability", SHARED_KIB)
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+def test_grouped_linear(block_m, capability):
+    built = build(
+        block_grouped_linear.block_grouped_linear_kernel,
+        POINTERS | {"ends_ptr": "*i64"},
+        ("m", "m_padded", "n", "k_blocks", "groups"),
+        {"BLOCK_M": block_m, "BLOCK_N": column_tile(block_m, NVIDIA, True)}
+        | {"KEEPS_SUBNORMALS": True, "DOT": tl.float16, "CORES": 132},
+        NVIDIA.linear_options,
+        capability,
+    )
+    ptx = built.asm["ptx"]
+    assert built.asm["cubin"] and ("wgmma" in ptx or "mma.sync" in ptx)
+    assert built.metadata.shared <= SHARED_KIB[capability] << 10, built.metadata.shared
 
 
 @pytest.mark.parametrize("ue8m0", [False, True])
@@ -81,6 +102,6 @@ def test_dequantize(subnormals):
     assert build(
         block_dequantize.packed_dequantize_kernel,
         pointers | {"lanes_ptr": "*i16"},
-        ("n", "k_blocks"),
+        ("n", "k_blocks", "groups"),
         constants | {"ROWS": NVIDIA.packed_rows},
     ).asm["cubin"]

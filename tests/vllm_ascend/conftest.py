@@ -1,5 +1,6 @@
 """Everything here needs the real vLLM-Ascend and torch-npu: `make test-vllm-ascend`."""
 
+import contextlib
 import ctypes
 import dataclasses
 import importlib
@@ -69,9 +70,9 @@ def engine_config(folder: Path, quantization: str | None = "ascend", **changes: 
     return EngineArgs(model=str(folder), quantization=quantization, **arguments | changes).create_engine_config()
 
 
-@pytest.fixture(scope="session")
-def rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process as a worker prepares it: plugins, vLLM-Ascend's layers in place of vLLM's, one rank."""
+@contextlib.contextmanager
+def prepare_rank(config: Any, rank: int = 0, ranks: int = 1, port: int = 0) -> Iterator[None]:
+    """A process as a worker prepares it: plugins, vLLM-Ascend's layers in place of vLLM's, its place in the ranks."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
     from vllm.plugins import load_general_plugins
@@ -82,30 +83,45 @@ def rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     load_general_plugins()
     for name in ("fla_npu", "fla_npu.ops", "fla_npu.ops.ascendc"):  # a package of CANN operators, for other models
         sys.modules.setdefault(name, MagicMock())
-    # Of a mixture of experts, so that vLLM makes the group of ranks that those need as well.
-    config = engine_config(write_config(tmp_path_factory.mktemp("any"), **MOE), quantization=None)
     with set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"tcp://127.0.0.1:{free_port()}", 0, "gloo")
-        initialize_model_parallel(1, 1)
+        init_distributed_environment(ranks, rank, f"tcp://127.0.0.1:{port or free_port()}", rank, "gloo")
+        initialize_model_parallel(ranks, 1)
         register_ascend_customop(config)
         yield
     cleanup_dist_env_and_memory()
 
 
 @pytest.fixture(scope="session")
-def build(rank: None) -> Callable[[Any], torch.nn.Module]:
-    """vLLM's own model of an engine's config, made of FakeTensors on `npu:0`."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process as the only rank."""
+    # Of a mixture of experts, so that vLLM makes the group of ranks that those need as well.
+    with prepare_rank(engine_config(write_config(tmp_path_factory.mktemp("any"), **MOE), quantization=None)):
+        yield
+
+
+def initialize(config: Any, place: torch.device) -> torch.nn.Module:
+    """vLLM's own model of an engine's config on a device."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
+    config.compilation_config.static_forward_context.clear()
+    dtype = set_default_torch_dtype(torch.bfloat16)
+    with set_current_vllm_config(config), place, torch.no_grad(), dtype, pytest.MonkeyPatch.context() as driver:
+        # torch_npu's own would ask the driver for a device first.
+        driver.setattr(torch.Tensor, "npu", lambda tensor: tensor.to(place))
+        return initialize_model(config)
+
+
+@pytest.fixture(scope="session")
+def build(rank: None) -> Callable[[Any], torch.nn.Module]:
+    """vLLM's own model of an engine's config, made of FakeTensors on `npu:0`."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     def make(config: Any) -> torch.nn.Module:
-        config.compilation_config.static_forward_context.clear()
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        dtype = set_default_torch_dtype(torch.bfloat16)
-        with set_current_vllm_config(config), mode, torch.device("npu:0"), torch.no_grad(), dtype:
-            model = initialize_model(config)
+        with mode:
+            model = initialize(config, NPU)
         model.fake_mode = mode
         return model
 
@@ -185,7 +201,8 @@ def pretend_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         imports.setitem(sys.modules, "triton.language", language)
         pack_lanes = importlib.import_module("qwen3_fp8_ascend.triton_kernels.lanes").pack_lanes
         imports.delitem(sys.modules, "qwen3_fp8_ascend.triton_kernels.lanes")
-    kernels = dict.fromkeys(("quantize", "values", "dequantize", "packed_dequantize", "linear"), Launch())
+    launched = ("quantize", "values", "dequantize", "packed_dequantize", "linear", "grouped_linear")
+    kernels: dict[str, Any] = dict.fromkeys(launched, Launch())
     kernels |= {"pack_lanes": pack_lanes, "dot_type": None}
     pretended = {
         "kernels": lambda: SimpleNamespace(**kernels),

@@ -89,8 +89,6 @@ def test_weights_only_can_be_captured(chip: Chip, fake: FakeTensorMode, m: int) 
 @pytest.mark.parametrize("intermediate", [768, 192])  # Qwen3-30B-A3B's, and what a shard at TP 4 would have
 def test_a_layer_of_experts_can_be_captured(chip: Chip, fake: FakeTensorMode, intermediate: int, tokens: int) -> None:
     """Routing, both grouped linears and the weighted sum: nothing asks the device which expert has how many rows."""
-    if chip.backend == "triton":
-        pytest.skip("the Triton backend has no experts yet")
     experts, hidden, top_k = 16, 2048, 8
 
     def pack_layer(grid: BlockGrid) -> PackedWeight:
@@ -195,6 +193,7 @@ def test_every_operator_of_this_package_is_looked_into() -> None:
         "torch_npu_native_grouped_linear",
         "torch_npu_scratch_linear",
         "triton_block_linear",
+        "triton_block_grouped_linear",
     }
     assert set(operators.IMPLEMENTATIONS) == names
 

@@ -12,6 +12,7 @@ from vllm.config import set_current_vllm_config
 
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import prefill
+from qwen3_fp8_ascend.backends.registry import PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockGrid
 from qwen3_fp8_ascend.testing.models import QWEN3_8B
@@ -49,7 +50,7 @@ def resident_bytes(model: torch.nn.Module) -> int:
     """Bytes of all storages that a model keeps alive, each once."""
     tensors = list(model.parameters()) + list(model.buffers())
     for module in model.modules():
-        tensors += (getattr(module, "packed_weight", None) and list(module.packed_weight.tensors)) or []
+        tensors += [t for value in vars(module).values() if isinstance(value, PackedWeight) for t in value.tensors]
     return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

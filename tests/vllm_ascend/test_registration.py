@@ -17,6 +17,7 @@ import pytest
 import torch
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm_ascend.quantization import AscendModelSlimConfig
+from vllm_ascend.quantization.method_adapters import AscendLinearMethod
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation
@@ -27,6 +28,9 @@ from qwen3_fp8_ascend.vllm_plugin.ascend import AscendConfig, BlockFp8NpuConfig
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 
 from .conftest import BLOCK_FP8, MOE, engine_config, write_config
+
+RELEASE = importlib.metadata.version("vllm-ascend")
+OURS = BlockFp8NpuConfig.linear_method()
 
 MISMATCH = (
     "Quantization method specified in the model config (fp8) does not match the quantization method specified in "
@@ -60,7 +64,8 @@ def test_before_and_after(tmp_path: Path, build: Callable[[Any], torch.nn.Module
     assert type(config.quant_config) is BlockFp8NpuConfig
     methods = linear_methods(build(config))
     assert len(methods) == 4 * 36
-    assert all(type(method) is BlockFp8LinearMethod for method in methods.values())
+    assert {type(method) for method in methods.values()} == {OURS}
+    assert OURS is BlockFp8LinearMethod or issubclass(OURS, AscendLinearMethod)
 
 
 def test_our_config_extends_theirs() -> None:
@@ -308,9 +313,13 @@ def test_other_fp8_checkpoints_are_refused_with_the_reason(tmp_path: Path, chang
         engine_config(folder)
 
 
-def test_mixture_of_experts_is_refused_by_name(tmp_path: Path, build: Callable[[Any], torch.nn.Module]) -> None:
+def test_experts_need_the_schemes_of_a_newer_release(tmp_path: Path, build: Callable[[Any], torch.nn.Module]) -> None:
+    """0.23.0 is refused by name; what 0.30.0rc2 does with experts is in test_experts.py."""
     folder = write_config(tmp_path / "moe", **MOE, quantization_config=BLOCK_FP8)
-    with pytest.raises(BlockFp8Error, match=r"(?s)mixture-of-experts.*model\.layers\.0\.mlp\.experts"):
+    if RELEASE != "0.23.0":
+        assert sum("routed_experts" in name for name, _ in build(engine_config(folder)).named_modules()) == 2
+        return
+    with pytest.raises(BlockFp8Error, match=r"(?s)newer vLLM-Ascend.*model\.layers\.0\.mlp\.experts.*0\.23\.0"):
         build(engine_config(folder))
 
 
@@ -323,7 +332,7 @@ def test_settings_reach_the_layers(
     folder = write_config(tmp_path / "m", quantization_config=BLOCK_FP8)
     methods = linear_methods(build(engine_config(folder, hf_overrides=settings)))
     assert {(method.activation, method.backend) for method in methods.values()} == {(activation, "triton")}
-    if importlib.metadata.version("vllm-ascend") == "0.30.0rc2":
+    if RELEASE == "0.30.0rc2":
         with pytest.raises(ValueError, match="Unexpected keyword argument"):
             engine_config(folder, additional_config=settings)
     else:
@@ -353,4 +362,4 @@ def test_layers_that_the_checkpoint_leaves_alone_get_their_method(
     folder = write_config(tmp_path / "m", quantization_config=BLOCK_FP8 | {"modules_to_not_convert": ignored})
     methods = linear_methods(build(engine_config(folder)))
     assert type(methods.pop("model.layers.0.mlp.down_proj")) is AscendUnquantizedLinearMethod
-    assert {type(method) for method in methods.values()} == {BlockFp8LinearMethod}
+    assert {type(method) for method in methods.values()} == {OURS}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from qwen3_fp8_ascend import reference
-from qwen3_fp8_ascend.backends import prefill
+from qwen3_fp8_ascend.backends import grouped, prefill
 from qwen3_fp8_ascend.backends.operators import torch_operator
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.backends.triton.device import (
@@ -28,6 +30,7 @@ from qwen3_fp8_ascend.backends.triton.launch import (
     group_values,
     keeps_subnormals,
     kernels,
+    launch_grouped_linear,
     launch_linear,
     launch_packed_dequantize,
     quantize_activation,
@@ -37,6 +40,7 @@ from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockS
 from qwen3_fp8_ascend.triton_kernels.configuration import (
     N_ALIGNMENT,
     check_index_range,
+    grouped_shape,
     linear_shape,
 )
 
@@ -45,7 +49,8 @@ CODE_KINDS = {Activation.W8A8: CODE_VALUES, Activation.W8A8_UE8M0: CODE_VALUES_U
 
 HAND_OVER_ROWS = 64
 """On an NPU, most rows of x for the fused kernel. From 64 rows on the prediction for it is slower than the stock BF16
-product (docs/triton.md), since partial products cross L2 with the rows, while the scratch costs one decode."""
+product (docs/triton.md), since partial products cross L2 with the rows, while the scratch costs one decode. Of
+experts, so many on average."""
 
 
 def unsupported(block: BlockSize) -> str | None:
@@ -73,18 +78,24 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[to
     return lanes, scales, prefill.powers_of_weight(scale)
 
 
-def _check_packed(lanes: torch.Tensor, w_scale: torch.Tensor, k: int) -> None:
-    """Refuse operands of the operator that `pack` did not make."""
+def pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
+    return grouped.pack_experts(pack, weights, scales, grid)
+
+
+def _check_packed(
+    lanes: torch.Tensor, w_scale: torch.Tensor, k: int, groups: tuple[int, ...] = (), where: str = "triton_block_linear"
+) -> None:
+    """Refuse operands of the operator that `pack`, or `pack_experts` for so many groups, did not make."""
     pairs = ceil_div(k, 2 * BLOCK)
     n = w_scale.shape[-1]
-    shapes = {"lanes": (pairs, n, BLOCK), "w_scale": (2 * pairs, n)}
+    shapes = {"lanes": (*groups, pairs, n, BLOCK), "w_scale": (*groups, 2 * pairs, n)}
     for (what, shape), tensor, dtype in zip(
         shapes.items(), (lanes, w_scale), (torch.int16, torch.float32), strict=True
     ):
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous() or n % N_ALIGNMENT:
             raise BlockFp8Error(
                 f"{what} is not a packed weight's",
-                where="triton_block_linear",
+                where=where,
                 expected=f"contiguous {dtype} {shape}, rows a multiple of {N_ALIGNMENT}",
                 got=f"{'' if tensor.is_contiguous() else 'strided '}{tensor.dtype} {tuple(tensor.shape)}",
                 fix="pass the tensors of ops.pack_weight(..., backend='triton') for this k",
@@ -104,14 +115,19 @@ def through_scratch(
     pairs, rows, _ = lanes.shape
     weight = prefill.scratch(rows, 2 * pairs * BLOCK, x)
     launch_packed_dequantize(lanes, w_scale * powers[0], weight)
-    if (kind := CODE_KINDS.get(Activation(activation))) is not None:
-        m, k_blocks = x.shape[0], ceil_div(x.shape[1], BLOCK)
-        row_tile = chip_of(x.device.type).value_rows
-        values, scale = group_values(x, kind, k_blocks, ceil_div(m, row_tile) * row_tile)
-        operand, grow = prefill.normalise_groups(values[:m].unflatten(1, (k_blocks, BLOCK)), scale.T[:m], x)
-    else:
-        operand, grow = prefill.normalise_rows(x)
+    operand, grow = _normalised_operand(x, activation)
     return prefill.multiply(operand, weight, n, grow * powers[1], bias, x.dtype)
+
+
+def _normalised_operand(x: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """x, quantized first if `activation` says so, as operand of the stock product: (m, k' >= k), (m, 1)."""
+    kind = CODE_KINDS.get(Activation(activation))
+    if kind is None:
+        return prefill.normalise_rows(x)
+    m, k_blocks = x.shape[0], ceil_div(x.shape[1], BLOCK)
+    row_tile = chip_of(x.device.type).value_rows
+    values, scale = group_values(x, kind, k_blocks, ceil_div(m, row_tile) * row_tile)
+    return prefill.normalise_groups(values[:m].unflatten(1, (k_blocks, BLOCK)), scale.T[:m], x)
 
 
 def _fake_linear(
@@ -151,9 +167,7 @@ def triton_block_linear(
     subnormals = keeps_subnormals(device.type, device.index)
     cores = cores_of(device.type, device.index)[0]
     cut = linear_shape(m, n_padded, k_blocks, cores, chip_of(device.type), subnormals)
-    # fp16 cannot hold fp32 activations: what it loses is multiplied separately.
-    kind, exact = CODE_KINDS.get(Activation(activation)), x.dtype == torch.float32
-    kinds = (kind,) if kind is not None else (SCALED, RESIDUAL) if exact else (SCALED,)
+    kinds = _operand_kinds(x, activation)
     # Sums that a bias is still added to are not rounded before: then the kernel writes fp32.
     stored = x.dtype if bias is None else torch.float32
     total: torch.Tensor | None = None
@@ -169,8 +183,98 @@ def triton_block_linear(
     return total.to(x.dtype).clone(memory_format=torch.contiguous_format)
 
 
+def _operand_kinds(x: torch.Tensor, activation: str) -> tuple[int, ...]:
+    """The fp16 operands whose products add up to that of x; fp16 cannot hold all that unquantized fp32 does."""
+    if (kind := CODE_KINDS.get(Activation(activation))) is not None:
+        return (kind,)
+    return (SCALED, RESIDUAL) if x.dtype == torch.float32 else (SCALED,)
+
+
+def grouped_through_scratch(
+    x: torch.Tensor,
+    lanes: torch.Tensor,
+    w_scale: torch.Tensor,
+    powers: torch.Tensor,
+    ends: torch.Tensor,
+    n: int,
+    activation: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """All experts' weights, each normalised by its own power of two, in one scratch, and the stock grouped product."""
+    experts, pairs, rows, _ = lanes.shape
+    weights = prefill.scratch(experts * rows, 2 * pairs * BLOCK, x).view(experts, rows, 2 * pairs * BLOCK)
+    launch_packed_dequantize(lanes, w_scale * powers[:, :1, None], weights)
+    operand, grow = _normalised_operand(x, activation)
+    operand = torch.nn.functional.pad(operand, (0, weights.shape[2] - operand.shape[1]))
+    owner = torch.searchsorted(ends, torch.arange(x.shape[0], device=x.device), right=True).clamp_(max=experts - 1)
+    grow = grow * powers[:, 1:].index_select(0, owner)
+    return prefill.multiply_groups(operand, weights, ends, grow, dtype)[:, :n].contiguous()
+
+
+def _fake_grouped_linear(
+    x: torch.Tensor,
+    lanes: torch.Tensor,
+    w_scale: torch.Tensor,
+    powers: torch.Tensor,
+    ends: torch.Tensor,
+    n: int,
+    activation: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], n, dtype=dtype)
+
+
+@torch_operator(_fake_grouped_linear)
+def triton_block_grouped_linear(
+    x: torch.Tensor,
+    lanes: torch.Tensor,
+    w_scale: torch.Tensor,
+    powers: torch.Tensor,
+    ends: torch.Tensor,
+    n: int,
+    activation: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """x @ W.T of packed experts, each for its own rows, which are sorted by expert.
+
+    Shapes: x (m, k), lanes, w_scale and powers as `pack_experts` returns them, ends (E,) int64 -> (m, n) `dtype`: x's,
+        or fp32.
+    Semantics: only the device knows how many rows an expert has, and nothing here asks. On an NPU, with more than
+        `HAND_OVER_ROWS` on average, the whole layer is decoded into a scratch, where it fits (`prefill`).
+    """
+    check_operand("the activation", x, ACTIVATIONS, lanes.device)
+    grouped.check_ends(ends, x.shape[0])
+    experts = ends.shape[0]
+    _check_packed(lanes, w_scale, x.shape[1], (experts,), "triton_block_grouped_linear")
+    m = x.shape[0]
+    _, k_blocks, n_padded = w_scale.shape
+    device = lanes.device
+    many = m > HAND_OVER_ROWS * experts
+    if device.type == "npu" and many and prefill.fits(experts * n_padded, k_blocks * BLOCK):
+        return grouped_through_scratch(x, lanes, w_scale, powers, ends, n, activation, dtype)
+    subnormals = keeps_subnormals(device.type, device.index)
+    cut = grouped_shape(m, experts, chip_of(device.type), subnormals)
+    kinds = _operand_kinds(x, activation)
+    stored = dtype if len(kinds) == 1 else torch.float32
+    total: torch.Tensor | None = None
+    for kind in kinds:
+        values, a_scale = group_values(x, kind, k_blocks, cut.m_padded)
+        part = launch_grouped_linear(values, a_scale, lanes, w_scale, ends, m, cut, stored, subnormals)
+        total = part if total is None else total + part
+    assert total is not None
+    return total[:, :n].to(dtype).contiguous()
+
+
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
     return triton_block_linear(x, *packed.tensors, packed.n, activation.value, bias)
+
+
+def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+    return triton_block_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, activation.value, x.dtype)
+
+
+def unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+    return triton_block_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, activation.value, torch.float32)
 
 
 def plan() -> tuple[tuple[str, str], ...]:
@@ -192,6 +296,9 @@ BACKEND = Backend(
     linear=linear,
     quantize_activation=quantize_activation,
     dequantize_weight=dequantize_weight,
+    pack_experts=pack_experts,
+    grouped_linear=grouped_linear,
+    unrounded=unrounded,
     unsupported=unsupported,
     plan=plan,
 )

@@ -50,7 +50,13 @@ ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 def kernels() -> Any:
     """The kernel modules, imported when something is launched, since they need Triton."""
 
-    from qwen3_fp8_ascend.triton_kernels import block_dequantize, block_linear, group_quantize, lanes
+    from qwen3_fp8_ascend.triton_kernels import (
+        block_dequantize,
+        block_grouped_linear,
+        block_linear,
+        group_quantize,
+        lanes,
+    )
 
     return SimpleNamespace(
         quantize=group_quantize.group_quantize_kernel,
@@ -58,6 +64,7 @@ def kernels() -> Any:
         dequantize=block_dequantize.block_dequantize_kernel,
         packed_dequantize=block_dequantize.packed_dequantize_kernel,
         linear=block_linear.block_linear_kernel,
+        grouped_linear=block_grouped_linear.block_grouped_linear_kernel,
         pack_lanes=lanes.pack_lanes,
         dot_type=block_linear.tl.float32 if INTERPRETED else block_linear.tl.float16,
     )
@@ -138,20 +145,23 @@ def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid
 
 
 def launch_packed_dequantize(lanes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-    """Write a packed weight's values into a scratch.
+    """Write the values of a packed weight, or of a layer of experts', into a scratch.
 
-    Shapes: lanes and scale as `pack` returns them, out (n_padded, k_padded), bf16, fp16 or fp32, contiguous.
+    Shapes: lanes and scale as `pack` or `pack_experts` returns them, out ([E,] n_padded, k_padded), bf16, fp16 or fp32,
+        contiguous.
     Semantics: code * scale, rounded once to out's dtype.
     """
-    pairs, n, _ = lanes.shape
+    pairs, n, _ = lanes.shape[-3:]
+    groups = lanes.shape[0] if lanes.dim() == 4 else 1
     chip, device = chip_of(lanes.device.type), lanes.device
-    cores = min(cores_of(device.type, device.index)[1], n // chip.packed_rows * pairs)
+    cores = min(cores_of(device.type, device.index)[1], n // chip.packed_rows * pairs * groups)
     kernels().packed_dequantize[(cores,)](
         lanes,
         scale,
         out,
         n,
         2 * pairs,
+        groups,
         ROWS=chip.packed_rows,
         KEEPS_SUBNORMALS=keeps_subnormals(device.type, device.index),
         CORES=cores,
@@ -208,6 +218,52 @@ def launch_linear(
         BLOCK_M=cut.block_m,
         BLOCK_N=cut.block_n,
         SPLIT_K=cut.split_k,
+        KEEPS_SUBNORMALS=subnormals,
+        DOT=kernels().dot_type,
+        CORES=cores,
+        **linear_options(chip_of(device.type), device.type),
+    )
+    return out
+
+
+def launch_grouped_linear(
+    values: torch.Tensor,
+    a_scale: torch.Tensor,
+    lanes: torch.Tensor,
+    w_scale: torch.Tensor,
+    ends: torch.Tensor,
+    m: int,
+    cut: LinearShape,
+    dtype: torch.dtype,
+    subnormals: bool,
+) -> torch.Tensor:
+    """x @ W.T of each expert for its own rows.
+
+    Shapes: values, a_scale, lanes, w_scale and ends as the kernel's -> (m, n_padded) `dtype`. Rows behind the last end
+        are not written.
+    """
+    groups, k_blocks, n = w_scale.shape
+    stored = torch.float32 if INTERPRETED else dtype  # as `launch_linear`
+    check_index_range("the output", cut.m_padded * n)
+    out = torch.empty(m, n, dtype=stored, device=values.device)
+    device = values.device
+    # Passes that do not fill a tile are one a group at most.
+    tiles = (m // cut.block_m + min(groups, m)) * (n // cut.block_n)
+    cores = min(cores_of(device.type, device.index)[0], tiles)
+    kernels().grouped_linear[(cores,)](
+        values,
+        a_scale,
+        lanes,
+        w_scale,
+        ends,
+        out,
+        m,
+        cut.m_padded,
+        n,
+        k_blocks,
+        groups,
+        BLOCK_M=cut.block_m,
+        BLOCK_N=cut.block_n,
         KEEPS_SUBNORMALS=subnormals,
         DOT=kernels().dot_type,
         CORES=cores,

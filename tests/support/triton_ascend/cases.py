@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from qwen3_fp8_ascend.triton_kernels.block_dequantize import block_dequantize_kernel, packed_dequantize_kernel
+from qwen3_fp8_ascend.triton_kernels.block_grouped_linear import block_grouped_linear_kernel
 from qwen3_fp8_ascend.triton_kernels.block_linear import block_linear_folded_kernel, block_linear_kernel
 from qwen3_fp8_ascend.triton_kernels.configuration import (
     ASCEND_A2_A3,
@@ -83,7 +84,8 @@ def packed_dequantize_case(
     return KernelCase(
         f"packed_dequantize[{out},{_form(keeps_subnormals)}]",
         packed_dequantize_kernel,
-        {"lanes_ptr": "*i16", "scale_ptr": "*fp32", "out_ptr": f"*{out}", "n": "i32", "k_blocks": "i32"}
+        {"lanes_ptr": "*i16", "scale_ptr": "*fp32", "out_ptr": f"*{out}"}
+        | dict.fromkeys(("n", "k_blocks", "groups"), "i32")
         | dict.fromkeys(("ROWS", "KEEPS_SUBNORMALS", "CORES"), _CONSTANT),
         {"ROWS": configuration.packed_rows, "KEEPS_SUBNORMALS": keeps_subnormals, "CORES": cores},
     )
@@ -99,6 +101,24 @@ def linear_case(
         block_linear_kernel,
         _linear_signature(out) | dict.fromkeys(("BLOCK_M", "BLOCK_N", "SPLIT_K", *_LINEAR_CONSTANTS), _CONSTANT),
         {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLIT_K": split_k}
+        | {"KEEPS_SUBNORMALS": keeps_subnormals, "DOT": tl.float16, "CORES": cores},
+    )
+
+
+def grouped_linear_case(
+    block_m: int, keeps_subnormals: bool, cores: int, out: str = "fp32", block_n: int = 0
+) -> KernelCase:
+    """`block_grouped_linear_kernel`."""
+    block_n = block_n or column_tile(block_m, ASCEND_A2_A3, keeps_subnormals)
+    pointers = {"a_ptr": "*fp16", "a_scale_ptr": "*fp32", "lanes_ptr": "*i16", "w_scale_ptr": "*fp32"}
+    return KernelCase(
+        f"block_grouped_linear[m{block_m},n{block_n},{_form(keeps_subnormals)}]",
+        block_grouped_linear_kernel,
+        pointers
+        | {"ends_ptr": "*i64", "out_ptr": f"*{out}"}
+        | dict.fromkeys(("m", "m_padded", "n", "k_blocks", "groups"), "i32")
+        | dict.fromkeys(("BLOCK_M", "BLOCK_N", *_LINEAR_CONSTANTS), _CONSTANT),
+        {"BLOCK_M": block_m, "BLOCK_N": block_n}
         | {"KEEPS_SUBNORMALS": keeps_subnormals, "DOT": tl.float16, "CORES": cores},
     )
 
@@ -143,6 +163,7 @@ def all_cases(architecture_name: str) -> list[KernelCase]:
         for block_m in sorted({*ROW_TILES, configuration.large_rows}):
             block_n = column_tile(block_m, configuration, keeps)
             cases += [linear_case(block_m, keeps, cube, "bf16", block_n=block_n)]
+            cases += [grouped_linear_case(block_m, keeps, cube, "bf16", block_n=block_n)]
             if block_m <= 64:
                 cases += [folded_case(block_m, keeps, cube, "bf16")]
     return cases
