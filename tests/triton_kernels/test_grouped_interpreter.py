@@ -199,7 +199,7 @@ def test_weights_beyond_32_bits_are_found():
     ends = torch.full((experts,), 3)
     ends[-1] = 7
     x = torch.randn(7, k)
-    got = backend.triton_block_grouped_linear(x, lanes, w_scale, powers, ends, n, True, torch.float32)
+    got = backend.triton_block_grouped_linear(x, lanes, w_scale, powers, ends, n, "w8a8", torch.float32)
     for expert, rows in ((0, slice(0, 3)), (1, slice(3, 7))):
         assert_exact(got[rows], Problem(x[rows], weights[expert], scales[expert], grid=grid))
 
@@ -222,7 +222,7 @@ def test_prefill_through_one_scratch(dtype, activation, monkeypatch):
 
     monkeypatch.setattr(prefill, "stock_grouped_product", product)
     tensors = ops.pack_experts(weights, scales, grid, "triton").grouped_tensors
-    got = backend.grouped_through_scratch(x, *tensors, ends, grid.n, activation is Activation.W8A8, dtype)
+    got = backend.grouped_through_scratch(x, *tensors, ends, grid.n, activation.value, dtype)
     for expert, (start, end) in enumerate(itertools.pairwise([0, *ends.tolist()])):
         assert_prefill(got[start:end], Problem(x[start:end], weights[expert], scales[expert], grid=grid), activation)
 
@@ -232,7 +232,7 @@ def test_the_operator_is_traceable():
     tensors = ops.pack_experts(weights, scales, grid, "triton").grouped_tensors
     torch.library.opcheck(
         backend.triton_block_grouped_linear,
-        (torch.randn(3, 256), *tensors, ends_of((1, 2)), 128, True, torch.float32),
+        (torch.randn(3, 256), *tensors, ends_of((1, 2)), 128, "w8a8", torch.float32),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -255,7 +255,7 @@ def test_bad_operands_are_refused_before_any_launch(monkeypatch):
     x, ends = torch.randn(3, 256), ends_of((1, 2))
     for bad in ((x, lanes[:1], w_scale), (x, lanes, w_scale[0]), (x[:, :100].contiguous(), lanes[:, :0], w_scale)):
         with pytest.raises(BlockFp8Error, match="is not a packed weight's"):
-            backend.triton_block_grouped_linear(*bad, powers, ends, 128, True, torch.float32)
+            backend.triton_block_grouped_linear(*bad, powers, ends, 128, "w8a8", torch.float32)
     for list_ in ((2, 1), (1, 4), (-1, 3)):
         with pytest.raises(BlockFp8Error, match="ends of the experts' rows"):
             ops.grouped_linear(x, packed, torch.tensor(list_))
