@@ -5,6 +5,7 @@ Weights only (W8A16) and in fp32, since quantized activations amplify any differ
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,14 @@ import pytest
 import torch
 
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
-from tests.support.logprobs import distance
+from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
+from qwen3_fp8_ascend.testing.models import write_qwen3
+from tests.support.logprobs import distance, prompt_logprobs
 from tests.support.offline import Run, answers
 from tests.support.public_forms import FORMS, Form, write_forms
+
+from .conftest import ASCEND, EAGER, Start
+from .test_renewal import DEVELOPER, FP32, W8A16, reload
 
 pytestmark = pytest.mark.server
 
@@ -70,3 +76,22 @@ def _options(form: Form) -> dict[str, Any]:
 
 def test_the_forms_are_in_the_table() -> None:
     assert set(SERVED) <= {form.said for form in FORMS}
+
+
+def test_a_server_obeys_the_plan_and_renews_weights(start: Start, tmp_path: Path) -> None:
+    """The plan travels to vLLM's processes: by its list alone, this compressed-tensors checkpoint would not load."""
+    folders = [tmp_path / f"seed{seed}" for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        master = write_qwen3(folder.with_name(folder.name + "-bf16"), seed)
+        quantize_checkpoint(master, folder, container="compressed-tensors", progress=False)
+        dequantize_checkpoint(folder, folder.with_name(folder.name + "-twin"), dtype=torch.float32, progress=False)
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["ignore"] = ["lm_head", "re:.*mlp.*"]
+        (folder / "config.json").write_text(json.dumps(config))
+    one, other = answers([Run(f"{folder}-twin") for folder in folders], tmp_path)
+    server = start(folders[0], *ASCEND, EAGER, *FP32, *W8A16, **DEVELOPER)
+    assert distance(prompt_logprobs(server), one.logprobs) < NEAR
+    assert reload(server, folders[1]).status_code == 200
+    assert distance(prompt_logprobs(server), other.logprobs) < NEAR
+    assert distance(one.logprobs, other.logprobs) > 0.1
+    assert "config.json excludes a module from quantization whose weight is FP8" in server.log.read_text()
