@@ -57,8 +57,11 @@ def block_grouped_linear_kernel(
         tiles = tl.cdiv(end - first, BLOCK_M) * n_tiles
         group_lanes = lanes_ptr + tl.cast(group, tl.int64) * ((k_blocks // 2) * n * BLOCK)
         group_scale = w_scale_ptr + tl.cast(group, tl.int64) * (k_blocks * n)
-        # Tiles go round the cores without a seam between groups: the first of this group that is this core's.
-        for tile in range((core + CORES - passed % CORES) % CORES, tiles, CORES):
+        # Tiles go round the cores without a seam between groups. A step counts the tiles of all groups: upstream Triton
+        # 3.6 takes a variable of the outer loop that only bounds the inner one for dead, and every group would begin
+        # at the first core (its pass `tritongpu-remove-layout-conversions`; right in 3.9 and in triton-ascend 3.2).
+        for step in range(passed + (core + CORES - passed % CORES) % CORES, passed + tiles, CORES):
+            tile = step - passed
             m_row = first + (tile // n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
             n_row = (tile % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
             acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -242,6 +242,23 @@ def test_grouped_linear(counts, block_m, subnormals, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_tiles_go_round_the_cores(form):
+    """Of all groups without a seam: launched on some of the cores alone, every so many of them are missing."""
+    counts, n, k_blocks, m, m_padded = (5, 0, 20, 3), 512, 2, 28, 48
+    operands, ends = grouped_operands(len(counts), m_padded, n, k_blocks), torch.tensor(counts).cumsum(0)
+    kernel = executable(cases.grouped_linear_case(16, False, CORES), form)
+    for launched in range(1, CORES + 1):
+        out = torch.full((m, n), 7.0)
+        kernel((launched,), *operands, ends, out, m, m_padded, n, k_blocks, len(counts))
+        tiles = [out[rows, column : column + 128] for rows in PASSES for column in range(0, n, 128)]
+        assert [bool((tile != 7.0).all()) for tile in tiles] == [i % CORES < launched for i in range(len(tiles))]
+
+
+PASSES = (slice(0, 5), slice(5, 21), slice(21, 25), slice(25, 28))
+"""Rows that are multiplied together where groups have 5, 0, 20 and 3, at most 16 at a time."""
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ends", [(9, 2, 30, 4), (-5, 3, 3, 90), (2**31 + 1, 2**40, 7, -(2**35))])
 def test_a_list_that_is_none_leaves_no_operand(ends, form):
     """Decreasing, negative, beyond the last row, beyond 32 bits: what is read and written is still the operands'."""
@@ -282,7 +299,7 @@ DEFECTS = {
     "an end one row late": ("first), m)", "first) + 1, m)"),
     "the last rows that fill no tile are lost": ("tl.cdiv(end - first, BLOCK_M)", "((end - first) // BLOCK_M)"),
     "rows beyond the expert's end are written": (", mask=m_row[:, None] < end", ""),
-    "a tile that two cores skip": ("(core + CORES - passed % CORES) % CORES", "core + passed % CORES"),
+    "a tile that no core takes": ("(core + CORES - passed % CORES) % CORES", "core + passed % CORES"),
 }
 
 

@@ -64,6 +64,8 @@ def test_grouped_linear(block_m, capability):
     ptx = built.asm["ptx"]
     assert built.asm["cubin"] and ("wgmma" in ptx or "mma.sync" in ptx)
     assert built.metadata.shared <= SHARED_KIB[capability] << 10, built.metadata.shared
+    outer = next(line for line in built.asm["ttgir"].splitlines() if "scf.for" in line)
+    assert "-> (i32, i32)" in outer, "which tile is whose is no longer carried from group to group"
 
 
 @pytest.mark.parametrize("ue8m0", [False, True])
