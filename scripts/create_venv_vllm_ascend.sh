@@ -12,6 +12,9 @@ cd "$(dirname "$0")/.."
 "$base/bin/python" -m venv "$venv"
 site=$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')
 "$base/bin/python" -c 'import site; print(site.getsitepackages()[0])' >"$site/base.pth"
+# Files like this one are not read in folders that they add.
+echo 'import importlib.util as u; u.find_spec("torchvision_operators") and __import__("torchvision_operators")' \
+  >>"$site/base.pth"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 pip install -qq --no-deps "torch-npu==$torch_npu"
 pip install -qq "scipy>=1.11" "decorator>=5"
