@@ -60,11 +60,12 @@ class ShardScaleParameter(BlockQuantScaleParameter):
         super().__init__(**kwargs)
 
     def _load_shard(self, loaded: torch.Tensor, shard: int, rank: int) -> None:
-        extents = self.partition.scale_rows
-        if rank * self.partition.widths[shard] != self.partition.rows[shard]:
-            raise ValueError(f"rows for rank {rank} are loaded, others were planned")
-        loaded = loaded.narrow(0, extents[shard].first, extents[shard].count)
-        self._copy(self.data.narrow(0, sum(e.count for e in extents[:shard]), extents[shard].count), loaded)
+        block, counts = self.partition.block.n, [extent.count for extent in self.partition.scale_rows]
+        row = rank * self.partition.widths[shard]
+        if (row - self.partition.rows[shard]) % block:  # some layers give all ranks the same part of a shard
+            raise ValueError(f"rows for rank {rank} are loaded, which start elsewhere in a block than was planned")
+        loaded = loaded.narrow(0, row // block, counts[shard])
+        self._copy(self.data.narrow(0, sum(counts[:shard]), counts[shard]), loaded)
 
     @staticmethod
     def _copy(target: torch.Tensor, loaded: torch.Tensor) -> None:

@@ -445,15 +445,30 @@ def test_columns_of_ranks_that_vllm_does_not_exchange_between_are_refused(ranks:
     assert "divide this layer by 1 or 3 or 9," in str(refused.value)
 
 
+def test_whole_blocks_that_all_ranks_hold(ranks: Callable[[int, int], None]) -> None:
+    """As some models' layers load what they do not divide: with the first rank's number, on every rank."""
+    problem = random_problem(4, (512,), 200)
+    ranks(1, 2)
+    layer = ColumnParallelLinear(
+        200, 512, bias=False, params_dtype=torch.bfloat16, quant_config=config(), prefix="model.layers.0.one_proj"
+    )
+    layer.weight.tp_rank = layer.weight_scale_inv.tp_rank = 0
+    load(layer, [(None, problem.weight, problem.scale)])
+    out = finish(layer).quant_method.apply(layer, problem.x)
+    assert (out == problem.oracle().to(out.dtype)[:, :256]).double().mean() > 0.995
+
+
 def test_rows_that_vllm_gives_otherwise_are_refused(ranks: Callable[[int, int], None]) -> None:
-    """As layers with parts that all ranks hold may do."""
+    """Of a shard that starts within a block."""
     problem = random_problem(4, (600,), 200)
     ranks(1, 2)
     layer = ColumnParallelLinear(
         200, 600, bias=False, params_dtype=torch.bfloat16, quant_config=config(), prefix="model.layers.0.one_proj"
     )
     layer.weight_scale_inv.tp_rank = 0
-    with pytest.raises(BlockFp8Error, match=r"(?s)one_proj\.weight_scale_inv.*rows for rank 0 are loaded, others"):
+    with pytest.raises(
+        BlockFp8Error, match=r"(?s)one_proj\.weight_scale_inv.*rows for rank 0 are loaded, which start elsewhere"
+    ):
         load(layer, [(None, problem.weight, problem.scale)])
 
 
