@@ -17,9 +17,9 @@ Above one row tile (m > 64) weights are decoded once for each tile; decoding the
 stock matmul, at three bytes of HBM a weight, is predicted as well, with what normalising its operands and taking its
 result back to size read and write of activations and results. "best" is the better of the two.
 
-Experts: both grouped linears of a layer, whose tiles are decoded as a linear's are. Tokens go anywhere, so a batch meets
-the number of experts that is expected, each with a tile of rows; BF16 reads just those experts. The list of rows is
-walked by every core, at an assumed 20 cycles an expert.
+Experts: both grouped linears of a layer, whose tiles are decoded as a linear's are. Tokens go anywhere, so a batch
+meets the number of experts that is expected, each with a tile of rows; BF16 reads just those experts. The list of rows
+is walked by every core, at an assumed 20 cycles an expert.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def predict_experts(chip: Chip, m: int, subnormals: bool, fixed_s: float) -> tup
 def experts_table(fixed_us: float) -> str:
     """A layer of experts by chip, form of decoding and tokens."""
     lines = [
-        "| chip | decode form | tokens | experts met | BF16 us | FP8 us, overlapped | limit | **overlapped** | calibrated "
-        "| serial L2 | |",
+        "| chip | decode form | tokens | experts met | BF16 us | FP8 us, overlapped | limit | **overlapped** | "
+        "calibrated | serial L2 | |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     shape = EXPERTS["qwen3-30b-a3b"]

@@ -284,7 +284,7 @@ def plan() -> tuple[tuple[str, str], ...]:
 
 BACKEND = Backend(
     name="triton",
-    summary="Triton kernels for Ascend A2/A3/A5 and NVIDIA, dense and of experts; never run on an NPU so far",
+    summary="Triton kernels for Ascend A2/A3/A5 and NVIDIA; never run on an NPU so far",
     computes=frozenset(Activation),
     device_types=frozenset({"npu", "cuda", "cpu"} if INTERPRETED else {"npu", "cuda"}),
     unusable=unusable,
