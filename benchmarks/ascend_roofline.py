@@ -1,4 +1,4 @@
-"""Predicts the time of Qwen3-8B's linears on Ascend from counted operations and bytes. Every number is predicted.
+"""Predicts the time of Qwen3-8B's linears, and of Qwen3-30B-A3B's experts, on Ascend. Every number is predicted.
 
     python -m benchmarks.ascend_roofline
 
@@ -16,6 +16,10 @@ are captured in a graph, and the extra kernel that prepares activations costs a 
 Above one row tile (m > 64) weights are decoded once for each tile; decoding them once into an fp16 scratch for the
 stock matmul, at three bytes of HBM a weight, is predicted as well, with what normalising its operands and taking its
 result back to size read and write of activations and results. "best" is the better of the two.
+
+Experts: both grouped linears of a layer, whose tiles are decoded as a linear's are. Tokens go anywhere, so a batch
+meets the number of experts that is expected, each with a tile of rows; BF16 reads just those experts. The list of rows
+is walked by every core, at an assumed 20 cycles an expert.
 """
 
 from __future__ import annotations
@@ -27,14 +31,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.documents import insert_table
-from benchmarks.shapes import QWEN3_8B
-from qwen3_fp8_ascend.triton_kernels.configuration import architecture, linear_shape
+from benchmarks.shapes import EXPERTS, QWEN3_8B
+from qwen3_fp8_ascend.triton_kernels.configuration import architecture, grouped_shape, linear_shape
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = ROOT / "benchmarks" / "results" / "triton_hivm.csv"
 DOCUMENT = ROOT / "docs" / "triton.md"
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+EXPERT_ROWS = (1, 16, 64)
+WALK_CYCLES = 20  # assumed: loading, clamping and counting an expert's end on the scalar unit
 GIB = 2**30
 L2_WRITE_BYTES_PER_CYCLE = 86  # platform_config tables of CANN 8.1, per AI core
 CUBE_LOAD = 135 * GIB  # GM to L1 per cube core, PTO-ISA's model calibrated on 910B3
@@ -90,8 +96,8 @@ class Prediction:
         return min(self.overlapped, self.scratch)
 
 
-def read_counts(path: Path = COUNTS) -> dict[tuple[str, int, bool], dict[str, float]]:
-    """Counts of the newest compiler by (chip, BLOCK_M, whether the decode uses subnormals).
+def read_counts(kernel: str = "block_linear", path: Path = COUNTS) -> dict[tuple[str, int, bool], dict[str, float]]:
+    """A kernel's counts of the newest compiler by (chip, BLOCK_M, whether the decode uses subnormals).
 
     Raises:
         SystemExit: the table is not there.
@@ -101,11 +107,78 @@ def read_counts(path: Path = COUNTS) -> dict[tuple[str, int, bool], dict[str, fl
     out: dict[tuple[str, int, bool], dict[str, float]] = {}
     with path.open() as file:
         for row in csv.DictReader(file):
-            match = re.fullmatch(r"block_linear\[m(\d+),n\d+,(subnormals|no-subnormals)\]", row["kernel"])
+            match = re.fullmatch(kernel + r"\[m(\d+),n\d+,(subnormals|no-subnormals)\]", row["kernel"])
             if match and row["vector_cycles_per_256"]:
                 numbers = {key: float(row[key]) for key in row if key.endswith(("_256", "_bytes")) and row[key]}
                 out[row["architecture"], int(match[1]), match[2] == "subnormals"] = numbers
     return out
+
+
+def stages_of(
+    chip: Chip, count: dict[str, float], weights: float, repeated: float, cube_s: float, waves: float
+) -> dict[str, float]:
+    """Seconds that each stage takes for weights that are read once and decoded `repeated / weights` times."""
+    return {
+        "HBM": weights * (1 + 4 / 128) / chip.hbm,
+        "vector load": repeated * count["vector_loads_bytes"] / (chip.vector_cores_used * VECTOR_LOAD) * waves,
+        "decode": repeated / 256 * count["vector_cycles_per_256"] / (chip.vector_cores_used * chip.hertz) * waves,
+        "L2 write": repeated
+        * (count["vector_stores_bytes"] + count["cube_stores_bytes"])
+        / (chip.cube_cores * L2_WRITE_BYTES_PER_CYCLE * chip.hertz)
+        * waves,
+        "cube load": repeated * count["cube_loads_bytes"] / (chip.cube_cores * CUBE_LOAD) * waves,
+        "cube": cube_s * waves,
+    }
+
+
+def in_turn(stages: dict[str, float]) -> float:
+    """The slowest stage where the two passages through L2 take turns."""
+    return max(stages["HBM"], stages["decode"], stages["L2 write"] + stages["cube load"], stages["cube"])
+
+
+def predict_experts(chip: Chip, m: int, subnormals: bool, fixed_s: float) -> tuple[float, float, float, float, str]:
+    """Both grouped linears of a layer of Qwen3-30B-A3B: overlapped, calibrated, serial, BF16, in seconds; the limit."""
+    counts = read_counts("block_grouped_linear")
+    shape = EXPERTS["qwen3-30b-a3b"]
+    met = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** m)
+    cut = grouped_shape(m * shape.top_k, shape.experts, architecture(chip.counts), subnormals)
+    count = counts[chip.counts, cut.block_m, subnormals]
+    walk = WALK_CYCLES * shape.experts / chip.hertz
+    overlapped = calibrated = serial = bf16 = 0.0
+    limit = ""
+    for n, k in ((2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)):
+        tiles = met * (n // cut.block_n)
+        waves = -(-tiles // chip.cube_cores) * chip.cube_cores / tiles
+        weights = met * n * k
+        stages = stages_of(chip, count, weights, weights, 2 * cut.block_m * weights / chip.flops, waves)
+        limit = max(stages, key=lambda name: stages[name])
+        overlapped += stages[limit] + walk + fixed_s
+        calibrated += stages[limit] / CALIBRATION + walk + fixed_s
+        serial += in_turn(stages) + walk + fixed_s
+        bf16 += 2 * weights / chip.hbm
+    return overlapped, calibrated, serial, bf16, limit
+
+
+def experts_table(fixed_us: float) -> str:
+    """A layer of experts by chip, form of decoding and tokens."""
+    lines = [
+        "| chip | decode form | tokens | experts met | BF16 us | FP8 us, overlapped | limit | **overlapped** | "
+        "calibrated | serial L2 | |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    shape = EXPERTS["qwen3-30b-a3b"]
+    for chip in CHIPS:
+        for subnormals in (True, False):
+            for m in EXPERT_ROWS:
+                *seconds, bf16, limit = predict_experts(chip, m, subnormals, fixed_us * 1e-6)
+                met = shape.experts * (1 - (1 - shape.top_k / shape.experts) ** m)
+                ratios = [bf16 / s for s in seconds]
+                lines.append(
+                    f"| {chip.name} | {'subnormals' if subnormals else 'no subnormals'} | {m} | {met:.0f} | "
+                    f"{bf16 * 1e6:.0f} | {seconds[0] * 1e6:.0f} | {limit} | **{ratios[0]:.2f}** | {ratios[1]:.2f} | "
+                    f"{ratios[2]:.2f} | predicted |"
+                )
+    return "\n".join(lines)
 
 
 def predict(
@@ -124,26 +197,14 @@ def predict(
     tiles = cut.m_padded // cut.block_m * (n // cut.block_n) * cut.split_k
     waves = -(-tiles // chip.cube_cores) * chip.cube_cores / tiles  # idle cores in the last round
     repeated = cut.m_padded // cut.block_m * weights
-    compute = 2 * cut.m_padded * weights / chip.flops
-    stages = {
-        "HBM": weights * (1 + 4 / 128) / chip.hbm,
-        "vector load": repeated * count["vector_loads_bytes"] / (chip.vector_cores_used * VECTOR_LOAD) * waves,
-        "decode": repeated / 256 * count["vector_cycles_per_256"] / (chip.vector_cores_used * chip.hertz) * waves,
-        "L2 write": repeated
-        * (count["vector_stores_bytes"] + count["cube_stores_bytes"])
-        / (chip.cube_cores * L2_WRITE_BYTES_PER_CYCLE * chip.hertz)
-        * waves,
-        "cube load": repeated * count["cube_loads_bytes"] / (chip.cube_cores * CUBE_LOAD) * waves,
-        "cube": compute * waves,
-    }
+    stages = stages_of(chip, count, weights, repeated, 2 * cut.m_padded * weights / chip.flops, waves)
     limit = max(stages, key=lambda name: stages[name])
     # BF16 reads its weights once; the cube is fed at CUBE_LOAD too.
     bf16 = max(2 * weights / chip.hbm, 2 * weights / (chip.cube_cores * CUBE_LOAD), 2 * m * weights / chip.flops)
-    serial = max(stages["HBM"], stages["decode"], stages["L2 write"] + stages["cube load"], stages["cube"])
     return Prediction(
         stages[limit] + fixed_s,
         stages[limit] / CALIBRATION + fixed_s,
-        serial + fixed_s,
+        in_turn(stages) + fixed_s,
         bf16 + (weights * 3 + m * (k * ACTIVATION_BYTES + n * RESULT_BYTES)) / chip.hbm + fixed_s,
         bf16,
         limit,
@@ -188,9 +249,11 @@ def main() -> None:
     parser.add_argument("--update-document", action="store_true", help="write the table into docs/triton.md")
     arguments = parser.parse_args()
     text = table(arguments.fixed_us)
-    print(text)
+    of_experts = experts_table(arguments.fixed_us)
+    print(text, of_experts, sep="\n\n")
     if arguments.update_document:
         insert_table(DOCUMENT, "roofline", text)
+        insert_table(DOCUMENT, "roofline experts", of_experts)
 
 
 if __name__ == "__main__":
