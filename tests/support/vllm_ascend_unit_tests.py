@@ -1,7 +1,7 @@
 """A pytest plugin under which vLLM-Ascend's own unit tests run here, with or without this package registered.
 
-Their conftest replaces what needs an NPU by mocks. With REGISTER_BLOCK_FP8=1 this package is registered before tests are
-collected.
+Their conftest replaces what needs an NPU by mocks. With REGISTER_BLOCK_FP8=1 this package is registered before tests
+are collected.
 """
 
 import os
