@@ -47,8 +47,16 @@ def _without_folders(word: str) -> str:
     return name + equals + (Path(value).name if value.startswith("/") else value)
 
 
+COMMIT_VARIABLE = "QWEN3_FP8_ASCEND_COMMIT"
+
+
 def commit() -> str:
-    """The commit of the sources this runs from, "-dirty" if they were changed; else the package's version."""
+    """The commit of the sources this runs from, "-dirty" if they were changed; else the package's version.
+
+    Sources that were copied to a machine without their history are told it by `COMMIT_VARIABLE`.
+    """
+    if told := os.environ.get(COMMIT_VARIABLE):
+        return told
     root = Path(__file__).parent.parent
     described = _git(root, "describe", "--always") if (root / ".git").exists() else ""
     if not described:
