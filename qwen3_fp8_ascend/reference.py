@@ -41,7 +41,8 @@ def quantize_activation(
     block_k = min(block_k, max(1, k))  # a group wider than x is x, without padding it
     padded = torch.nn.functional.pad(x.float(), (0, groups * block_k - k))
     grouped = padded.unflatten(-1, (groups, block_k))
-    scale = grouped.abs().amax(-1).clamp_min(AMAX_FLOOR) / E4M3_MAX
+    amax = grouped.abs().amax(-1).clamp_min(AMAX_FLOOR)
+    scale = amax / torch.full_like(amax, E4M3_MAX)  # on CUDA torch multiplies by the reciprocal of a plain number
     if activation is Activation.W8A8_UE8M0:
         scale = round_up_to_power_of_two(scale)
     scaled = (grouped / scale.unsqueeze(-1)).clamp(-E4M3_MAX, E4M3_MAX)

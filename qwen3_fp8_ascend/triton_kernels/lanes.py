@@ -61,7 +61,8 @@ def pack_lanes(codes: torch.Tensor) -> torch.Tensor:
     """
     n, k = codes.shape
     pairs = codes.reshape(n, k // (2 * LANE_BLOCK), 2, LANE_BLOCK)
-    return pairs.permute(1, 0, 3, 2).contiguous().view(torch.int16).squeeze(-1)
+    # Not contiguous(): it leaves a tensor without elements strided, and torch before 2.12 refuses to view that.
+    return pairs.permute(1, 0, 3, 2).clone(memory_format=torch.contiguous_format).view(torch.int16).squeeze(-1)
 
 
 def unpack_lanes(lanes: torch.Tensor) -> torch.Tensor:

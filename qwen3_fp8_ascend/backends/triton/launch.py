@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from qwen3_fp8_ascend.backends.operators import torch_operator
 from qwen3_fp8_ascend.backends.triton.device import (
     INTERPRETED,
     chip_of,
@@ -21,7 +23,7 @@ from qwen3_fp8_ascend.backends.triton.device import (
     linear_options,
 )
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, ceil_div
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize, ceil_div
 from qwen3_fp8_ascend.triton_kernels.configuration import (
     LinearShape,
     check_index_range,
@@ -91,7 +93,14 @@ def as_int8(codes: torch.Tensor) -> torch.Tensor:
     return codes.view(torch.int8)
 
 
-def quantize_activation(x: torch.Tensor, block_k: int, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_quantize(x: torch.Tensor, block_k: int, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    m, k = x.shape
+    return x.new_empty(m, k, dtype=torch.int8), x.new_empty(m, ceil_div(k, block_k), dtype=torch.float32)
+
+
+@torch_operator(_fake_quantize)
+def triton_quantize_activation(x: torch.Tensor, block_k: int, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes as int8 (m, k), and scales; the shapes otherwise are those of `Backend.quantize_activation`."""
     check_operand("the activation", x, ACTIVATIONS, x.device)
     if block_k != BLOCK:
         raise BlockFp8Error(
@@ -109,20 +118,35 @@ def quantize_activation(x: torch.Tensor, block_k: int, activation: Activation) -
     if m * groups:
         rows = chip_of(x.device.type).quantize_rows
         cores = min(cores_of(x.device.type, x.device.index)[1], ceil_div(m * groups, rows))
-        ue8m0 = activation is Activation.W8A8_UE8M0
+        ue8m0 = activation == Activation.W8A8_UE8M0.value
         kernels().quantize[(cores,)](padded, codes, scale, m * groups, UE8M0=ue8m0, ROWS=rows, CORES=cores)
-    return codes[:, :k].contiguous().view(torch.float8_e4m3fn), scale
+    return codes[:, :k].clone(memory_format=torch.contiguous_format), scale
 
 
-def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, dtype: torch.dtype) -> torch.Tensor:
-    codes = as_int8(weight)
-    check_operand("the weight", codes, (torch.int8,), weight.device)
-    check_operand("the weight's scale", scale, (torch.float32,), weight.device)
+def quantize_activation(x: torch.Tensor, block_k: int, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scale = triton_quantize_activation(x, block_k, activation.value)
+    return codes.view(torch.float8_e4m3fn), scale
+
+
+def _fake_dequantize(
+    codes: torch.Tensor, scale: torch.Tensor, widths: Sequence[int], block_n: int, block_k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+@torch_operator(_fake_dequantize)
+def triton_dequantize_weight(
+    codes: torch.Tensor, scale: torch.Tensor, widths: Sequence[int], block_n: int, block_k: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """codes (n, k) int8 of the grid that the widths and the block make, times their scales."""
+    grid = BlockGrid(tuple(widths), codes.shape[1], BlockSize(block_n, block_k))
+    check_operand("the weight", codes, (torch.int8,), codes.device)
+    check_operand("the weight's scale", scale, (torch.float32,), codes.device)
     k_blocks = ceil_div(grid.k, BLOCK)
     padded = torch.nn.functional.pad(codes, (0, k_blocks * BLOCK - grid.k)).contiguous()
     check_index_range("the weight", padded.numel())
-    out = torch.empty(padded.shape, dtype=dtype, device=weight.device)
-    chip, device = chip_of(weight.device.type), weight.device
+    out = torch.empty(padded.shape, dtype=dtype, device=codes.device)
+    chip, device = chip_of(codes.device.type), codes.device
     vector_cores = cores_of(device.type, device.index)[1]
     row = scale_row = 0
     for width, scale_rows in zip(grid.widths, grid.scale_rows, strict=True):
@@ -141,7 +165,12 @@ def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid
             )
         row += width
         scale_row += scale_rows
-    return out[:, : grid.k].contiguous()
+    return out[:, : grid.k].clone(memory_format=torch.contiguous_format)
+
+
+def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, dtype: torch.dtype) -> torch.Tensor:
+    out: torch.Tensor = triton_dequantize_weight(as_int8(weight), scale, grid.widths, *grid.block, dtype)
+    return out
 
 
 def launch_packed_dequantize(lanes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:

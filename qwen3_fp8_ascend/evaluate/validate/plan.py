@@ -33,14 +33,18 @@ NONE: Mapping[str, str] = MappingProxyType({})
 
 
 def steps(device: Device) -> Iterator[Step]:
-    """Each step on this machine: first the kernels that serve here, then those for lesser processors."""
+    """Each step on this machine: the kernels that serve here, those asked for by name, those for lesser processors."""
+    serving = usable_backends(device.place.type, slow=False)
     for check in CHECKS:
         if check.each == "machine":
             yield Step(check.name, check)
             continue
-        for backend in usable_backends(device.place.type, check.slow):
+        for backend in serving:
             yield from _steps(check, backend)
-    for backend in usable_backends(device.place.type, slow=False):
+    for backend in usable_backends(device.place.type):
+        for check in (check for check in CHECKS if check.slow and check.each != "machine" and backend not in serving):
+            yield from _steps(check, backend)
+    for backend in serving:
         for check in (check for check in CHECKS if check.lower):
             for level, environment in _lower(backend):
                 yield from _steps(check, backend, f":{level}", environment)
@@ -54,7 +58,9 @@ def _steps(check: Check, backend: Backend, level: str = "", environment: Mapping
     for activation in filter(backend.computes.__contains__, Activation):
         if activation is Activation.W8A8_UE8M0 and (level or not check.all_scales):
             continue
-        yield Step(f"{name}/{activation}", check, backend.name, activation, environment, not level)
+        # What scales that are powers of two change is their rounding alone, which `quantize` has judged.
+        thorough = not level and activation is not Activation.W8A8_UE8M0
+        yield Step(f"{name}/{activation}", check, backend.name, activation, environment, thorough)
 
 
 def _lower(backend: Backend) -> list[tuple[str, Mapping[str, str]]]:
@@ -69,7 +75,7 @@ def find(device: Device, name: str) -> Step:
     """The step of that name, in the process that runs it: there its level is the one in use."""
     plain = "/".join(part.partition(":")[0] for part in name.split("/"))
     step = next(step for step in steps(device) if step.name == plain)
-    return replace(step, name=name, thorough=":" not in name)
+    return replace(step, name=name, thorough=step.thorough and ":" not in name)
 
 
 def outline(device: Device) -> list[dict[str, Any]]:
