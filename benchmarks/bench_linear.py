@@ -28,7 +28,7 @@ from qwen3_fp8_ascend.backends import cpu, select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.provenance import provenance
-from qwen3_fp8_ascend.testing.contenders import Peer, Weights, framework, ours
+from qwen3_fp8_ascend.testing.contenders import Peer, Weights, able, framework, ours
 from qwen3_fp8_ascend.testing.devices import open_device
 from qwen3_fp8_ascend.testing.judges import CALC_DIFF, Problem, calc_diff, random_problem
 from qwen3_fp8_ascend.testing.timing import Timing, cache_bytes, interleave
@@ -83,16 +83,18 @@ def bench(
                 prepared[peer.name] = peer.prepare(weights)
             for m in batches:
                 x = there.x[:m].contiguous()
-                errors = {c.name: _error(problem, x, prepared[c.name](x), c) for c in contenders if c.backend}
+                timed, reasons = able(prepared, x)
+                for peer_name, reason in reasons.items():
+                    progress.console.print(f"{name}, m = {m}: {peer_name} is left out: {reason}", markup=False)
+                peers_here = [peer for peer in contenders if peer.name in timed]
+                errors = {c.name: _error(problem, x, timed[c.name], c) for c in peers_here if c.backend}
                 for count in counts:
                     progress.update(task, description=f"{name} m={m} threads={count}")
                     torch.set_num_threads(count)
-                    timings = interleave(
-                        {p.name: prepared[p.name](x) for p in contenders}, seconds=seconds, device=here
-                    )
+                    timings = interleave(timed, seconds=seconds, device=here)
                     found += [
                         _row(peer, timings, errors, limit) | {"layer": name, "n": n, "k": k, "m": m, "threads": count}
-                        for peer in contenders
+                        for peer in peers_here
                     ]
                     torch.set_num_threads(max(counts))
                     progress.advance(task)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -153,6 +153,20 @@ def _scaled_mm(weights: Weights) -> Prepared:
         )
 
     return prepare
+
+
+def able(prepared: Mapping[str, Prepared], x: torch.Tensor) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Contenders that can compute x, called once, and why the others cannot: some know no small batch."""
+    contenders, missing = {}, {}
+    for name, prepare in prepared.items():
+        try:
+            contender = prepare(x)
+            contender(0)
+        except (RuntimeError, ValueError) as error:
+            missing[name] = f"{type(error).__name__}: {error}"
+        else:
+            contenders[name] = contender
+    return contenders, missing
 
 
 def framework(device: Device) -> tuple[Peer, ...]:

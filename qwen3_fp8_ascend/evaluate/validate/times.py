@@ -13,7 +13,7 @@ import torch
 from qwen3_fp8_ascend.evaluate.validate.cases import Case, Context, Found
 from qwen3_fp8_ascend.evaluate.validate.checks import FULL
 from qwen3_fp8_ascend.format import Activation
-from qwen3_fp8_ascend.testing.contenders import Peer, Prepared, Weights, framework, ours
+from qwen3_fp8_ascend.testing.contenders import Peer, Prepared, Weights, able, framework, ours
 from qwen3_fp8_ascend.testing.judges import CALC_DIFF, Problem, calc_diff, random_problem
 from qwen3_fp8_ascend.testing.timing import Timing, cache_bytes, interleave
 
@@ -43,14 +43,8 @@ def _layer(context: Context, layer: str, n: int, k: int, seed: int) -> Found:
     lines: list[dict[str, Any]] = []
     for rows in ROWS:
         x = there.x[:rows].contiguous()
-        contenders = {}
-        for name, prepare in prepared.items():
-            try:
-                contenders[name] = prepare(x)
-                contenders[name](0)
-            except (RuntimeError, ValueError) as error:
-                missing[f"{name}, {rows} rows"] = f"{type(error).__name__}: {error}"
-                contenders.pop(name, None)
+        contenders, reasons = able(prepared, x)
+        missing |= {f"{name}, {rows} rows": reason for name, reason in reasons.items()}
         # A few tokens and rows of the weight: `linear` and `prefill` have judged what is timed.
         part = Problem(problem.x[: min(rows, 4)], problem.weight[:128], problem.scale[:1])
         for name in [name for name in contenders if peers[name].backend]:
