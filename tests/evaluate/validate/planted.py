@@ -30,7 +30,7 @@ GOOD = registry.load_backend("cpu")
 
 def plant(name: str, **changes: Any) -> None:
     """A backend that differs from the CPU's in what is given."""
-    registry.LOADED[name] = dataclasses.replace(GOOD, name=name, plan=None, **changes)
+    registry.LOADED[name] = dataclasses.replace(GOOD, name=name, plan=None, **{"levels": dict} | changes)
     registry._MODULES = (*registry._MODULES, name)
 
 
