@@ -37,7 +37,7 @@ from qwen3_fp8_ascend.format import Activation, BlockSize
 from qwen3_fp8_ascend.serving import free_port
 from qwen3_fp8_ascend.testing.experts import ExpertsProblem, assert_layer_exact, random_experts
 from qwen3_fp8_ascend.testing.models import QWEN3_30B_A3B
-from qwen3_fp8_ascend.vllm_plugin import ascend_schemes
+from qwen3_fp8_ascend.vllm_plugin import ascend_schemes, loading
 from qwen3_fp8_ascend.vllm_plugin.ascend_schemes import NpuExpertsMethod, NpuLinearMethod
 
 from .conftest import BLOCK_FP8, MOE, NPU, engine_config, initialize, prepare_rank, write_config
@@ -311,6 +311,7 @@ def test_what_vllm_ascend_can_do_with_experts_and_these_cannot(
         engine_config(folder)  # vLLM-Ascend keeps the last one
 
 
+@pytest.mark.usefixtures("any_backend")
 def test_experts_that_the_checkpoint_leaves_alone_are_theirs(tmp_path: Path, build: Callable[[Any], Any]) -> None:
     from vllm_ascend.ops.fused_moe.routed_experts import AscendUnquantizedFusedMoEMethod
 
@@ -336,6 +337,7 @@ def report_methods(rank_: int, ranks: int, port: int, pickled: bytes, sender: An
     """What a worker's process builds of a pickled engine's config."""
     config = pickle.loads(pickled)
     torch.npu.current_device = lambda: 0  # a communicator between ranks asks the driver
+    loading.select_backend = lambda *of: None  # the fixture `any_backend` is the other process's
     init_ascend_config(config)
     with prepare_rank(config, rank_, ranks, port):
         with FakeTensorMode(allow_non_fake_inputs=True):
