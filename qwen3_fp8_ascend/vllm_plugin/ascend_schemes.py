@@ -45,7 +45,7 @@ class BlockFp8LinearScheme(AscendLinearScheme):
     ) -> dict[str, Any]:
         shape = scale_shape(output_size, input_size, self.block)
         return {
-            "weight_scale_inv": torch.full(shape, torch.nan, dtype=torch.float32),
+            self.method.scale_name: torch.full(shape, torch.nan, dtype=torch.float32),
             "_block_quant_scale": tuple(self.block),
         }
 
@@ -105,8 +105,8 @@ class BlockFp8ExpertsScheme(AscendMoEScheme):
     ) -> dict[str, Any]:
         rows, columns = scale_shape(intermediate_size_per_partition, hidden_sizes, self.block)
         shapes = {
-            "w13_weight_scale_inv": (num_experts, 2 * rows, columns),  # gate and up each begin a block
-            "w2_weight_scale_inv": (
+            self.method._scale_of("w13"): (num_experts, 2 * rows, columns),  # gate and up each begin a block
+            self.method._scale_of("w2"): (
                 num_experts,
                 *scale_shape(hidden_sizes, intermediate_size_per_partition, self.block),
             ),
@@ -130,6 +130,7 @@ class BlockFp8ExpertsScheme(AscendMoEScheme):
         Shapes: x (m, H), topk_weights and topk_ids (m, top_k) -> vLLM-Ascend's `FusedExpertsResult` with (m, H).
         """
         check_serving(layer, "packed_w2_weight", self.method.prefix)
+        self.method.renewal.check_whole(self.method.prefix)
         result = _EXTRA_CTX.moe_comm_method.fused_experts(
             fused_experts_input=build_fused_experts_input(
                 hidden_states=x,

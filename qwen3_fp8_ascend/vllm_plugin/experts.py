@@ -29,6 +29,7 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
     explain_load_errors,
     fill_with_small_values,
     install_packed,
+    no_scale,
     note_backend,
     packing,
     scale_note,
@@ -183,7 +184,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         delattr(source, f"{name}_weight")
         delattr(source, self._scale_of(name))
         install_packed(layer, packed, f"{name}_weight")
-        setattr(layer, self._scale_of(name), torch.nn.Parameter(scale.new_empty(0), requires_grad=False))
+        setattr(layer, self._scale_of(name), no_scale(scale))
         local = frozenset(_local_experts(layer))
         for parameter in (f"{name}_weight", self._scale_of(name)):
             self.renewal.offer(layer, parameter, self._loader_when_packed(local, parameter))

@@ -22,6 +22,7 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
     checked_loader,
     fill_with_small_values,
     install_packed,
+    no_scale,
     note_backend,
     packing,
     scale_note,
@@ -175,7 +176,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         if check_values:
             scale_note.look(scale, self.activation, self.prefix)
         install_packed(layer, packed)
-        setattr(layer, self.scale_name, torch.nn.Parameter(scale.new_empty(0), requires_grad=False))
+        setattr(layer, self.scale_name, no_scale(scale))
         for parameter in self.loaded:
             self.renewal.offer(layer, parameter)
         note_backend(self.hf_config, packed.backend)

@@ -267,6 +267,14 @@ def install_packed(layer: Any, packed: PackedWeight, name: str = "weight") -> No
     setattr(layer, name, torch.nn.Parameter(packed.tensors[0], requires_grad=False))
 
 
+def no_scale(scale: torch.Tensor) -> torch.nn.Parameter:
+    """What a packed layer has in place of its scales, for loaders to find: (0,), of their dtype, on their device.
+
+    Not `scale.new_empty`, for which torch_npu has no kernel of its own.
+    """
+    return torch.nn.Parameter(torch.empty(0, dtype=scale.dtype, device=scale.device), requires_grad=False)
+
+
 def note_backend(hf_config: Any, backend: str) -> None:
     """Make the backend a part of the key under which vLLM keeps compiled graphs.
 

@@ -40,6 +40,7 @@ class Renewal:
     ) -> None:
         self.declare, self.missing, self.pack = declare, missing, pack
         self.staged: torch.nn.Module | None = None
+        self.device: torch.device
 
     def take(self, parameter: str, *args: Any, **kwargs: Any) -> Any:
         """What the parameter's loader does when a tensor comes; args: those of vLLM's loaders, but the parameter.
@@ -49,7 +50,8 @@ class Renewal:
         """
         if self.staged is None:
             self.staged = torch.nn.Module()
-            self.declare(self.staged)
+            with self.device:  # vLLM makes the layer's the default while it loads a model, and only then
+                self.declare(self.staged)
         into = getattr(self.staged, parameter)
         result = into.weight_loader(into, *args, **kwargs)
         if next(iter(self.missing()), None) is None:
@@ -63,7 +65,9 @@ class Renewal:
         def load(param: torch.nn.Parameter, *args: Any, **kwargs: Any) -> Any:
             return self.take(parameter, *args, **kwargs)
 
-        set_weight_attrs(getattr(layer, parameter), {"weight_loader": loader or load, PACKED: True})
+        offered = getattr(layer, parameter)
+        self.device = offered.device
+        set_weight_attrs(offered, {"weight_loader": loader or load, PACKED: True})
 
     def check_whole(self, prefix: str) -> None:
         """Refuse to compute with old weights of which some new ones have come.

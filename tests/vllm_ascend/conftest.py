@@ -173,6 +173,14 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     registry.select_backend.cache_clear()
 
 
+@pytest.fixture
+def any_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is computed, since there is no NPU; which backend a chip gets is tests/backends/test_soc.py's."""
+    from qwen3_fp8_ascend.vllm_plugin import loading
+
+    monkeypatch.setattr(loading, "select_backend", lambda *of: None)
+
+
 class Launch:
     """A Triton kernel that is only launched: its operands are tensors on the device, none of them FP8."""
 

@@ -27,6 +27,7 @@ def test_torch_that_loads_torch_npu_by_itself(tmp_path: Path, cann: bool) -> Non
     assert code == 2 and report["next"] is None
     ((what, fix),) = [p for p in report["problems"] if p[0].startswith("torch does not load")]
     assert "torch_npu" in what and ".so" in what
+    assert not any("torchvision" in p[0] for p in report["problems"]), "it needs torch, and is not to blame"
     assert ("mount /usr/local/Ascend/driver/lib64" in fix) == cann and ("source CANN's set_env.sh" in fix) != cann
 
 

@@ -37,8 +37,9 @@ from qwen3_fp8_ascend.format import Activation, BlockSize
 from qwen3_fp8_ascend.serving import free_port
 from qwen3_fp8_ascend.testing.experts import ExpertsProblem, assert_layer_exact, random_experts
 from qwen3_fp8_ascend.testing.models import QWEN3_30B_A3B
-from qwen3_fp8_ascend.vllm_plugin import ascend_schemes
+from qwen3_fp8_ascend.vllm_plugin import ascend_schemes, loading
 from qwen3_fp8_ascend.vllm_plugin.ascend_schemes import NpuExpertsMethod, NpuLinearMethod
+from tests.test_containers import LLM_COMPRESSOR
 
 from .conftest import BLOCK_FP8, MOE, NPU, engine_config, initialize, prepare_rank, write_config
 
@@ -95,6 +96,7 @@ def unpermute(permuted_tokens: torch.Tensor, sorted_indices: torch.Tensor, probs
 class Layer:
     """A layer of routed experts of vLLM-Ascend's, the weights that were loaded into it, and how to call it."""
 
+    model: Any
     routed: Any
     problem: ExpertsProblem
     activation: Activation
@@ -149,7 +151,7 @@ def layer(
     )
     context.additional_kwargs = vars(context)  # where the second model runner looks
     with override_forward_context(context), torch.no_grad():
-        yield Layer(routed, problem, activation, context)
+        yield Layer(model, routed, problem, activation, context)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -247,11 +249,27 @@ def test_rows_that_go_back_to_other_ranks_are_rounded(layer: Layer, comm: MoECom
         assert torch.equal(outs[comm], outs[MoECommType.ALLGATHER].to(problem.x.dtype))
 
 
-def test_the_scheme_declares_what_is_registered(layer: Layer, tmp_path: Path) -> None:
+def test_weights_pushed_into_experts_that_serve(layer: Layer) -> None:
+    """In place, by `load_weights` alone, and never a mixture of old and new ones."""
+    before = [t.data_ptr() for t in (*layer.routed.packed_w13_weight.tensors, *layer.routed.packed_w2_weight.tensors)]
+    other = random_experts(9, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, seed=1)
+    *tensors, last = tensors_of(other)
+    layer.model.load_weights(tensors)
+    with pytest.raises(BlockFp8Error, match=r"only some[\s\S]*1 are missing"):
+        layer(layer.problem)
+    layer.model.load_weights([last])
+    assert_layer_exact(layer(other), other, layer.activation)
+    after = [t.data_ptr() for t in (*layer.routed.packed_w13_weight.tensors, *layer.routed.packed_w2_weight.tensors)]
+    assert after == before
+
+
+@pytest.mark.parametrize("quantization", [BLOCK_FP8, LLM_COMPRESSOR], ids=["weight_scale_inv", "weight_scale"])
+def test_the_scheme_declares_what_is_registered(tmp_path: Path, rank: None, quantization: dict[str, Any]) -> None:
     """So that vLLM-Ascend's own methods could declare it: names, shapes, dtypes, and "not written yet"."""
-    folder = write_config(tmp_path / "again", **SMALL, quantization_config=BLOCK_FP8)
+    folder = write_config(tmp_path / "again", **SMALL, quantization_config=quantization)
     config = engine_config(folder)
     model = initialize(config, torch.device("cpu"))
+    seen = set()
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if isinstance(method, NpuExpertsMethod):
@@ -266,11 +284,13 @@ def test_the_scheme_declares_what_is_registered(layer: Layer, tmp_path: Path) ->
             assert declared.pop("_block_quant_scale") == (128, 128)
         else:
             continue
+        seen.add(type(method))
         registered = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
         assert registered.keys() == declared.keys()
         for name, tensor in declared.items():
             assert (tensor.shape, tensor.dtype) == (registered[name].shape, registered[name].dtype), name
             assert torch.equal(tensor.nan_to_num(7), registered[name].nan_to_num(7)), name
+    assert seen == {NpuExpertsMethod, NpuLinearMethod}
 
 
 def test_linears_are_called_with_the_rank(layer: Layer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,6 +331,7 @@ def test_what_vllm_ascend_can_do_with_experts_and_these_cannot(
         engine_config(folder)  # vLLM-Ascend keeps the last one
 
 
+@pytest.mark.usefixtures("any_backend")
 def test_experts_that_the_checkpoint_leaves_alone_are_theirs(tmp_path: Path, build: Callable[[Any], Any]) -> None:
     from vllm_ascend.ops.fused_moe.routed_experts import AscendUnquantizedFusedMoEMethod
 
@@ -336,6 +357,7 @@ def report_methods(rank_: int, ranks: int, port: int, pickled: bytes, sender: An
     """What a worker's process builds of a pickled engine's config."""
     config = pickle.loads(pickled)
     torch.npu.current_device = lambda: 0  # a communicator between ranks asks the driver
+    loading.select_backend = lambda *of: None  # the fixture `any_backend` is the other process's
     init_ascend_config(config)
     with prepare_rank(config, rank_, ranks, port):
         with FakeTensorMode(allow_non_fake_inputs=True):

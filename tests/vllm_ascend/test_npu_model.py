@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import prefill
 from qwen3_fp8_ascend.backends.registry import PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import BlockGrid
+from qwen3_fp8_ascend.format import BlockGrid, BlockSize, scale_shape
 from qwen3_fp8_ascend.testing.models import QWEN3_8B
 from qwen3_fp8_ascend.vllm_plugin import linear
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
@@ -132,6 +133,41 @@ def test_the_layers_of_vllm_ascend_run(tmp_path: Path, build: Callable[[Any], to
                     out, bias = layer(x)
             assert (out.shape, out.dtype, out.device) == ((m, layer.packed_weight.n), torch.bfloat16, NPU), name
             assert bias is None and (chip.native or graph.touched_fp8 <= FP8_VIEWS), name
+
+
+def test_weights_pushed_into_a_model_on_an_npu(
+    tmp_path: Path, build: Callable[[Any], torch.nn.Module], chip: Chip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the host, where no device is the default: packed there, into the memory of the old ones.
+
+    vLLM's own loaders do not know FakeTensors, so a copy stands in for them.
+    """
+    monkeypatch.setattr(ops, "count_nan_codes", lambda weight: 0)  # FakeTensors have no values to check
+    monkeypatch.setattr(ops, "check_scale_values", lambda *scale, **limit: None)
+    config = engine_config(write_config(tmp_path / "fp8", **ONE_LAYER, quantization_config=BLOCK_FP8))
+    model = build(config)
+    layer = load(model, config)["model.layers.0.self_attn.o_proj"]
+    method, packed = layer.quant_method, layer.packed_weight
+    declare, devices = method.renewal.declare, []
+
+    def declare_with_copies(staged: torch.nn.Module) -> None:
+        declare(staged)
+        for name, into in staged.named_parameters():
+            devices.append(into.device)
+            into.weight_loader = partial(copy, name)
+
+    def copy(name: str, into: torch.nn.Parameter, tensor: torch.Tensor) -> None:
+        into.data.copy_(tensor.view(into.dtype))
+        method.loaded[name].add(None)
+
+    monkeypatch.setattr(method.renewal, "declare", declare_with_copies)
+    with model.fake_mode, torch.no_grad():
+        layer.weight.weight_loader(layer.weight, torch.empty(packed.n, packed.k, dtype=torch.float8_e4m3fn))
+        assert devices == [NPU, NPU] and method.renewal.staged is not None
+        scale = torch.empty(scale_shape(packed.n, packed.k, BlockSize()), dtype=torch.float32)
+        layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale)
+    assert method.renewal.staged is None and layer.packed_weight is packed
+    assert {parameter.device for parameter in layer.parameters()} == {NPU}
 
 
 def test_an_output_head_in_fp8(

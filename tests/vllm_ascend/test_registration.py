@@ -23,7 +23,7 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.serving import free_port
 from qwen3_fp8_ascend.testing.models import QWEN3_8B
-from qwen3_fp8_ascend.vllm_plugin import loading, versions
+from qwen3_fp8_ascend.vllm_plugin import versions
 from qwen3_fp8_ascend.vllm_plugin.ascend import AscendConfig, BlockFp8NpuConfig
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 
@@ -40,10 +40,7 @@ THEIR_PLUGINS = ("ascend", "ascend_kv_connector", "ascend_model_loader", "ascend
 SERVE = "import sys; from tests.vllm_ascend.conftest import engine_config; engine_config(sys.argv[1])"
 
 
-@pytest.fixture(autouse=True)
-def any_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is computed here and there is no NPU; which backend a chip gets is tests/backends/test_soc.py's."""
-    monkeypatch.setattr(loading, "select_backend", lambda *of: None)
+pytestmark = pytest.mark.usefixtures("any_backend")
 
 
 def linear_methods(model: torch.nn.Module) -> dict[str, Any]:
@@ -108,7 +105,7 @@ def test_it_survives_in_spawned_processes(tmp_path: Path, order: str, ours_first
         process.join(120)
     assert process.exitcode == 0
     assert registered == "qwen3_fp8_ascend.vllm_plugin.ascend.AscendConfig"
-    assert described == repr(config) == "BlockFp8NpuConfig(block=128x128, ignored=1 layers)"
+    assert described == repr(config) == "BlockFp8NpuConfig(block=128x128, 1 names excluded)"
 
 
 WITNESS = """

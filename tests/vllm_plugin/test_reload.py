@@ -106,6 +106,19 @@ def test_tensors_pushed_into_a_layer_that_serves_renew_it_in_place() -> None:
     assert_exact(layer(problem.x)[0], problem)
 
 
+def test_pushed_tensors_go_where_the_layer_is() -> None:
+    """vLLM makes the layer's device the default while it loads a model; when a trainer pushes, another one is."""
+    layer = serving_layer(random_problem(5, (576, 192, 192), 576))
+    before = addresses(layer)
+    problem = random_problem(5, (576, 192, 192), 576, seed=1)
+    q, *others = qkv_shards(problem)
+    with torch.device("meta"):
+        load(layer, [q])
+    load(layer, others)
+    assert_exact(layer(problem.x)[0], problem)
+    assert addresses(layer) == before
+
+
 def test_pushed_tensors_are_checked_like_loaded_ones() -> None:
     problem = random_problem(5, (576, 192, 192), 576)
     layer = serving_layer(problem)
