@@ -270,9 +270,21 @@ def test_a_list_that_is_none_leaves_no_operand(ends, form):
     assert (guarded[m:] == 7.0).all()
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_grouped_weights_beyond_32_bits(form):
-    """A layer of 4.3 GB of lanes; memory that nothing touches is never there, so only two experts are real."""
+def planted(old, new, folder):
+    """The case of the grouped kernel whose source has one thing changed."""
+    source = Path(block_grouped_linear.__file__).read_text()
+    assert not old or old in source, f"the kernel no longer has {old!r}"
+    file = folder / "defective.py"
+    file.write_text(source.replace(old, new) if old else source)
+    spec = importlib.util.spec_from_file_location("defective", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    case = cases.grouped_linear_case(16, True, CORES)
+    return dataclasses.replace(case, name=f"{old} -> {new}", function=module.block_grouped_linear_kernel)
+
+
+def beyond_32_bits(kernel):
+    """The error of a layer of 4.3 GB of lanes; memory that nothing touches is never there: two experts are real."""
     n, k_blocks = 2048, 16
     groups = (1 << 31) // (n * k_blocks * 64) + 2
     values, a_scale, two_lanes, two_scales = grouped_operands(2, 32, n, k_blocks)
@@ -282,10 +294,20 @@ def test_grouped_weights_beyond_32_bits(form):
     assert lanes[-1].storage_offset() > 2**31
     ends, out = torch.full((groups,), 3), torch.zeros(7, n)
     ends[-1] = 7
-    kernel = executable(cases.grouped_linear_case(16, True, CORES), form)
     kernel((CORES,), values, a_scale, lanes, w_scale, ends, out, 7, 32, n, k_blocks, groups)
     expected = block_grouped_linear_specification(values, a_scale, two_lanes, two_scales, torch.tensor((3, 7)))
-    assert relative(out, expected[:7]) <= 1e-6
+    return relative(out, expected[:7])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_grouped_weights_beyond_32_bits(form):
+    assert beyond_32_bits(executable(cases.grouped_linear_case(16, True, CORES), form)) <= 1e-6
+
+
+def test_offsets_of_32_bits_would_be_found(tmp_path):
+    case = planted("tl.cast(group, tl.int64)", "group", tmp_path)
+    with pytest.raises(OutOfBounds):
+        beyond_32_bits(HivmKernel(compile_to_hivm(lower_to_linalg(case, CHIP), CHIP, IR_VERSIONS[-1])))
 
 
 DEFECTS = {
@@ -306,16 +328,7 @@ DEFECTS = {
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_defects_planted_in_the_grouped_kernel_are_found(defect, tmp_path):
     """In its source, compiled like the kernel."""
-    old, new = DEFECTS[defect]
-    source = Path(block_grouped_linear.__file__).read_text()
-    assert not old or source.count(old) == 1, f"the kernel no longer has {old!r}"
-    file = tmp_path / "defective.py"
-    file.write_text(source.replace(old, new) if old else source)
-    spec = importlib.util.spec_from_file_location("defective", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    case = cases.grouped_linear_case(16, True, CORES)
-    case = dataclasses.replace(case, name=defect, function=module.block_grouped_linear_kernel)
+    case = planted(*DEFECTS[defect], tmp_path)
     counts, n, k_blocks = (5, 1, 20, 0, 3), 256, 2
     m, m_padded = sum(counts) + 2, 64
     operands = grouped_operands(len(counts), m_padded, n, k_blocks)
