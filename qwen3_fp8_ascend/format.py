@@ -75,6 +75,11 @@ class BlockSize(NamedTuple):
 
 
 DEFAULT_BLOCK = BlockSize()
+"""What every backend serves."""
+
+SMALLEST_BLOCK = BlockSize(32, 4)
+"""The CPU's kernels take blocks of at least so many rows, and of a multiple of so many columns. `reference` takes any,
+the others `DEFAULT_BLOCK` alone."""
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -20,7 +20,7 @@ import torch
 
 from qwen3_fp8_ascend import torch_range
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
-from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize, ceil_div
+from qwen3_fp8_ascend.format import SMALLEST_BLOCK, Activation, BlockGrid, BlockSize, ceil_div
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def _architecture() -> str:
 ISAS = ISAS_OF_ARCHITECTURE.get(_architecture(), ("portable",))
 """The levels of this machine's architecture (`Isa` in csrc/cpu/isa.h)."""
 
-PANEL_ROWS = 32
+PANEL_ROWS = SMALLEST_BLOCK.n
 """Weight rows that are laid out together; a panel never crosses a scale block or a shard."""
 
 HUGE_PAGE = 1 << 21
@@ -307,8 +307,9 @@ def plan() -> tuple[tuple[str, str], ...]:
 
 
 def unsupported(block: BlockSize) -> str | None:
-    if block.n < PANEL_ROWS or block.k < 4 or block.k % 4:
-        return f"needs blocks of at least {PANEL_ROWS} rows and a multiple of 4 columns, not {block}"
+    if block.n < SMALLEST_BLOCK.n or block.k % SMALLEST_BLOCK.k:
+        rows, columns = SMALLEST_BLOCK
+        return f"needs blocks of at least {rows} rows and a multiple of {columns} columns, not {block}"
     return None
 
 

@@ -30,7 +30,7 @@ from qwen3_fp8_ascend.checkpoints.rules import (
 )
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
 from qwen3_fp8_ascend.errors import describe, printable
-from qwen3_fp8_ascend.format import WEIGHT_SUFFIX, BlockFp8Config
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, SMALLEST_BLOCK, WEIGHT_SUFFIX, BlockFp8Config, BlockSize
 
 FP8, FLOAT = "fp8", "float"
 EXCLUDED_FP8 = "config.json excludes a module from quantization whose weight is FP8"
@@ -85,9 +85,26 @@ def make_plan(checkpoint: Checkpoint, config: BlockFp8Config) -> Plan:
         _check_alike(modules, checkpoint.tensors),
         find_unused(checkpoint),
         doubts if any(module.kind == FP8 for module in modules.values()) else (),
+        _check_block(config.block),
         _notes(checkpoint, config),
     )
     return Plan(config, modules, tuple(collect(findings)))
+
+
+def _check_block(block: BlockSize) -> Iterator[Anomaly]:
+    """Blocks of a size that serving refuses, or serves on CPUs only; by name the specification serves any."""
+    if block == DEFAULT_BLOCK:
+        return
+    rows, columns = SMALLEST_BLOCK
+    by_cpu = block.n >= rows and block.k % columns == 0
+    yield Anomaly(
+        f"blocks of {block} are served on CPUs only" if by_cpu else f"no fast backend serves blocks of {block}",
+        file="config.json",
+        expected=f"{DEFAULT_BLOCK}; on a CPU {rows} rows or more, and a multiple of {columns} columns",
+        got=str(block),
+        fix="quantize the bf16 model in blocks of 128x128, or name the backend `reference`, which is slow",
+        severity="warning",
+    )
 
 
 def _modules(checkpoint: Checkpoint) -> dict[str, Module]:

@@ -194,6 +194,9 @@ def test_every_operator_of_this_package_is_looked_into() -> None:
         "torch_npu_scratch_linear",
         "triton_block_linear",
         "triton_block_grouped_linear",
+        # Alone, not within a linear: ops.quantize_activation and ops.dequantize_weight.
+        "triton_quantize_activation",
+        "triton_dequantize_weight",
     }
     assert set(operators.IMPLEMENTATIONS) == names
 
