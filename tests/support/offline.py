@@ -46,7 +46,7 @@ class Run:
 class Answer:
     """Log-probabilities of all tokens of `TEXTS` but the first of each, and what greedy decoding adds to each text.
 
-    packed: a digest of every packed weight, by layer.
+    packed: a digest of every packed weight, by layer, on the first rank.
     """
 
     logprobs: np.ndarray
@@ -89,7 +89,7 @@ def ask(run: Run) -> dict[str, Any]:
     outputs = llm.generate([_prompt(text, run) for text in TEXTS], sampling, use_tqdm=False)
     logprobs = [next(iter(entry.values())).logprob for out in outputs for entry in out.prompt_logprobs[1:]]
     tokens = [list(out.outputs[0].token_ids) for out in outputs]
-    (packed,) = llm.apply_model(_digests)
+    packed, *_ = llm.apply_model(_digests)  # the first rank's
     del llm, outputs
     cleanup_dist_env_and_memory()
     gc.collect()
