@@ -174,7 +174,9 @@ def environment(folder: Path) -> Path:
     """A fresh environment that sees this one's packages, torch among them; its Python."""
     venv.create(folder, with_pip=False)
     site = next((folder / "lib").glob("python*/site-packages"))
-    (site / "packages.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+    # Files of this kind are not read in the folder that this one adds.
+    hook = "import importlib.util as u; u.find_spec('torchvision_operators') and __import__('torchvision_operators')"
+    (site / "packages.pth").write_text(f"{Path(torch.__file__).parent.parent}\n{hook}\n")
     return folder / "bin" / "python"
 
 

@@ -109,11 +109,13 @@ def _push(folder: str, model: Any) -> None:
 
 
 def _digests(model: Any) -> dict[str, str]:
+    import torch
+
     found = {}
     for name, layer in model.named_modules():
         for attribute in ("packed_weight", "packed_w13_weight", "packed_w2_weight"):
             if (packed := getattr(layer, attribute, None)) is not None:
-                content = b"".join(tensor.contiguous().numpy().tobytes() for tensor in packed.tensors)
+                content = b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in packed.tensors)
                 found[f"{name}.{attribute}"] = hashlib.sha256(content).hexdigest()
     return found
 
