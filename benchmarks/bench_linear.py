@@ -83,7 +83,7 @@ def bench(
                 prepared[peer.name] = peer.prepare(weights)
             for m in batches:
                 x = there.x[:m].contiguous()
-                timed, reasons = able(prepared, x)
+                timed, reasons = able(prepared, x, {peer.name for peer in contenders if peer.backend})
                 for peer_name, reason in reasons.items():
                     progress.console.print(f"{name}, m = {m}: {peer_name} is left out: {reason}", markup=False)
                 peers_here = [peer for peer in contenders if peer.name in timed]

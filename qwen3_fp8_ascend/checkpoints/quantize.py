@@ -88,6 +88,13 @@ def quantize_checkpoint(
     checkpoint = read_checkpoint(Path(source))
     _check_unquantized(checkpoint)
     selected = _select(checkpoint, tuple(ignore))
+    if scale_fmt == UE8M0_SCALES and container != containers.FP8:
+        raise BlockFp8Error(
+            "only the container fp8 can say that scales are powers of two",
+            expected=containers.FP8,
+            got=f"--format {container} with --scale-fmt {scale_fmt}",
+            fix="leave one of the two out",
+        )
     made = BlockFp8Config(sizes, _unquantized(checkpoint, selected), _check_scale_fmt(scale_fmt), container=container)
     conversion = _Quantization(made, frozenset(selected), tuple(ignore))
     return convert_checkpoint(checkpoint, destination, conversion, progress=progress, overwrite=overwrite)

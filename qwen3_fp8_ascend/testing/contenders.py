@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -155,14 +155,22 @@ def _scaled_mm(weights: Weights) -> Prepared:
     return prepare
 
 
-def able(prepared: Mapping[str, Prepared], x: torch.Tensor) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Contenders that can compute x, called once, and why the others cannot: some know no small batch."""
+def able(
+    prepared: Mapping[str, Prepared], x: torch.Tensor, required: Collection[str]
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Contenders that can compute x, called once, and why the others cannot: some know no small batch.
+
+    Raises:
+        Exception: whatever one of the `required` raises; kernels of ours that fail are not left out.
+    """
     contenders, missing = {}, {}
     for name, prepare in prepared.items():
         try:
             contender = prepare(x)
             contender(0)
         except (RuntimeError, ValueError) as error:
+            if name in required:
+                raise
             missing[name] = f"{type(error).__name__}: {error}"
         else:
             contenders[name] = contender

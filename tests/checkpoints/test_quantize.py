@@ -217,6 +217,12 @@ def test_another_block_size(tmp_path: Path) -> None:
     assert report.config.block == (64, 32)
 
 
+def test_power_of_two_scales_that_the_container_cannot_name(tmp_path: Path) -> None:
+    """They would be written, and served as if they were any others."""
+    source = write_folder(tmp_path / "source", {"model.safetensors": random_model(1)})
+    refused(source, "only the container fp8 can say", scale_fmt="ue8m0", container="compressed-tensors")
+
+
 def test_a_pattern_for_a_checkpoint_without_tensors(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "source", {"model.safetensors": {}})
     refused(source, r"(?s)matches no module.*no tensors", ignore=["*.q_proj"])

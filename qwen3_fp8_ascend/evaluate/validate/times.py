@@ -43,7 +43,7 @@ def _layer(context: Context, layer: str, n: int, k: int, seed: int) -> Found:
     lines: list[dict[str, Any]] = []
     for rows in ROWS:
         x = there.x[:rows].contiguous()
-        contenders, reasons = able(prepared, x)
+        contenders, reasons = able(prepared, x, {name for name in prepared if peers[name].backend})
         missing |= {f"{name}, {rows} rows": reason for name, reason in reasons.items()}
         # A few tokens and rows of the weight: `linear` and `prefill` have judged what is timed.
         part = Problem(problem.x[: min(rows, 4)], problem.weight[:128], problem.scale[:1])

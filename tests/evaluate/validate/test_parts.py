@@ -18,7 +18,7 @@ from qwen3_fp8_ascend.backends.registry import load_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.validate import checks, child, model, plan, run, times
 from qwen3_fp8_ascend.evaluate.validate.cases import Case, Context
-from qwen3_fp8_ascend.testing import devices
+from qwen3_fp8_ascend.testing import contenders, devices
 from qwen3_fp8_ascend.testing.devices import open_device
 from qwen3_fp8_ascend.testing.judges import random_problem
 from qwen3_fp8_ascend.testing.models import qwen3_config, random_qwen3, write_qwen3
@@ -130,6 +130,17 @@ def test_pytest_refuses_a_device_that_is_not_there() -> None:
     command = [sys.executable, "-m", "pytest", "--device", "abacus", "tests/test_ops.py", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 4 and "there is no such device" in done.stderr, done.stderr
+
+
+def test_only_contenders_of_others_are_left_out_of_a_timing() -> None:
+    def prepared(x: torch.Tensor) -> Any:
+        raise ValueError("no single row")
+
+    good = {"good": lambda x: lambda number: x}
+    timed, missing = contenders.able(good | {"theirs": prepared}, torch.ones(1), {"good"})
+    assert list(timed) == ["good"] and missing == {"theirs": "ValueError: no single row"}
+    with pytest.raises(ValueError, match="no single row"):
+        contenders.able(good | {"ours": prepared}, torch.ones(1), {"good", "ours"})
 
 
 def test_every_backend_for_a_cpu_is_judged_in_every_way() -> None:
