@@ -6,6 +6,7 @@ reading all weights once takes at the memory's speed, measured just before.
 
     python -m benchmarks.bench_serving                     # Qwen3-8B, a slice of 6 layers, fp8 / fp8 head / bf16
     python -m benchmarks.bench_serving --layers 36 --only "fp8 head" --profile
+    python -m benchmarks.bench_serving --shape qwen3-30b-a3b --only "fp8 head" --only bf16 --profile
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from qwen3_fp8_ascend.format import BlockFp8Config
 from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.serving import Server, exit_on_sigterm, serve, serving_environment
 from qwen3_fp8_ascend.testing.contenders import on_huge_pages
-from qwen3_fp8_ascend.testing.models import QWEN3_8B, qwen3_config, qwen3_shapes, write_byte_tokenizer
+from qwen3_fp8_ascend.testing.models import QWEN3_8B, QWEN3_30B_A3B, qwen3_config, qwen3_shapes, write_byte_tokenizer
 from qwen3_fp8_ascend.testing.timing import cache_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,11 +51,14 @@ SERVERS: dict[str, tuple[list[str], int, int]] = {
 }
 """Arguments for `vllm serve`, and bytes per weight of the decoder's linears and of the output head."""
 
+SHAPES: dict[str, dict[str, Any]] = {"qwen3-8b": QWEN3_8B, "qwen3-30b-a3b": QWEN3_30B_A3B}
+
 console = Console(width=max(120, Console().width))
 
 
 def bench(
-    layers: Annotated[int, typer.Option(help="Decoder layers of 36; with 6, two or three servers fit in 24 GiB.")] = 6,
+    shape: Annotated[str, typer.Option(help=f"Of {', '.join(SHAPES)}.")] = "qwen3-8b",
+    layers: Annotated[int, typer.Option(help="Decoder layers; with 6, two or three servers fit in 24 GiB.")] = 6,
     only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SERVERS)}; repeatable.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of all servers in turn.")] = 5,
     input_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 32,
@@ -65,19 +69,19 @@ def bench(
 ) -> None:
     """Measure and print; the CSV goes to benchmarks/results/."""
     names = only or list(SERVERS)
-    shapes = qwen3_shapes(qwen3_config(**QWEN3_8B | {"num_hidden_layers": layers}))
+    config = qwen3_config(**SHAPES[shape] | {"num_hidden_layers": layers})
     facts = provenance() | {"layers": str(layers), "concurrency": str(concurrency), "eager": str(eager)}
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
     # Before any server is up: an idle vLLM polls, and takes a core from whoever reads beside it.
     memory = MemoryReader()
-    limits = {name: memory.seconds(_bytes_a_token(shapes, name)) for name in names}
+    limits = {name: memory.seconds(_bytes_a_step(config, name, concurrency)) for name in names}
     del memory
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         servers = {}
         for name in names:
             with console.status(f"starting the {name} server"):
-                servers[name] = stack.enter_context(_server(Path(folder), name, layers, eager, profile))
+                servers[name] = stack.enter_context(_server(Path(folder), name, config, eager, profile))
             console.print(f"{name}: up, {_resident(servers[name]):.2f} GB resident", highlight=False)
         for number in range(-1, rounds):  # the first is the warm-up
             for name in names:
@@ -93,20 +97,21 @@ def bench(
     frame = pd.DataFrame(found)
     for key, value in facts.items():
         frame[key] = value
-    path = RESULTS / f"serving-qwen3-8b-{layers}-layers-{datetime.now():%Y%m%d-%H%M}.csv"
+    path = RESULTS / f"serving-{shape}-{layers}-layers-{datetime.now():%Y%m%d-%H%M}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     frame.to_csv(path, index=False, float_format="%.6g")
     _print(frame, names)
     console.print(f"wrote {path}", highlight=False)
 
 
-def _server(folder: Path, name: str, layers: int, eager: bool, profile: bool) -> Any:
+def _server(folder: Path, name: str, config: dict[str, Any], eager: bool, profile: bool) -> Any:
     arguments, linear_bytes, _ = SERVERS[name]
     model = folder / name.replace(" ", "-")
     model.mkdir()
-    config = qwen3_config(**QWEN3_8B | {"num_hidden_layers": layers})
     if linear_bytes == 1:
-        config["quantization_config"] = BlockFp8Config().to_dict()
+        routers = [f"model.layers.{i}.mlp.gate" for i in range(config["num_hidden_layers"]) if "num_experts" in config]
+        ignored = {"modules_to_not_convert": ["lm_head", *routers]}
+        config = config | {"quantization_config": BlockFp8Config().to_dict() | ignored}
     (model / "config.json").write_text(json.dumps(config))
     write_byte_tokenizer(model)
     options = ["--load-format", "dummy", "--max-model-len", "1024", *arguments]
@@ -136,14 +141,23 @@ class MemoryReader:
         return statistics.median(times) * size / self.memory.numel()
 
 
-def _bytes_a_token(shapes: dict[str, tuple[int, ...]], name: str) -> int:
-    """Bytes of the weights that one decode step reads: all matrices but the embedding."""
+def _bytes_a_step(config: dict[str, Any], name: str, tokens: int) -> int:
+    """Bytes of the weights that a decode step of `tokens` requests reads: all matrices but the embedding.
+
+    Of a layer of experts, those that `tokens` random choices of so many meet on average.
+    """
     _, linear_bytes, head_bytes = SERVERS[name]
-    total = 0
-    for tensor, shape in shapes.items():
-        if len(shape) == 2 and "embed_tokens" not in tensor:
-            total += shape[0] * shape[1] * (head_bytes if tensor.startswith("lm_head") else linear_bytes)
-    return total
+    total = 0.0
+    for tensor, shape in qwen3_shapes(config).items():
+        if len(shape) != 2 or "embed_tokens" in tensor or ("num_experts" in config and ".mlp." in tensor):
+            continue
+        total += shape[0] * shape[1] * (head_bytes if tensor.startswith("lm_head") else linear_bytes)
+    if "num_experts" in config:
+        experts, chosen, hidden = config["num_experts"], config["num_experts_per_tok"], config["hidden_size"]
+        met = experts * (1 - (1 - chosen / experts) ** tokens)
+        layer = 3 * met * config["moe_intermediate_size"] * hidden * linear_bytes + experts * hidden * 2  # bf16 router
+        total += config["num_hidden_layers"] * layer
+    return round(total)
 
 
 def _ask(server: Server, folder: Path, input_len: int, output_len: int, concurrency: int) -> dict[str, float]:

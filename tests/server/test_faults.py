@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from qwen3_fp8_ascend.serving import Server, stop
+from tests.support.expert_models import write_experts
 from tests.support.load import Outcome, Request, requests_held, run_load
 from tests.support.processes import family, named, wait_until_ended
 
@@ -30,20 +31,23 @@ PATIENCE = 30
 
 
 @pytest.mark.parametrize(
-    ("victim", "terminate"),
+    ("model", "victim", "terminate"),
     [
-        pytest.param("Worker", os.kill, id="worker-process"),
-        pytest.param("EngineCore", os.killpg, id="engine-group", marks=pytest.mark.long),
+        pytest.param("tiny_qwen3", "Worker", os.kill, id="worker-process"),
+        pytest.param("tiny_qwen3", "EngineCore", os.killpg, id="engine-group", marks=pytest.mark.long),
+        pytest.param("tiny_experts", "Worker", os.kill, id="experts-worker-process", marks=pytest.mark.long),
+        pytest.param("tiny_experts", "EngineCore", os.killpg, id="experts-engine-group", marks=pytest.mark.long),
     ],
 )
 def test_a_killed_process_is_reported_and_a_restart_serves_again(
-    start: Start, tiny_qwen3: Path, victim: str, terminate: Callable[[int, int], None]
+    request: pytest.FixtureRequest, start: Start, model: str, victim: str, terminate: Callable[[int, int], None]
 ) -> None:
     """In the same go the restarted server is told to stop: by itself, as containers do, or with all its processes,
 
     as a terminal and systemd do.
     """
-    server = start(tiny_qwen3, *ASCEND, EAGER)
+    folder = request.getfixturevalue(model)
+    server = start(folder, *ASCEND, EAGER)
     before = answer(server)
     processes = family(server.process.pid)
     running = Background(server)
@@ -62,7 +66,7 @@ def test_a_killed_process_is_reported_and_a_restart_serves_again(
     assert server.process.returncode is not None
     assert "EngineDeadError" in server.log.read_text()
 
-    restarted = start(tiny_qwen3, *ASCEND, EAGER)
+    restarted = start(folder, *ASCEND, EAGER)
     assert answer(restarted).steps == before.steps
     processes = family(restarted.process.pid)
     told = time.monotonic()
@@ -72,6 +76,12 @@ def test_a_killed_process_is_reported_and_a_restart_serves_again(
     assert status == 0
     assert wait_until_ended(processes, 5) == []
     assert_port_is_free(restarted)
+
+
+@pytest.fixture
+def tiny_experts(tmp_path: Path) -> Path:
+    """A random Qwen3 with a layer of experts in block FP8."""
+    return write_experts(tmp_path / "experts", "qwen3_moe")
 
 
 @pytest.mark.long
