@@ -14,7 +14,7 @@ constexpr int kTileDepth = 32;  // k of a tile of bf16
 constexpr std::int64_t kAmxRows = 512;
 constexpr int kFewRows = 2;
 constexpr int kPrefetchBytes = 1024;
-constexpr int kRegisterPrefetchBytes = 2048;  // of few rows: layers of experts read 8 % faster than with half of it
+constexpr int kRegisterPrefetchBytes = 2048;  // for few rows
 
 constexpr DecodeTables kScaledTables = make_decode_tables(ArithmeticDecoder::kExponent);
 

@@ -34,7 +34,8 @@ inline std::int32_t load_pair(const std::uint16_t* values) {
   return pair;
 }
 
-// All activation rows (exactly `Rows`) times `Panels` panels, whose codes are prefetched `Ahead` bytes before use.
+// All activation rows (exactly `Rows`) times `Panels` panels, whose codes are prefetched `Ahead` bytes before use: past
+// a panel's end those of the panel that takes its place, not those of its neighbour, which are read beside it.
 template <int Rows, int Panels, int Ahead, class Decoder>
 void multiply_in_registers(const Problem& problem, std::int64_t panel, const Decoder& decode) {
   const Weight& w = problem.weight;
@@ -42,6 +43,7 @@ void multiply_in_registers(const Problem& problem, std::int64_t panel, const Dec
   alignas(64) float sums[Rows][Panels][kPanelRows] = {};
   const std::uint8_t* codes[Panels];
   for (int p = 0; p < Panels; ++p) codes[p] = w.codes_of(panel + p);
+  const std::int64_t panel_bytes = w.depth.padded() * kPanelRows;
   for (std::int64_t chunk = 0; chunk < w.depth.chunks; ++chunk) {
     __m512 partial[Rows][Panels][2];
 #pragma GCC unroll 12
@@ -53,11 +55,13 @@ void multiply_in_registers(const Problem& problem, std::int64_t panel, const Dec
     const std::int64_t quads = (w.depth.length_of(chunk) + 3) / 4;
     const std::int64_t offset = w.depth.start_of(chunk) * kPanelRows;
     for (std::int64_t quad = 0; quad < quads; ++quad) {
+      const std::int64_t at = offset + quad * kQuadBytes;
+      const std::int64_t ahead = at + Ahead < panel_bytes ? Ahead : Ahead + (Panels - 1) * panel_bytes;
 #pragma GCC unroll 2
       for (int p = 0; p < Panels; ++p) {
-        const std::uint8_t* source = codes[p] + offset + quad * kQuadBytes;
-        _mm_prefetch(reinterpret_cast<const char*>(source + Ahead), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(source + Ahead + kQuadBytes / 2), _MM_HINT_T0);
+        const std::uint8_t* source = codes[p] + at;
+        _mm_prefetch(reinterpret_cast<const char*>(source + ahead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(source + ahead + kQuadBytes / 2), _MM_HINT_T0);
         const HalfQuad top = decode(source);
         const HalfQuad bottom = decode(source + kQuadBytes / 2);
 #pragma GCC unroll 12
