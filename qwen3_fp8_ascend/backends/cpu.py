@@ -49,7 +49,7 @@ ISAS = ISAS_OF_ARCHITECTURE.get(_architecture(), ("portable",))
 """The levels of this machine's architecture (`Isa` in csrc/cpu/isa.h)."""
 
 PANEL_ROWS = SMALLEST_BLOCK.n
-"""Weight rows that are laid out together; a panel never crosses a scale block or a shard."""
+"""Weight rows that are laid out together; csrc/cpu/kernels.h draws the packed layout."""
 
 HUGE_PAGE = 1 << 21
 
