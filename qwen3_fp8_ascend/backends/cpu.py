@@ -143,7 +143,7 @@ def paths_agree(name: str) -> bool:
     return _OPS.cpu_paths_agree(ISAS.index(name))
 
 
-def _empty_codes(shape: tuple[int, ...]) -> torch.Tensor:
+def empty_bytes(shape: tuple[int, ...]) -> torch.Tensor:
     """Uninitialised bytes on 2 MiB pages where the system has them: without, reading weights is half as fast."""
     size = math.prod(shape)
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -167,7 +167,7 @@ def _panel_table(grid: BlockGrid) -> torch.Tensor:
 
 def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
     panels = _panel_table(grid)
-    codes = _empty_codes((panels.shape[0], ceil_div(grid.k, 4) * 4, PANEL_ROWS))
+    codes = empty_bytes((panels.shape[0], ceil_div(grid.k, 4) * 4, PANEL_ROWS))
     _OPS.cpu_pack(weight, panels, codes)
     return codes, scale.clone(), panels
 
@@ -182,7 +182,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, act
 def pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
     """All experts in one piece of memory, filled one by one."""
     panels = _panel_table(grid).repeat(scales.shape[0], 1, 1)
-    codes = _empty_codes((*panels.shape[:2], ceil_div(grid.k, 4) * 4, PANEL_ROWS))
+    codes = empty_bytes((*panels.shape[:2], ceil_div(grid.k, 4) * 4, PANEL_ROWS))
     for expert, weight in enumerate(weights):
         _OPS.cpu_pack(weight, panels[expert], codes[expert])
     return codes, scales.clone(), panels
