@@ -50,9 +50,9 @@ test-aarch64-long: $(AARCH64_PROCESSORS:%=test-aarch64-long-%)  ## the same on a
 
 $(AARCH64_PROCESSORS:%=test-aarch64-%): test-aarch64-%: $(AARCH64_BUILT)
 	cd $(AARCH64_RUN) && CI=true AARCH64_PROCESSOR=$* ../bin/python-$* $(AARCH64_PYTEST) \
-		tests/aarch64 tests/test_cpu_backend.py \
+		tests/aarch64 tests/backends/test_cpu_backend.py \
 		-k 'test_processor or ($(AARCH64_SHORT)) and $(AARCH64_LEVEL_$*)'
 
 $(AARCH64_PROCESSORS:%=test-aarch64-long-%): test-aarch64-long-%: $(AARCH64_BUILT)
 	cd $(AARCH64_RUN) && CI=true AARCH64_PROCESSOR=$* ../bin/python-$* $(AARCH64_PYTEST) tests/aarch64 \
-		tests/test_cpu_backend.py tests/test_ops.py tests/test_cpu_determinism.py tests/test_cpu_misuse.py
+		$(addprefix tests/backends/test_cpu_,backend.py determinism.py misuse.py) tests/test_ops.py

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qwen3_fp8_ascend import torch_range
-from qwen3_fp8_ascend.provenance import PACKAGES, cpu_name, installed_version
+from qwen3_fp8_ascend.provenance import PACKAGES, cores, cpu_name, installed_version
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def examine(without_npu: bool = False) -> Report:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cpu": cpu_name(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(cores()),
     }
     problems = _vllm_problems(packages) + _torch_problems(packages["torch"])
     failure = _torch_failure()

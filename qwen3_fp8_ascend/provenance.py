@@ -22,7 +22,7 @@ def provenance() -> dict[str, str]:
     """Machine (with its NPU if it has one), cores, date, commit (or this package's version), versions of packages."""
     facts = {
         "cpu": cpu_name(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(cores()),
         "date": date.today().isoformat(),
         "commit": commit(),
         "command": command(),
@@ -30,6 +30,11 @@ def provenance() -> dict[str, str]:
     if npu := npu_name():
         facts["npu"] = npu
     return facts | {name: version for name in PACKAGES if (version := installed_version(name))}
+
+
+def cores() -> int | None:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def command() -> str:

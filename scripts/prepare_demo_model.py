@@ -87,7 +87,7 @@ def prepare_experts(output: Path, form: str = "copied") -> Path:
     """Make `output`/SmolLM2-135M-Instruct-<form>-experts-FP8, unless it is there, and return it.
 
     form: "copied" (each expert the whole MLP in another order of channels) or "sliced" (each expert some channels, a
-    shared expert the others), see `qwen3_fp8_ascend.testing.upcycling`.
+    shared expert the others), see `upcycling.py`.
     Raises:
         BlockFp8Error: as `prepare`.
     """
@@ -96,8 +96,9 @@ def prepare_experts(output: Path, form: str = "copied") -> Path:
         _say(f"{fp8} is there; nothing to do")
         return fp8
     prepare(output)
+    from upcycling import write_copied_experts, write_sliced_experts
+
     from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
-    from qwen3_fp8_ascend.testing.upcycling import write_copied_experts, write_sliced_experts
 
     _say(f"turning the model into a mixture of experts that computes the same ({form})")
     write = {"copied": write_copied_experts, "sliced": write_sliced_experts}[form]

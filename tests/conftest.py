@@ -34,7 +34,9 @@ def pytest_configure(config: pytest.Config) -> None:
         devices.choose(config.getoption("--device"))
 
 
-LONGEST = ("tests/server/", "tests/test_cpu_sanitizers.py", "tests/ascendc/", "tests/fuzz/", "tests/test_model.py")
+LONGEST = (
+    *("tests/server/", "tests/backends/test_cpu_sanitizers.py", "tests/ascendc/", "tests/fuzz/", "tests/test_model.py"),
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

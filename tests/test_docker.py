@@ -63,7 +63,7 @@ def test_nothing_built_here_gets_into_an_image(tmp_path: Path) -> None:
     """A library of this machine's would be packed into the image's wheel in place of its own."""
     package = tmp_path / "qwen3_fp8_ascend"
     package.mkdir()
-    for name in ("_cpu.so", "ops.py", "libqwen3_fp8_ascendc.so"):
+    for name in ("_cpu.so", "reference.py", "libqwen3_fp8_ascendc.so"):
         (package / name).touch()
     (tmp_path / "build").mkdir()
     assert {path.name for path in ignored(tmp_path)} == {"_cpu.so", "libqwen3_fp8_ascendc.so", "build"}
@@ -121,7 +121,7 @@ def test_its_commands_build_and_install_the_package(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ready for a machine with an NPU" in done.stdout
     names = {name.partition("/")[2] for name in set(files_in(image.site)) - set(before)}
-    assert {"_cpu.so", "libqwen3_fp8_ascendc.so", "ops.py"} <= names
+    assert {"_cpu.so", "libqwen3_fp8_ascendc.so", "reference.py"} <= names
     assert all(files_in(image.site)[name] == content for name, content in before.items()), "other packages were changed"
     install_metadata(image.site, {"torch-npu": "2.1.0"})  # what the last line is for
     done = image.build(first=-1)

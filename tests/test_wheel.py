@@ -86,7 +86,7 @@ NEEDS = b"\0libtorch_cpu.so\0"
     ("name", "files", "content", "said"),
     [
         ("manylinux_2_34_x86_64", {"q/_cpu.so", "q.libs/libc10-1a.so"}, NEEDS, "not this project's: libc10-1a.so"),
-        ("manylinux_2_34_x86_64", {"q/ops.py"}, NEEDS, "holds no CPU kernels"),
+        ("manylinux_2_34_x86_64", {"q/reference.py"}, NEEDS, "holds no CPU kernels"),
         ("manylinux_2_34_x86_64", {"q/_cpu.so"}, b"\0libc.so.6\0", "does not name libtorch_cpu.so"),
         ("linux_x86_64", {"q/_cpu.so"}, NEEDS, "not tagged as a manylinux wheel for x86_64"),
         ("manylinux_2_34_aarch64", {"q/_cpu.so"}, NEEDS, "not tagged as a manylinux wheel for x86_64"),

@@ -14,10 +14,30 @@ enum class Dtype { bf16, fp16, fp32 };
 // power of two (ue8m0). The numbers are those that the operators take.
 enum class Quantization { none = 0, any_scale = 1, power_of_two = 2 };
 
-// Panels are 32 consecutive weight rows that share one row of scales. In a panel, four consecutive k make a quad of
-// 128 bytes, four for each row: k, k + 2, k + 1, k + 3. In 16-bit lanes the even bytes are then the pairs (k, k + 1) of
-// all rows and the odd bytes the pairs (k + 2, k + 3), in the order that vdpbf16ps and tdpbf16ps want, and no decoder
-// has to move anything across lanes. Rows and k beyond the weight's edge hold code zero.
+// The packed layout. A weight (n, k) is cut into panels, and a panel into quads; a quad is 128 consecutive bytes.
+//
+//              k =  0..3    4..7    8..11          last
+//                 +-------+-------+-------+-   -+-------+
+//   32 rows       |       |       |       |     |       |  panel 0: its rows share one row of scales, so that a panel
+//                 | quad  | quad  | quad  | ... | quad  |  ends where a scale block or a shard ends; rows and k
+//                 |   0   |   1   |   2   |     |       |  beyond that hold code zero
+//                 +-------+-------+-------+-   -+-------+
+//   32 rows       |       |       |       |     |       |  panel 1, behind the last quad of panel 0
+//
+// A quad holds four k of each of the 32 rows, the middle two swapped:
+//
+//   byte      0    1    2    3  |  4    5    6    7  | ... | 124  125  126  127
+//   row       0    0    0    0  |  1    1    1    1  |     |  31   31   31   31
+//   k        +0   +2   +1   +3  | +0   +2   +1   +3  |     |  +0   +2   +1   +3
+//
+// In 16-bit lanes the even bytes are then the pairs (k, k + 1) of all rows and the odd bytes the pairs (k + 2, k + 3),
+// in the order that vdpbf16ps and tdpbf16ps want, and no decoder has to move anything across lanes.
+//
+// A tile is what Path::tiles decodes into L1 for many rows of x: one chunk of a panel. With AVX-512 and AMX it is in
+// bf16, a line for each pair of k, two lines from each quad; AMX multiplies 16 lines of 16 rows at once (a B tile):
+//
+//   line 0   row 0: k, k + 1        row 1: k, k + 1        ...   row 31: k, k + 1
+//   line 1   row 0: k + 2, k + 3    row 1: k + 2, k + 3    ...   row 31: k + 2, k + 3
 constexpr int kPanelRows = 32;
 constexpr int kQuadBytes = 4 * kPanelRows;
 

@@ -98,19 +98,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, act
     return ascendc_linear(x, *packed.tensors, bias, packed.n, ACTIVATIONS[activation])
 
 
-def _fake_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    spans: torch.Tensor,
-    bias: torch.Tensor | None,
-    n: int,
-    activation: int,
-) -> torch.Tensor:
-    return x.new_empty(x.shape[0], n)
-
-
-@torch_operator(_fake_linear)
+@torch_operator(lambda x, codes, scales, spans, bias, n, *_: x.new_empty(x.shape[0], n))
 def ascendc_linear(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -153,20 +141,7 @@ def unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activat
     return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, ACTIVATIONS[activation], torch.float32)
 
 
-def _fake_grouped_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    spans: torch.Tensor,
-    ends: torch.Tensor,
-    n: int,
-    activation: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return x.new_empty(x.shape[0], n, dtype=dtype)
-
-
-@torch_operator(_fake_grouped_linear)
+@torch_operator(lambda x, codes, scales, spans, ends, n, activation, dtype: x.new_empty(x.shape[0], n, dtype=dtype))
 def ascendc_grouped_linear(
     x: torch.Tensor,
     codes: torch.Tensor,

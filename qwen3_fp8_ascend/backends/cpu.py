@@ -7,7 +7,6 @@ The library holds one level of kernels per instruction set and uses the best tha
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import math
 import mmap
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from qwen3_fp8_ascend import torch_range
+from qwen3_fp8_ascend.backends import cpu_fakes
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.format import SMALLEST_BLOCK, Activation, BlockGrid, BlockSize, ceil_div
 
@@ -49,7 +49,7 @@ ISAS = ISAS_OF_ARCHITECTURE.get(_architecture(), ("portable",))
 """The levels of this machine's architecture (`Isa` in csrc/cpu/isa.h)."""
 
 PANEL_ROWS = SMALLEST_BLOCK.n
-"""Weight rows that are laid out together; a panel never crosses a scale block or a shard."""
+"""Weight rows that are laid out together; csrc/cpu/kernels.h draws the packed layout."""
 
 HUGE_PAGE = 1 << 21
 
@@ -77,7 +77,7 @@ def unusable() -> str | None:
             f"(here: {torch.__version__}) and the processor type it was built for"
         )
     try:
-        _register_fakes()
+        cpu_fakes.register()
     except RuntimeError as error:  # torch's way of saying that the library has no such operator
         return f"the C++ library {LIBRARY.name} is older than this package ({error}); install it again, or `make venv`"
     if hasattr(os, "register_at_fork"):
@@ -143,87 +143,7 @@ def paths_agree(name: str) -> bool:
     return _OPS.cpu_paths_agree(ISAS.index(name))
 
 
-def _register_fakes() -> None:
-    # One tensor on the meta device among others sends a call here: without the check, the result would be arbitrary.
-    def same_device(first: torch.Tensor, *others: torch.Tensor) -> None:
-        devices = {t.device for t in (first, *others)}
-        torch._check(len(devices) == 1, lambda: f"tensors are on different devices: {sorted(map(str, devices))}")
-
-    def block_linear(
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        panels: torch.Tensor,
-        bias: torch.Tensor | None,
-        n: int,
-        k: int,
-        block_k: int,
-        quantization: int,
-    ) -> torch.Tensor:
-        others = [codes, scales, panels] if bias is None else [codes, scales, panels, bias]
-        same_device(x, *others)
-        torch._check(x.dim() == 2 and x.shape[1] == k, lambda: f"x must have shape (m, {k}), got {tuple(x.shape)}")
-        torch._check(bias is None or bias.shape == (n,), lambda: f"bias must have {n} elements")
-        return x.new_empty((x.shape[0], n))
-
-    def grouped_linear(
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        panels: torch.Tensor,
-        ends: torch.Tensor,
-        n: int,
-        k: int,
-        block_k: int,
-        quantization: int,
-    ) -> torch.Tensor:
-        same_device(x, codes, scales, panels, ends)
-        torch._check(x.dim() == 2 and x.shape[1] == k, lambda: f"x must have shape (m, {k}), got {tuple(x.shape)}")
-        return x.new_empty((x.shape[0], n))
-
-    def block_experts(
-        x: torch.Tensor,
-        w13_codes: torch.Tensor,
-        w13_scales: torch.Tensor,
-        w13_panels: torch.Tensor,
-        w2_codes: torch.Tensor,
-        w2_scales: torch.Tensor,
-        w2_panels: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        intermediate: int,
-        block_k: int,
-        quantization: int,
-    ) -> torch.Tensor:
-        same_device(x, w13_codes, w13_scales, w13_panels, w2_codes, w2_scales, w2_panels, topk_weights, topk_ids)
-        torch._check(x.dim() == 2, lambda: f"x must have 2 dimensions, got {x.dim()}")
-        return x.new_empty(x.shape)
-
-    def quantize_activation(x: torch.Tensor, block_k: int, quantization: int) -> tuple[torch.Tensor, torch.Tensor]:
-        torch._check(x.dim() == 2, lambda: f"x must have 2 dimensions, got {x.dim()}")
-        torch._check(block_k >= 1, lambda: f"block_k must be positive, got {block_k}")
-        groups = ceil_div(x.shape[1], block_k)
-        return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty((x.shape[0], groups), dtype=torch.float32)
-
-    def dequantize_weight(
-        weight: torch.Tensor, scales: torch.Tensor, scale_rows: torch.Tensor, block_k: int, dtype: torch.dtype
-    ) -> torch.Tensor:
-        same_device(weight, scales, scale_rows)
-        torch._check(weight.dim() == 2, lambda: f"weight must have 2 dimensions, got {weight.dim()}")
-        return weight.new_empty(weight.shape, dtype=dtype)
-
-    def pack(weight: torch.Tensor, panels: torch.Tensor, codes: torch.Tensor) -> None:
-        same_device(weight, panels, codes)
-
-    for function in (block_linear, grouped_linear, block_experts, quantize_activation, dequantize_weight, pack):
-        name = f"cpu_{function.__name__}"
-        torch.library.register_fake(f"qwen3_fp8_ascend::{name}", function)
-        takes = [argument.name for argument in getattr(_OPS, name).default._schema.arguments]
-        if takes != list(inspect.signature(function).parameters):
-            raise RuntimeError(f"{name} takes {', '.join(takes)}")
-
-
-def _empty_codes(shape: tuple[int, ...]) -> torch.Tensor:
+def empty_bytes(shape: tuple[int, ...]) -> torch.Tensor:
     """Uninitialised bytes on 2 MiB pages where the system has them: without, reading weights is half as fast."""
     size = math.prod(shape)
     if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -247,7 +167,7 @@ def _panel_table(grid: BlockGrid) -> torch.Tensor:
 
 def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
     panels = _panel_table(grid)
-    codes = _empty_codes((panels.shape[0], ceil_div(grid.k, 4) * 4, PANEL_ROWS))
+    codes = empty_bytes((panels.shape[0], ceil_div(grid.k, 4) * 4, PANEL_ROWS))
     _OPS.cpu_pack(weight, panels, codes)
     return codes, scale.clone(), panels
 
@@ -262,7 +182,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, act
 def pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
     """All experts in one piece of memory, filled one by one."""
     panels = _panel_table(grid).repeat(scales.shape[0], 1, 1)
-    codes = _empty_codes((*panels.shape[:2], ceil_div(grid.k, 4) * 4, PANEL_ROWS))
+    codes = empty_bytes((*panels.shape[:2], ceil_div(grid.k, 4) * 4, PANEL_ROWS))
     for expert, weight in enumerate(weights):
         _OPS.cpu_pack(weight, panels[expert], codes[expert])
     return codes, scales.clone(), panels

@@ -97,18 +97,7 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, act
     return torch_npu_scratch_linear(x, *packed.tensors, bias, activation.value)
 
 
-def _fake_native_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    kept: torch.Tensor | None,
-    bias: torch.Tensor | None = None,
-    activation: str = Activation.W8A8.value,
-) -> torch.Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0] if kept is None else kept.shape[0])
-
-
-@torch_operator(_fake_native_linear)
+@torch_operator(lambda x, codes, scale, kept, *_: x.new_empty(x.shape[0], (codes if kept is None else kept).shape[0]))
 def torch_npu_native_linear(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -207,19 +196,7 @@ def unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activat
     )
 
 
-def _fake_native_grouped_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    ends: torch.Tensor,
-    widths: Sequence[int],
-    dtype: torch.dtype,
-    activation: str = Activation.W8A8.value,
-) -> torch.Tensor:
-    return x.new_empty(x.shape[0], sum(widths), dtype=dtype)
-
-
-@torch_operator(_fake_native_grouped_linear)
+@torch_operator(lambda x, codes, scale, ends, widths, dtype, *_: x.new_empty(x.shape[0], sum(widths), dtype=dtype))
 def torch_npu_native_grouped_linear(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -268,18 +245,7 @@ def torch_npu_native_grouped_linear(
     return torch.cat(_shards(out, widths, 1), dim=1)
 
 
-def _fake_scratch_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    powers: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str = Activation.W8A8.value,
-) -> torch.Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0])
-
-
-@torch_operator(_fake_scratch_linear)
+@torch_operator(lambda x, codes, *_: x.new_empty(x.shape[0], codes.shape[0]))
 def torch_npu_scratch_linear(
     x: torch.Tensor,
     codes: torch.Tensor,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import mmap
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,8 +14,6 @@ from qwen3_fp8_ascend.backends.registry import usable_backends
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.devices import Device
 from qwen3_fp8_ascend.testing.timing import Contender
-
-HUGE_PAGE = 2 << 20
 
 Prepared = Callable[[torch.Tensor], Contender]
 """Takes activations (m, k) on the device and returns the timed function of the call's number."""
@@ -189,11 +186,6 @@ def framework(device: Device) -> tuple[Peer, ...]:
 
 def on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     """A copy; on a CPU on 2 MiB pages, if it fills one, so that no implementation is slower for want of them."""
-    size = tensor.numel() * tensor.element_size()
-    if tensor.device.type != "cpu" or size < HUGE_PAGE:
+    if tensor.device.type != "cpu":
         return tensor.clone()
-    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    flat = torch.frombuffer(memory, dtype=torch.uint8)
-    offset = -flat.data_ptr() % HUGE_PAGE
-    return flat[offset : offset + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return cpu.empty_bytes((tensor.nbytes,)).view(tensor.dtype).view(tensor.shape).copy_(tensor)

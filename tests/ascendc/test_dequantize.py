@@ -9,6 +9,7 @@ from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import ascendc
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockGrid
+from qwen3_fp8_ascend.ops import dense
 
 from .conftest import DTYPES, Emulator, random_weight
 
@@ -79,7 +80,7 @@ def test_pack_refuses_what_the_kernels_cannot_address() -> None:
 
 def test_scales_that_overflow_with_the_decode_bias_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed scales carry 2^8, so the largest fp32 scales have no packed form."""
-    monkeypatch.setattr(ops, "select_backend", lambda *_: ascendc.BACKEND)
+    monkeypatch.setattr(dense, "select_backend", lambda *_: ascendc.BACKEND)
     weight = torch.zeros(1, 1).to(torch.float8_e4m3fn)
     limit = torch.full((1, 1), torch.finfo(torch.float32).max / 256)
     assert torch.isfinite(ops.pack_weight(weight, limit).tensors[1]).all()

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
 from qwen3_fp8_ascend.evaluate.precision.prompts import all_prompts
-from qwen3_fp8_ascend.testing.models import write_with_more_heads
-from qwen3_fp8_ascend.testing.upcycling import write_copied_experts
+from scripts.upcycling import write_copied_experts
 from tests.support.expert_models import FAMILIES, write_experts
 from tests.support.logprobs import TEXTS, distance, prompt_logprobs
 from tests.support.noise import FALSE_ALARMS, rank_sum_probability
 from tests.support.offline import Run, answers
+from tests.support.padded_heads import write_with_more_heads
 
 from .conftest import ASCEND, EAGER, Start
 from .test_ranks import DRAWS, TWO_CORES, distances

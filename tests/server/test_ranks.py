@@ -19,12 +19,13 @@ from qwen3_fp8_ascend.backends import cpu
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.precision.prompts import all_prompts
-from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3, write_with_more_heads
+from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
 from tests.support.cpu_levels import lacking
 from tests.support.logprobs import distance
 from tests.support.noise import FALSE_ALARMS, rank_sum_probability
 from tests.support.offline import Run as OfflineRun
 from tests.support.offline import answers
+from tests.support.padded_heads import write_with_more_heads
 
 from .conftest import ASCEND, EAGER, Start
 

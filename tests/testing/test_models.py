@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.testing.models import QWEN3_8B, qwen3_config, qwen3_shapes, write_qwen3, write_with_more_heads
+from qwen3_fp8_ascend.testing.models import QWEN3_8B, qwen3_config, qwen3_shapes, write_qwen3
+from tests.support.padded_heads import write_with_more_heads
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

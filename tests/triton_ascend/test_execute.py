@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.triton_folded import block_linear_folded_specification
 from qwen3_fp8_ascend.testing import nonfinite
 from qwen3_fp8_ascend.testing.judges import beside_powers_of_two
 from qwen3_fp8_ascend.testing.nonfinite import same_numbers
@@ -17,10 +18,7 @@ from qwen3_fp8_ascend.triton_kernels.block_dequantize import (
     packed_dequantize_specification,
 )
 from qwen3_fp8_ascend.triton_kernels.block_grouped_linear import block_grouped_linear_specification
-from qwen3_fp8_ascend.triton_kernels.block_linear import (
-    block_linear_folded_specification,
-    block_linear_specification,
-)
+from qwen3_fp8_ascend.triton_kernels.block_linear import block_linear_specification
 from qwen3_fp8_ascend.triton_kernels.group_quantize import (
     group_quantize_specification,
     group_values_specification,

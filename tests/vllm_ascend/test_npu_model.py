@@ -16,6 +16,7 @@ from qwen3_fp8_ascend.backends import prefill
 from qwen3_fp8_ascend.backends.registry import PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockGrid, BlockSize, scale_shape
+from qwen3_fp8_ascend.ops import values
 from qwen3_fp8_ascend.testing.models import QWEN3_8B
 from qwen3_fp8_ascend.vllm_plugin import linear
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
@@ -142,8 +143,8 @@ def test_weights_pushed_into_a_model_on_an_npu(
 
     vLLM's own loaders do not know FakeTensors, so a copy stands in for them.
     """
-    monkeypatch.setattr(ops, "count_nan_codes", lambda weight: 0)  # FakeTensors have no values to check
-    monkeypatch.setattr(ops, "check_scale_values", lambda *scale, **limit: None)
+    monkeypatch.setattr(values, "count_nan_codes", lambda weight: 0)  # FakeTensors have no values to check
+    monkeypatch.setattr(values, "check_scale_values", lambda *scale, **limit: None)
     config = engine_config(write_config(tmp_path / "fp8", **ONE_LAYER, quantization_config=BLOCK_FP8))
     model = build(config)
     layer = load(model, config)["model.layers.0.self_attn.o_proj"]
@@ -174,8 +175,8 @@ def test_an_output_head_in_fp8(
     tmp_path: Path, build: Callable[[Any], torch.nn.Module], chip: Chip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Opt-in. Quantized on the host, in W8A16, which `torch_npu` does not compute: it says so at load."""
-    monkeypatch.setattr(ops, "count_nan_codes", lambda weight: 0)  # FakeTensors have no values to check
-    monkeypatch.setattr(ops, "check_scale_values", lambda *scale, **limit: None)
+    monkeypatch.setattr(values, "count_nan_codes", lambda weight: 0)  # FakeTensors have no values to check
+    monkeypatch.setattr(values, "check_scale_values", lambda *scale, **limit: None)
     settings = {"qwen3_fp8_ascend": {"lm_head": "fp8"}}
     folder = write_config(tmp_path / "fp8", **ONE_LAYER, quantization_config=BLOCK_FP8)
     config = engine_config(folder, hf_overrides=settings)

@@ -130,19 +130,7 @@ def _normalised_operand(x: torch.Tensor, activation: str) -> tuple[torch.Tensor,
     return prefill.normalise_groups(values[:m].unflatten(1, (k_blocks, BLOCK)), scale.T[:m], x)
 
 
-def _fake_linear(
-    x: torch.Tensor,
-    lanes: torch.Tensor,
-    w_scale: torch.Tensor,
-    powers: torch.Tensor,
-    n: int,
-    activation: str,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return x.new_empty(x.shape[0], n)
-
-
-@torch_operator(_fake_linear)
+@torch_operator(lambda x, lanes, w_scale, powers, n, *_: x.new_empty(x.shape[0], n))
 def triton_block_linear(
     x: torch.Tensor,
     lanes: torch.Tensor,
@@ -211,20 +199,7 @@ def grouped_through_scratch(
     return prefill.multiply_groups(operand, weights, ends, grow, dtype)[:, :n].contiguous()
 
 
-def _fake_grouped_linear(
-    x: torch.Tensor,
-    lanes: torch.Tensor,
-    w_scale: torch.Tensor,
-    powers: torch.Tensor,
-    ends: torch.Tensor,
-    n: int,
-    activation: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return x.new_empty(x.shape[0], n, dtype=dtype)
-
-
-@torch_operator(_fake_grouped_linear)
+@torch_operator(lambda x, lanes, w_scale, powers, ends, n, activation, dtype: x.new_empty(x.shape[0], n, dtype=dtype))
 def triton_block_grouped_linear(
     x: torch.Tensor,
     lanes: torch.Tensor,

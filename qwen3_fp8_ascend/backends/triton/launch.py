@@ -128,13 +128,7 @@ def quantize_activation(x: torch.Tensor, block_k: int, activation: Activation) -
     return codes.view(torch.float8_e4m3fn), scale
 
 
-def _fake_dequantize(
-    codes: torch.Tensor, scale: torch.Tensor, widths: Sequence[int], block_n: int, block_k: int, dtype: torch.dtype
-) -> torch.Tensor:
-    return codes.new_empty(codes.shape, dtype=dtype)
-
-
-@torch_operator(_fake_dequantize)
+@torch_operator(lambda codes, scale, widths, block_n, block_k, dtype: codes.new_empty(codes.shape, dtype=dtype))
 def triton_dequantize_weight(
     codes: torch.Tensor, scale: torch.Tensor, widths: Sequence[int], block_n: int, block_k: int, dtype: torch.dtype
 ) -> torch.Tensor:

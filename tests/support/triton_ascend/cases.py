@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from benchmarks.triton_folded import block_linear_folded_kernel
 from qwen3_fp8_ascend.triton_kernels.block_dequantize import block_dequantize_kernel, packed_dequantize_kernel
 from qwen3_fp8_ascend.triton_kernels.block_grouped_linear import block_grouped_linear_kernel
-from qwen3_fp8_ascend.triton_kernels.block_linear import block_linear_folded_kernel, block_linear_kernel
+from qwen3_fp8_ascend.triton_kernels.block_linear import block_linear_kernel
 from qwen3_fp8_ascend.triton_kernels.configuration import (
     ASCEND_A2_A3,
     ROW_TILES,

@@ -33,7 +33,7 @@ def write_copied_experts(source: Path, folder: Path, experts: int = 4, top_k: in
     """Write the first form of a dense bf16 checkpoint of Llama's form, as a Mixtral; its router is random.
 
     Mixtral, since it has neither biases nor q/k norms and lets attention have any number of heads
-    (`write_with_more_heads`); its experts' projections are called w1, w3 and w2.
+    (tests/support/padded_heads.py); its experts' projections are called w1, w3 and w2.
     """
     names = {"gate": "w1", "up": "w3", "down": "w2"}
     generator = torch.Generator().manual_seed(seed)

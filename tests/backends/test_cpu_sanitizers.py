@@ -19,10 +19,12 @@ from tests.support.sanitizers import ADDRESS, THREAD, Edit, Outcome, Variant
 REASON = sanitizers.missing()
 pytestmark = [needs_cpu_backend, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
-EXPERTS = "tests/test_cpu_experts.py"
-PROPERTIES = ("tests/test_cpu_backend.py", "tests/test_ops.py", "tests/test_cpu_determinism.py", EXPERTS)
-MISUSE = "tests/test_cpu_misuse.py"
-THREADS = "tests/test_cpu_threads.py"
+BACKEND = "tests/backends/test_cpu_backend.py"
+DETERMINISM = "tests/backends/test_cpu_determinism.py"
+EXPERTS = "tests/backends/test_cpu_experts.py"
+PROPERTIES = (BACKEND, "tests/test_ops.py", DETERMINISM, EXPERTS)
+MISUSE = "tests/backends/test_cpu_misuse.py"
+THREADS = "tests/backends/test_cpu_threads.py"
 
 OURS = "(cpu or three_dimensions)"
 NOT_OF_THE_KERNELS = "not document and not compiles_whole and not environment_variable and not only_torch"
@@ -121,13 +123,13 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
     "a read behind the codes": (
         ADDRESS,
         Edit("portable.cpp", "quad < (length + 3) / 4; ++quad", "quad < (length + 3) / 4 + 1; ++quad"),
-        "tests/test_cpu_backend.py::test_linear_of_ragged_edges[portable-widths3-1030-6-w8a16]",
+        f"{BACKEND}::test_linear_of_ragged_edges[portable-widths3-1030-6-w8a16]",
         "AddressSanitizer: heap-buffer-overflow",
     ),
     "a write behind the result": (
         ADDRESS,
         Edit("linear.cpp", "group_value, codes + row * k + start);", "group_value, codes + row * k + start + 1);"),
-        "tests/test_cpu_backend.py::test_quantizes_halfway_cases[avx2-dtype0]",
+        f"{BACKEND}::test_quantizes_halfway_cases[avx2-dtype0]",
         "AddressSanitizer: heap-buffer-overflow",
     ),
     "a tile load behind the activations": (
@@ -137,7 +139,7 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
             "rows < kTileRows ? rows : round_up(rows, kTileRows)",
             "rows",
         ),
-        "tests/test_cpu_backend.py::test_linear_of_ragged_edges[amx-widths0-1-19-w8a16]",
+        f"{BACKEND}::test_linear_of_ragged_edges[amx-widths0-1-19-w8a16]",
         "AddressSanitizer: heap-buffer-overflow",
     ),
     "a signed overflow": (
@@ -219,7 +221,7 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
             "linear_pass(kernels, path, part,",
             "linear_pass(kernels, part.rows * terms <= kernels.register_rows ? Path::registers : path, part,",
         ),
-        "tests/test_cpu_determinism.py::test_bits_change_at_the_stated_limit_and_nowhere_else[amx-w8a8-torch.bfloat16]",
+        f"{DETERMINISM}::test_bits_change_at_the_stated_limit_and_nowhere_else[amx-w8a8-torch.bfloat16]",
         "AssertionError: first and last row of 513",
     ),
 }

@@ -1,6 +1,6 @@
 """torch.ops.qwen3_fp8_ascend.cpu_* called with what nobody should give them: a clear error, or the right answer.
 
-The same tests run under AddressSanitizer (tests/test_cpu_sanitizers.py), which is what shows that nothing is read or
+The same tests run under AddressSanitizer (test_cpu_sanitizers.py), which is what shows that nothing is read or
 written outside the tensors on the way to either.
 """
 

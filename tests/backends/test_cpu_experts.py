@@ -14,8 +14,8 @@ from qwen3_fp8_ascend.backends import cpu
 from qwen3_fp8_ascend.format import Activation, BlockSize
 from qwen3_fp8_ascend.testing.expert_strategies import expert_problems
 from qwen3_fp8_ascend.testing.experts import ExpertsProblem, Interval, assert_layer_exact, oracle, random_experts
+from tests.backends.test_cpu_determinism import OTHERS, terms
 from tests.support.cpu_levels import ACTIVATIONS, DTYPES, ISAS, instruction_set, needs_cpu_backend, same_bits, threads
-from tests.test_cpu_determinism import OTHERS, terms
 
 pytestmark = needs_cpu_backend
 

@@ -187,7 +187,7 @@ def test_bits_change_at_the_stated_limit_and_nowhere_else(isa: str, activation: 
 
 def test_levels_are_those_of_the_document() -> None:
     """docs/reliability_kernels.md says for each instruction set how many rows take registers, and where bits change."""
-    document = (Path(__file__).parent.parent / "docs" / "reliability_kernels.md").read_text()
+    document = (Path(__file__).parents[2] / "docs" / "reliability_kernels.md").read_text()
     rows = (
         document.partition("<!-- table: levels -->")[2].partition("<!-- end of table -->")[0].strip().splitlines()[2:]
     )

@@ -365,7 +365,7 @@ def test_a_library_of_older_sources_is_reported(monkeypatch: pytest.MonkeyPatch)
     def absent() -> None:
         torch.library.register_fake("qwen3_fp8_ascend::cpu_of_tomorrow", lambda: None)
 
-    monkeypatch.setattr(cpu, "_register_fakes", absent)
+    monkeypatch.setattr(cpu.cpu_fakes, "register", absent)
     reason = cpu.unusable.__wrapped__()
     assert reason is not None and "is older than this package" in reason and "cpu_of_tomorrow" in reason
 
