@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 MODEL ?=
+# Environments are made without bytecode: without this, every process would compile all that it imports once more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help venv demo demo-moe test test-fast test-long lint bench validate record report wheel wheel-aarch64 clean
 

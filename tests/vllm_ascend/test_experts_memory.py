@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,24 @@ def name(request: pytest.FixtureRequest) -> str:
     return chosen
 
 
+def of_all_layers(bytes_of: Callable[[dict[str, Any]], int], shape: dict[str, Any]) -> int:
+    """Layers are alike, so what all take follows from a few: each further one takes the same."""
+    one, two, three = (bytes_of(shape | {"num_hidden_layers": layers}) for layers in (1, 2, 3))
+    assert three - two == two - one > 0
+    return one + (shape["num_hidden_layers"] - 1) * (two - one)
+
+
 @pytest.fixture(scope="module")
-def bf16(name: str, tmp_path_factory: pytest.TempPathFactory, build: Callable[[Any], Any]) -> Iterator[int]:
+def bf16(name: str, tmp_path_factory: pytest.TempPathFactory, build: Callable[[Any], Any]) -> int:
     """What the model takes in BF16, with the copies of the routers' weights in fp32 that vLLM-Ascend makes."""
-    config = engine_config(write_config(tmp_path_factory.mktemp("bf16"), **MODELS[name]), quantization=None)
-    model = build(config)
-    process(model, config)
-    yield resident_bytes(model)
+
+    def bytes_of(shape: dict[str, Any]) -> int:
+        config = engine_config(write_config(tmp_path_factory.mktemp("bf16"), **shape), quantization=None)
+        model = build(config)
+        process(model, config)
+        return resident_bytes(model)
+
+    return of_all_layers(bytes_of, MODELS[name])
 
 
 @pytest.mark.parametrize("chip", SERVED, ids="-".join, indirect=True)
@@ -134,13 +145,16 @@ def test_vllm_ascend_alone(
 
     monkeypatch.setattr(fp8_block, "resolve_block_scales", resolved)
     shape = MODELS[name]
-    folder = write_config(tmp_path / "fp8", **shape, quantization_config=quantization(shape))
-    config = engine_config(folder, quantization=None)
-    model = build(config)
-    layers = process(model, config)
-    theirs = {type(layer.quant_method).__module__.partition(".")[0] for layer in layers}
-    assert theirs <= {"vllm", "vllm_ascend"}
-    upstream = resident_bytes(model)
+
+    def bytes_of(shape: dict[str, Any]) -> int:
+        folder = write_config(tmp_path / "fp8", **shape, quantization_config=quantization(shape))
+        config = engine_config(folder, quantization=None)
+        model = build(config)
+        layers = process(model, config)
+        assert {type(layer.quant_method).__module__.partition(".")[0] for layer in layers} <= {"vllm", "vllm_ascend"}
+        return resident_bytes(model)
+
+    upstream = of_all_layers(bytes_of, shape)
     FIGURES.append(f"{name}, vLLM-Ascend alone on {generation}, after loading: all {upstream / 1e9:.2f} GB")
     if generation != "A5":
         assert upstream == bf16
