@@ -16,6 +16,6 @@ fi
 times >"$folder/$part.times"
 awk -v clock="$SECONDS" -v part="$part" -v status="$status" '
   FNR == 2 { split($0, t, /[ms ]+/); used = 60 * (t[1] + t[3]) + t[2] + t[4] }
-  END { printf "%5d s, of processors %5d s  %s%s\n", clock, used, part, status == 0 ? "" : " (failed)" }
+  END { printf "%5d s, of processors %5.0f s  %s%s\n", clock, used, part, status == 0 ? "" : " (failed)" }
 ' "$folder/$part.times" >"$folder/$part.cost"
 exit "$status"
