@@ -29,10 +29,10 @@ demo-moe: venv  ## the same with a mixture of experts: the demo's model, turned 
 	$(PY) scripts/demo.py --experts
 
 # All parts run at a time, whatever fails. Those that need environments of their own begin while .venv is made; the main
-# tests, on several workers, file by file, say how far they are, the others what they said when they are done. Servers
-# wait a third of their time, so there are more workers than cores.
+# tests, on several workers, say how far they are, the others what they said when they are done. A worker may have a
+# server of two ranks, which takes 4 GB.
 TEST_PARTS := test-triton-ascend test-triton test-main test-vllm-ascend test-aarch64 lint
-WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores + 1 : 4)))
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 PYTEST_WORKERS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PARTS := .cache/parts
 

@@ -6,6 +6,10 @@
 set -uo pipefail
 part=$1 folder=$2
 
+# One thing after the other within a part, and no jobserver for what its tests build.
+MAKEFLAGS=$(sed -E 's/ *(-j[0-9]*|--jobserver-[a-z]+=[^ ]*)//g' <<<"${MAKEFLAGS-}")
+export MAKEFLAGS
+
 SECONDS=0 status=0
 if [ "$part" = test-main ]; then
   ${MAKE:-make} --no-print-directory "$part" || status=$?
