@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 MODEL ?=
+# Environments are made without bytecode: without this, every process would compile all that it imports once more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help venv demo demo-moe test test-fast test-long lint bench validate record report wheel wheel-aarch64 clean
 
@@ -26,17 +28,18 @@ demo: venv  ## serve a block-FP8 model with vLLM and ask it three questions (MOD
 demo-moe: venv  ## the same with a mixture of experts: the demo's model, turned into experts that compute the same
 	$(PY) scripts/demo.py --experts
 
-# Parts that need environments of their own run two at a time; then the main tests on several workers, file by file.
-# All parts run, whatever fails.
-TEST_PARTS := test-triton-ascend test-vllm-ascend test-aarch64 test-triton lint
+# All parts run at a time, whatever fails. Those that need environments of their own begin while .venv is made; the main
+# tests, on several workers, say how far they are, the others what they said when they are done. A worker may have a
+# server of two ranks, which takes 4 GB.
+TEST_PARTS := test-triton-ascend test-triton test-main test-vllm-ascend test-aarch64 lint
 WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
 PYTEST_WORKERS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PARTS := .cache/parts
 
-test: venv  ## everything that needs no accelerator: lint, types, tests
-	@rm -f $(COSTS); status=0; \
-	$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target $(TEST_PARTS:%=part-%) || status=1; \
-	$(MAKE) --no-print-directory part-test-main || status=1; \
-	echo 'what each part took:'; sort -rn $(COSTS); exit $$status
+test:  ## everything that needs no accelerator: lint, types, tests
+	@rm -rf $(PARTS); mkdir -p $(PARTS); status=0; \
+	$(MAKE) --no-print-directory --keep-going --jobs=3 $(TEST_PARTS:%=part-%) || status=1; \
+	echo 'what each part took, beside the others:'; sort -rn $(PARTS)/*.cost; exit $$status
 
 test-main: venv
 	$(PY) -m pytest $(PYTEST_WORKERS)
@@ -44,12 +47,11 @@ test-main: venv
 test-fast: venv  ## the tests that start no server
 	$(PY) -m pytest $(PYTEST_WORKERS) -m 'not server'
 
-# A part of `make test`, and what it took.
-COSTS := .cache/costs.txt
+# A part of `make test`; the sub-make that it runs would make .venv too, and only one may.
 .PHONY: test-main
+part-test-main part-test-vllm-ascend part-test-aarch64 part-lint: | venv
 part-%:
-	@mkdir -p .cache; start=$$(date +%s); $(MAKE) --no-print-directory $*; status=$$?; \
-	printf '%5d s  %s\n' "$$(($$(date +%s) - start))" '$*' >>$(COSTS); exit $$status
+	@MAKE='$(MAKE)' scripts/run_test_part.sh $* $(PARTS)
 
 test-long: venv  ## the long forms of the reliability tests: load, faults, fuzzing, sanitizers (about an hour)
 	$(PY) -m pytest --long -m long

@@ -15,8 +15,8 @@ TRITON_PYTEST = -m pytest -q -p no:cacheprovider --durations=5
 
 # CPU torch from wherever pip already looks, else from PyTorch's public CPU index.
 define install_cpu_torch
-	$(1)/bin/python -m pip install -qq "torch==$(TRITON_TORCH)+cpu" || \
-	$(1)/bin/python -m pip install -qq "torch==$(TRITON_TORCH)+cpu" --extra-index-url $(TORCH_CPU_INDEX)
+	$(1)/bin/python -m pip install -qq --no-compile "torch==$(TRITON_TORCH)+cpu" || \
+	$(1)/bin/python -m pip install -qq --no-compile "torch==$(TRITON_TORCH)+cpu" --extra-index-url $(TORCH_CPU_INDEX)
 endef
 
 # The stamp's name holds the versions, so that changing one makes the environment anew.
@@ -26,11 +26,11 @@ TRITON_STAMP := .venv-triton/.ready-$(TRITON_VERSION)-torch$(TRITON_TORCH)
 $(TRITON_ASCEND_STAMP):
 	rm -rf .venv-triton-ascend
 	$(PYTHON) -m venv .venv-triton-ascend
-	.venv-triton-ascend/bin/python -m pip install -qq triton-ascend==$(TRITON_ASCEND_VERSION) pybind11 llvmlite \
+	.venv-triton-ascend/bin/python -m pip install -qq --no-compile triton-ascend==$(TRITON_ASCEND_VERSION) pybind11 llvmlite \
 		"numpy<2.4" $(TRITON_TEST_PACKAGES)
 	$(call install_cpu_torch,.venv-triton-ascend)
 	for version in $(ASCENDNPU_IR_VERSIONS); do \
-		.venv-triton-ascend/bin/python -m pip install -qq --no-deps \
+		.venv-triton-ascend/bin/python -m pip install -qq --no-compile --no-deps \
 			--target .venv-triton-ascend/ascendnpu-ir/$$version ascendnpu-ir==$$version || exit 1; \
 	done
 	touch $@
@@ -39,7 +39,7 @@ $(TRITON_STAMP):
 	rm -rf .venv-triton
 	$(PYTHON) -m venv .venv-triton
 	$(call install_cpu_torch,.venv-triton)
-	.venv-triton/bin/python -m pip install -qq triton==$(TRITON_VERSION) numpy $(TRITON_TEST_PACKAGES)
+	.venv-triton/bin/python -m pip install -qq --no-compile triton==$(TRITON_VERSION) numpy $(TRITON_TEST_PACKAGES)
 	touch $@
 
 .PHONY: test-triton-ascend test-triton triton-tables

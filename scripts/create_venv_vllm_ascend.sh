@@ -16,8 +16,8 @@ site=$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')
 echo 'import importlib.util as u; u.find_spec("torchvision_operators") and __import__("torchvision_operators")' \
   >>"$site/base.pth"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
-pip install -qq --no-deps "torch-npu==$torch_npu"
-pip install -qq "scipy>=1.11" "decorator>=5"
+pip install -qq --no-compile --no-deps "torch-npu==$torch_npu"
+pip install -qq --no-compile "scipy>=1.11" "decorator>=5"
 
 for pair in "$@"; do
   release=${pair%=*} vllm=${pair#*=}

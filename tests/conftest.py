@@ -1,6 +1,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -34,9 +35,43 @@ def pytest_configure(config: pytest.Config) -> None:
         devices.choose(config.getoption("--device"))
 
 
+APART = ("test_cpu_sanitizers.py", "tests/server/")
+"""Tests that share nothing worth keeping, and take long: any worker takes any of them, not the whole file."""
+TOGETHER = ("tests/server/test_renewal.py", "tests/server/test_scripts.py")
+"""But for these, each of which has one server."""
 LONGEST = (
-    *("tests/server/", "tests/backends/test_cpu_sanitizers.py", "tests/ascendc/", "tests/fuzz/", "tests/test_model.py"),
+    "test_cpu_sanitizers.py::test_short_under_address",
+    "tests/ascendc/test_linear.py",
+    "test_cpu_sanitizers.py::test_short_under_thread",
+    "tests/server/",
+    "tests/ascendc/",
+    "test_cpu_sanitizers.py",
+    "tests/evaluate/validate/",
+    "tests/test_model.py",
+    "tests/test_packaging.py",
+    "tests/fuzz/",
+    "tests/evaluate/",
 )
+"""The order in which several workers begin. The first of tests/ascendc compiles what the others wait for."""
+
+
+def rank_of(nodeid: str) -> int:
+    return next((rank for rank, part in enumerate(LONGEST) if part in nodeid), len(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What `--dist loadfile` means here: file by file, as fixtures are shared, and test by test where none are."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFileOrTest(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            alone = any(part in nodeid for part in APART) and not nodeid.startswith(TOGETHER)
+            return nodeid if alone else super()._split_scope(nodeid)
+
+    return ByFileOrTest(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -49,7 +84,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: [not item.nodeid.startswith(part) for part in LONGEST])
+        items.sort(key=lambda item: rank_of(item.nodeid))
     else:
         items.sort(key=lambda item: item.get_closest_marker("server") is not None)
 

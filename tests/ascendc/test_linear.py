@@ -20,7 +20,8 @@ from .conftest import (
     relative_error,
 )
 
-pytestmark = pytest.mark.parametrize("emulator", FLAG_COUNTING, indirect=True)
+both_ways_of_counting_flags = pytest.mark.parametrize("emulator", FLAG_COUNTING, indirect=True)
+"""For shapes, cores and chips, which decide what flags are set and waited for; the values of operands do not."""
 REQUIRED = 5e-4  # of the issue, w8a8 before the output is rounded
 EXACT = 1e-6  # what block-scaled fp32 reaches; the contract's figure for fp32 outputs
 
@@ -34,6 +35,7 @@ def oracle_of(x: torch.Tensor, weight: Weight, activation: Activation = Activati
     )
 
 
+@both_ways_of_counting_flags
 @pytest.mark.parametrize("m", [2, 16])
 @pytest.mark.parametrize("name", QWEN3_8B_SCALED)
 def test_qwen3_8b_shapes_scaled_down(emulator: Emulator, name: str, m: int) -> None:
@@ -46,6 +48,7 @@ def test_qwen3_8b_shapes_scaled_down(emulator: Emulator, name: str, m: int) -> N
     assert error <= EXACT
 
 
+@both_ways_of_counting_flags
 @pytest.mark.parametrize("cores", [1, 2, 20])
 @pytest.mark.parametrize(
     ("m", "widths", "k"),
@@ -74,6 +77,7 @@ def test_gemv(emulator: Emulator, widths: tuple[int, ...], k: int, cores: int) -
     assert relative_error(got, oracle_of(x, weight)) <= EXACT
 
 
+@both_ways_of_counting_flags
 @pytest.mark.parametrize("kernel", ["block_linear", "block_gemv"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sixteen_bit_outputs_are_the_rounded_oracle(emulator: Emulator, kernel: str, dtype: torch.dtype) -> None:
@@ -128,6 +132,7 @@ def test_w8a8_and_w8a16_are_told_apart(emulator: Emulator) -> None:
     assert relative_error(got, oracle_of(x, weight, Activation.W8A16)) > 1e-2
 
 
+@both_ways_of_counting_flags
 def test_a_row_does_not_depend_on_the_others(emulator: Emulator) -> None:
     weight = random_weight((256,), 640)
     x = random_activation(40, 640, torch.bfloat16)
@@ -137,6 +142,7 @@ def test_a_row_does_not_depend_on_the_others(emulator: Emulator) -> None:
         assert torch.equal(alone[0], together[row])
 
 
+@both_ways_of_counting_flags
 def test_nan_and_infinity_stay_in_their_row(emulator: Emulator) -> None:
     weight = random_weight((128,), 256)
     x = random_activation(3, 256, torch.float32)
@@ -176,6 +182,7 @@ def test_nan_and_infinity_are_those_of_the_specification(
             assert 0 < int(value[:4].sum()) < value[:4].numel(), "the weights must give all three"
 
 
+@both_ways_of_counting_flags
 @pytest.mark.parametrize("chip", ["910B1", "910B4", "910_9391"])
 def test_other_chips_have_the_memories_that_the_kernels_need(emulator: Emulator, chip: str) -> None:
     weight = random_weight((256,), 1024)

@@ -43,10 +43,17 @@ def select(*parts: str) -> list[str]:
     return ["-k", " and ".join(parts)]
 
 
-def run(variant: Variant, arguments: Sequence[str], folder: Path, examples: int, timeout: float = 800) -> Outcome:
-    return sanitizers.run_tests(
-        variant, sanitizers.build(variant), arguments, folder, examples=examples, timeout=timeout
-    )
+def run(
+    variant: Variant,
+    arguments: Sequence[str],
+    folder: Path,
+    examples: int,
+    timeout: float = 800,
+    *,
+    capped: bool = False,
+) -> Outcome:
+    library = sanitizers.build(variant)
+    return sanitizers.run_tests(variant, library, arguments, folder, examples=examples, capped=capped, timeout=timeout)
 
 
 def assert_clean(outcome: Outcome, least: int) -> None:
@@ -84,7 +91,7 @@ def lack_of(outcome: Outcome) -> str | None:
 @pytest.mark.timeout(900)
 def test_short_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     arguments = [*PROPERTIES, MISUSE, THREADS, *select(OURS, NOT_OF_THE_KERNELS, SHORT)]
-    assert_clean(run(ADDRESS, arguments, tmp_path, SHORT_EXAMPLES), 600)
+    assert_clean(run(ADDRESS, arguments, tmp_path, SHORT_EXAMPLES, capped=True), 600)
 
 
 @pytest.mark.timeout(900)
@@ -92,7 +99,7 @@ def test_short_under_thread_sanitizer(tmp_path: Path) -> None:
     threaded = "(test_linear or any_shape or several_python or instruction_set_may or depend_on_its_batch)"
     small = "not other_block_sizes and not ragged and not portable-3 and not portable-w8a16"
     arguments = [*PROPERTIES, THREADS, *select(OURS, NOT_OF_THE_KERNELS, WITHOUT_FORKS, threaded, small)]
-    outcome = run(THREAD, arguments, tmp_path, SHORT_EXAMPLES)
+    outcome = run(THREAD, arguments, tmp_path, SHORT_EXAMPLES, capped=True)
     assert_clean(outcome, 25)
     assert_threads_met(outcome, 10)
 

@@ -51,10 +51,18 @@ def hivm_text(case, version):
     return _compiled[key]
 
 
+_executables: dict[tuple[str, str, str], LinalgKernel | HivmKernel] = {}
+
+
 def executable(case, form):
-    if form == "linalg":
-        return LinalgKernel(lower_to_linalg(case, CHIP))
-    return HivmKernel(hivm_text(case, form.removeprefix("hivm-")))
+    """Made once, however many tests run it."""
+    key = (case.name, repr(case.constants), form)
+    if key not in _executables:
+        if form == "linalg":
+            _executables[key] = LinalgKernel(lower_to_linalg(case, CHIP))
+        else:
+            _executables[key] = HivmKernel(hivm_text(case, form.removeprefix("hivm-")))
+    return _executables[key]
 
 
 def wide_range(m, k, dtype):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,33 +78,56 @@ def name(request: pytest.FixtureRequest) -> str:
     return chosen
 
 
+def of_all_layers(bytes_of: Callable[[dict[str, Any]], tuple[int, ...]], shape: dict[str, Any]) -> list[int]:
+    """Layers are alike, so what all take follows from a few: each further one takes the same."""
+    few = (bytes_of(shape | {"num_hidden_layers": layers}) for layers in (1, 2, 3))
+    found = []
+    for one, two, three in zip(*few, strict=True):
+        assert three - two == two - one > 0
+        found.append(one + (shape["num_hidden_layers"] - 1) * (two - one))
+    return found
+
+
 @pytest.fixture(scope="module")
-def bf16(name: str, tmp_path_factory: pytest.TempPathFactory, build: Callable[[Any], Any]) -> Iterator[int]:
+def bf16(name: str, tmp_path_factory: pytest.TempPathFactory, build: Callable[[Any], Any]) -> int:
     """What the model takes in BF16, with the copies of the routers' weights in fp32 that vLLM-Ascend makes."""
-    config = engine_config(write_config(tmp_path_factory.mktemp("bf16"), **MODELS[name]), quantization=None)
-    model = build(config)
-    process(model, config)
-    yield resident_bytes(model)
+
+    def bytes_of(shape: dict[str, Any]) -> tuple[int]:
+        config = engine_config(write_config(tmp_path_factory.mktemp("bf16"), **shape), quantization=None)
+        model = build(config)
+        process(model, config)
+        return (resident_bytes(model),)
+
+    (everything,) = of_all_layers(bytes_of, MODELS[name])
+    return everything
 
 
 @pytest.mark.parametrize("chip", SERVED, ids="-".join, indirect=True)
 @pytest.mark.usefixtures("remembered")
 def test_one_byte_a_weight(name: str, chip: Chip, tmp_path: Path, build: Callable[[Any], Any], bf16: int) -> None:
     """Everything else keeps its size; the scratch of many tokens is one layer's projection, where it fits at all."""
-    shape = MODELS[name]
-    config = engine_config(write_config(tmp_path / "fp8", **shape, quantization_config=quantization(shape)))
-    model = build(config)
-    layers = process(model, config)
-    routed = [layer for layer in layers if isinstance(layer.quant_method, NpuExpertsMethod)]
-    linears = [layer for layer in layers if isinstance(layer.quant_method, NpuLinearMethod)]
-    assert len(routed) == shape["num_hidden_layers"] and len(linears) == 2 * shape["num_hidden_layers"]
-    packed = [p for layer in routed for p in (layer.packed_w13_weight, layer.packed_w2_weight)]
-    of_experts = sum(p.nbytes for p in packed)
-    of_linears = sum(layer.packed_weight.nbytes for layer in linears)
+    shape, scratches = MODELS[name], set()
+
+    def bytes_of(shape: dict[str, Any]) -> tuple[int, int, int]:
+        config = engine_config(write_config(tmp_path / "fp8", **shape, quantization_config=quantization(shape)))
+        model = build(config)
+        layers = process(model, config)
+        routed = [layer for layer in layers if isinstance(layer.quant_method, NpuExpertsMethod)]
+        linears = [layer for layer in layers if isinstance(layer.quant_method, NpuLinearMethod)]
+        assert len(routed) == shape["num_hidden_layers"] and len(linears) == 2 * shape["num_hidden_layers"]
+        packed = [p for layer in routed for p in (layer.packed_w13_weight, layer.packed_w2_weight)]
+        assert {t.device.type for p in packed for t in p.tensors} == {"npu"}
+        sizes = {(p.groups * p.n, p.k) for p in packed}
+        scratches.add(max((prefill.scratch_bytes(*s) for s in sizes if prefill.fits(*s)), default=0))
+        return (
+            sum(p.nbytes for p in packed),
+            sum(layer.packed_weight.nbytes for layer in linears),
+            resident_bytes(model),
+        )
+
+    of_experts, of_linears, total = of_all_layers(bytes_of, shape)
     weights, attention = weights_of(shape)
-    total = resident_bytes(model)
-    sizes = {(p.groups * p.n, p.k) for p in packed}
-    decoded = 0 if chip.native else max((prefill.scratch_bytes(*s) for s in sizes if prefill.fits(*s)), default=0)
+    (decoded,) = {0} if chip.native else scratches
     FIGURES.append(
         f"{name} on {chip.generation} with {chip.backend}: experts {of_experts / 1e9:.2f} GB "
         f"({of_experts / weights:.4f} bytes a weight), linears {of_linears / 1e9:.2f} GB, all {total / 1e9:.2f} GB, "
@@ -112,7 +135,6 @@ def test_one_byte_a_weight(name: str, chip: Chip, tmp_path: Path, build: Callabl
     )
     assert weights <= of_experts <= 1.04 * weights and attention <= of_linears <= 1.04 * attention
     assert total - of_experts - of_linears == bf16 - 2 * (weights + attention), "something else changed its size"
-    assert {t.device.type for p in packed for t in p.tensors} == {"npu"}
 
 
 @pytest.mark.parametrize("generation", ["A2 and A3", "A5"])
@@ -134,13 +156,16 @@ def test_vllm_ascend_alone(
 
     monkeypatch.setattr(fp8_block, "resolve_block_scales", resolved)
     shape = MODELS[name]
-    folder = write_config(tmp_path / "fp8", **shape, quantization_config=quantization(shape))
-    config = engine_config(folder, quantization=None)
-    model = build(config)
-    layers = process(model, config)
-    theirs = {type(layer.quant_method).__module__.partition(".")[0] for layer in layers}
-    assert theirs <= {"vllm", "vllm_ascend"}
-    upstream = resident_bytes(model)
+
+    def bytes_of(shape: dict[str, Any]) -> tuple[int]:
+        folder = write_config(tmp_path / "fp8", **shape, quantization_config=quantization(shape))
+        config = engine_config(folder, quantization=None)
+        model = build(config)
+        layers = process(model, config)
+        assert {type(layer.quant_method).__module__.partition(".")[0] for layer in layers} <= {"vllm", "vllm_ascend"}
+        return (resident_bytes(model),)
+
+    (upstream,) = of_all_layers(bytes_of, shape)
     FIGURES.append(f"{name}, vLLM-Ascend alone on {generation}, after loading: all {upstream / 1e9:.2f} GB")
     if generation != "A5":
         assert upstream == bf16

@@ -262,9 +262,19 @@ class Outcome:
 
 
 def run_tests(
-    variant: Variant, library: Path, arguments: Sequence[str], folder: Path, *, examples: int, timeout: float
+    variant: Variant,
+    library: Path,
+    arguments: Sequence[str],
+    folder: Path,
+    *,
+    examples: int,
+    capped: bool,
+    timeout: float,
 ) -> Outcome:
-    """Run pytest on some tests with that library in the place of the package's own."""
+    """Run pytest on some tests with that library in the place of the package's own.
+
+    A property test draws `examples` inputs; if `capped`, also one that asks for more.
+    """
     report = folder / "report.json"
     report.unlink(missing_ok=True)
     preload = f"{runtime_library(variant.runtime)} {runtime_library('libstdc++.so')}"
@@ -276,6 +286,7 @@ def run_tests(
             "SANITIZED_LIBRARY": str(library),
             "SANITIZED_REPORT": str(report),
             "SANITIZED_EXAMPLES": str(examples),
+            "SANITIZED_CAPPED": "1" if capped else "",
             "OMP_WAIT_POLICY": "passive",  # more threads than cores must not spin
         }
     )

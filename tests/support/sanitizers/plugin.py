@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, settings
 
 LIBRARY = Path(os.environ["SANITIZED_LIBRARY"])
 
+ATTRIBUTE = "_hypothesis_internal_use_settings"
+"""Where `@settings` leaves what it was given; it cannot be applied twice."""
+
 _counts: Counter[str] = Counter()
 _skipped: dict[str, str] = {}
 
@@ -30,6 +33,17 @@ def pytest_configure(config: pytest.Config) -> None:
         suppress_health_check=[HealthCheck.too_slow],
     )
     settings.load_profile("sanitizers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """If asked to, tests that name a number of examples themselves get no more than the others."""
+    if not os.environ.get("SANITIZED_CAPPED"):
+        return
+    most = settings().max_examples
+    for test in {getattr(item, "obj", None) for item in items}:
+        asked = getattr(test, ATTRIBUTE, None)
+        if asked is not None and asked.max_examples > most:
+            setattr(test, ATTRIBUTE, settings(asked, max_examples=most))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
