@@ -192,7 +192,7 @@ def estimate_experts(executable: Path, folder: Path, tokens: Sequence[int], chip
     for m in tokens:
         counts = torch.bincount(torch.rand(m, EXPERTS).topk(TOP_K).indices.flatten(), minlength=EXPERTS)
         touched = counts.nonzero().flatten()
-        for linear, (n, k) in EXPERT_LINEARS.items():
+        for linear, (n, _) in EXPERT_LINEARS.items():
             counters: list[dict[str, Any]] = []
             tiles_of_a_core: list[int] = []
             numbers = [len(touched)] if len(touched) <= SAMPLE else [SAMPLE // 2, SAMPLE]
