@@ -160,13 +160,39 @@ def emulate_experts(
     return out
 
 
+def emulate_gemv_of_experts(executable: Path, folder: Path, linear: str, chip_name: str) -> dict[str, Any]:
+    """The counters of `block_gemv` for one row and the weights of `TOP_K` experts, one below the other.
+
+    What a kernel for one token of experts on vector cores alone could at best do: it would read each expert's own row
+    and the list of ends besides.
+    """
+    n, k = EXPERT_LINEARS[linear]
+    n *= TOP_K
+    tiles, k_blocks = -(-n // 128), -(-k // 128)
+    zeros(folder / "packed", tiles * k_blocks * 128 * 128)
+    zeros(folder / "scale", tiles * k_blocks * 32)
+    spans = torch.tensor([[tile * 128, 128, 0, 0, 0, 0, 0, 0] for tile in range(tiles)], dtype=torch.int32)
+    write(folder / "spans", spans)
+    dtype = torch.bfloat16 if linear == "gate_up" else torch.float32
+    write(folder / "x", torch.randn(1, k).to(dtype))
+    files = [f"{name}={folder / name}" for name in ("x", "packed", "scale", "spans", "out")]
+    settings = ["m=1", f"n={n}", f"k={k}", f"dtype={1 if dtype == torch.bfloat16 else 2}", "activation=0"]
+    settings += [f"cores={CHIPS[chip_name].cube_cores}", f"chip={chip_name}"]
+    command = [str(executable), "block_gemv", *settings, *files]
+    out: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return out
+
+
 def estimate_experts(executable: Path, folder: Path, tokens: Sequence[int], chip_name: str) -> Iterator[Row]:
-    """Both grouped linears of a layer, for tokens that are sent to `TOP_K` experts at random."""
+    """Both grouped linears of a layer, for tokens that are sent to `TOP_K` experts at random.
+
+    For one token also what `block_gemv` takes for as many weights (`emulate_gemv_of_experts`).
+    """
     chip = CHIPS[chip_name]
     for m in tokens:
         counts = torch.bincount(torch.rand(m, EXPERTS).topk(TOP_K).indices.flatten(), minlength=EXPERTS)
         touched = counts.nonzero().flatten()
-        for linear, (n, k) in EXPERT_LINEARS.items():
+        for linear, (n, _) in EXPERT_LINEARS.items():
             counters: list[dict[str, Any]] = []
             tiles_of_a_core: list[int] = []
             numbers = [len(touched)] if len(touched) <= SAMPLE else [SAMPLE // 2, SAMPLE]
@@ -180,17 +206,28 @@ def estimate_experts(executable: Path, folder: Path, tokens: Sequence[int], chip
                 of_a_tile = (cycles - counters[0]["cycles"]) / (tiles_of_a_core[1] - tiles_of_a_core[0])
                 every_tile = -(-len(touched) * -(-n // 128) // chip.cube_cores)
                 cycles += of_a_tile * (every_tile - tiles_of_a_core[1])
-            weights, busy = numbers[-1] * n * k, last["busy"]
-            yield Row(
-                f"{linear} of {len(touched)} experts",
-                m,
-                "block_grouped_linear",
-                cycles / chip.hertz * 1e6,
-                f"{max(busy, key=lambda pipe: busy[pipe])} {max(busy.values()) / last['cycles']:.0%}",
-                2 * len(touched) * n * k / (chip.hbm_gb_per_s * 1e9) * 1e6,
-                {path: count / weights for path, count in last["bytes"].items()},
-                sum(last["vector_repeats"].values()) / (weights / 256),
-            )
+            yield of_experts(linear, len(touched), m, "block_grouped_linear", cycles, last, numbers[-1], chip)
+            if m == 1:
+                bound = emulate_gemv_of_experts(executable, folder, linear, chip_name)
+                yield of_experts(linear, TOP_K, m, "block_gemv, a bound", bound["cycles"], bound, TOP_K, chip)
+
+
+def of_experts(
+    linear: str, touched: int, m: int, kernel: str, cycles: float, counters: dict[str, Any], emulated: int, chip: Chip
+) -> Row:
+    """A row for `touched` experts from the counters of an emulation of `emulated` of them."""
+    n, k = EXPERT_LINEARS[linear]
+    weights, busy = emulated * n * k, counters["busy"]
+    return Row(
+        f"{linear} of {touched} experts",
+        m,
+        kernel,
+        cycles / chip.hertz * 1e6,
+        f"{max(busy, key=lambda pipe: busy[pipe])} {max(busy.values()) / counters['cycles']:.0%}",
+        2 * touched * n * k / (chip.hbm_gb_per_s * 1e9) * 1e6,
+        {path: count / weights for path, count in counters["bytes"].items()},
+        sum(counters["vector_repeats"].values()) / (weights / 256),
+    )
 
 
 def markdown(rows: Sequence[Row], chip: str) -> Iterator[str]:
