@@ -13,13 +13,20 @@ namespace qwen3_fp8_ascend::cpu {
 namespace {
 
 constexpr std::int64_t kMaxRows = 256;
-constexpr std::int64_t kMaxRegisterRows = kTileRows;
+constexpr std::int64_t kMaxRegisterRows = 5;
 constexpr std::int64_t kPanelsTogether = 4;  // as many as the gate or the up projection of an expert gives a task
+
+// Processors take a load to depend on a store before it whose address ends in the same 12 bits. While one chunk is read
+// another is written at the same place: half of 4096 bytes apart, the store is long done.
+struct HalfChunk {
+  alignas(64) Decoded<std::uint16_t> weights;
+  std::uint8_t apart[2048];
+};
 
 struct Scratch {
   alignas(64) float x[kMaxRows][kChunk];  // one chunk of activations as fp32
   alignas(64) float sums[kPanelsTogether][kMaxRows][kPanelRows];
-  alignas(64) Decoded<std::uint16_t> half[2];  // the chunk that is multiplied, and the next one
+  HalfChunk half[2];  // the chunk that is multiplied, and the next one
   alignas(64) Decoded<float> numbers;
   DecodeMasks masks;
 };
@@ -97,15 +104,15 @@ void multiply_chunk(const Problem& problem, const Walk& now, const Decoded<std::
 
 void multiply_panels(const Problem& problem, Walk now, Scratch& scratch) {
   if (now.ended()) return;
-  decode_chunk(now.codes(), now.quads(), now.has_nan(), scratch.half[0]);
+  decode_chunk(now.codes(), now.quads(), now.has_nan(), scratch.half[0].weights);
   Walk next = now;
   next.advance();
   Walk later = next;
   if (!later.ended()) later.advance();
   for (int current = 0; !now.ended(); current = 1 - current) {
     if (now.panel() == 0) widen_activations(problem.activation, now, scratch.x);
-    const auto& half = scratch.half[current];
-    auto& out = scratch.half[1 - current];
+    const auto& half = scratch.half[current].weights;
+    auto& out = scratch.half[1 - current].weights;
     // Where nothing comes later, codes that are in the cache.
     const Prefetch prefetch{later.ended() ? now.codes() : later.codes()};
     if (!next.ended() && !next.has_nan() && next.quads() == now.quads()) {
