@@ -1,204 +1,144 @@
 // The kernels for AVX2, FMA and F16C: any x86-64 server since 2013.
 //
-// (code & 0x7f) << 7 with the sign on top is the fp16 number code * 2^-8, subnormals included; F16C makes it fp32.
-// An fp32 register holds a pair of k for each of four rows: x is repeated to match, and the pairs are added at the end.
-#include <immintrin.h>
+// A few panels are taken together, chunk by chunk: a chunk of activations is widened to fp32 once for all of them. Few
+// rows multiply a chunk as fp16, which F16C widens while it loads, and decode the next one beside it: the memory is
+// read all the time, and decoding takes what the multiplier leaves. More rows share a chunk that is decoded to fp32.
+#include <algorithm>
+#include <cstring>
 
+#include "linear_avx2.h"
 #include "runs.h"
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {
 
-constexpr float kDecodeFactor = 256.0f;  // undoes the 2^-8 of the decoded numbers
-constexpr int kGroups = kPanelRows / 4;  // registers of one panel: four rows each
 constexpr std::int64_t kMaxRows = 256;
-constexpr std::int64_t kMaxRegisterRows = 1;
+constexpr std::int64_t kMaxRegisterRows = 5;
+constexpr std::int64_t kPanelsTogether = 4;  // as many as the gate or the up projection of an expert gives a task
 
-// Four rows at (k, k + 1) and at (k + 2, k + 3).
-struct Lane {
-  __m256 pair0;
-  __m256 pair1;
+// Processors take a load to depend on a store before it whose address ends in the same 12 bits. While one chunk is read
+// another is written at the same place: half of 4096 bytes apart, the store is long done.
+struct HalfChunk {
+  alignas(64) Decoded<std::uint16_t> weights;
+  std::uint8_t apart[2048];
 };
-
-// 32 codes: two lanes of four rows each.
-struct TwoLanes {
-  Lane first;
-  Lane second;
-};
-
-// The fp16 numbers of all ones (480 * 2^-8) are what NaN codes become.
-inline __m256i restore_nan(__m256i half) {
-  const __m256i ones = _mm256_set1_epi16(0x3f80);
-  const __m256i is_nan = _mm256_cmpeq_epi16(_mm256_and_si256(half, ones), ones);
-  return _mm256_or_si256(half, _mm256_and_si256(is_nan, _mm256_set1_epi16(0x7e00)));
-}
-
-template <bool HasNan>
-TwoLanes decode(const std::uint8_t* codes) {
-  const __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-  // An arithmetic shift doubles the sign; the mask clears its copy and what is left of the neighbouring byte.
-  const __m256i mask = _mm256_set1_epi16(static_cast<short>(0xbf80));
-  __m256i even = _mm256_and_si256(_mm256_srai_epi16(_mm256_slli_epi16(code, 8), 1), mask);
-  __m256i odd = _mm256_and_si256(_mm256_srai_epi16(code, 1), mask);
-  if constexpr (HasNan) {
-    even = restore_nan(even);
-    odd = restore_nan(odd);
-  }
-  return {{_mm256_cvtph_ps(_mm256_castsi256_si128(even)), _mm256_cvtph_ps(_mm256_castsi256_si128(odd))},
-          {_mm256_cvtph_ps(_mm256_extracti128_si256(even, 1)), _mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1))}};
-}
-
-// Decoding takes so many instructions that the processor's window ends a few cache lines ahead: too few loads would be
-// under way to keep the memory busy.
-inline void prefetch(const std::uint8_t* codes) {
-  constexpr int kAhead = 4096;
-  _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead), _MM_HINT_T0);
-  _mm_prefetch(reinterpret_cast<const char*>(codes + kAhead + 64), _MM_HINT_T0);
-}
-
-// Four consecutive activations, repeated to match Lane.
-inline Lane repeat(const float* x) {
-  return {_mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(x))),
-          _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(x + 2)))};
-}
-
-// The sum of each pair.
-inline __m128 add_pairs(__m256 v) {
-  const __m128 low = _mm256_castps256_ps128(v);
-  const __m128 high = _mm256_extractf128_ps(v, 1);
-  const __m128 even = _mm_shuffle_ps(low, high, _MM_SHUFFLE(2, 0, 2, 0));
-  const __m128 odd = _mm_shuffle_ps(low, high, _MM_SHUFFLE(3, 1, 3, 1));
-  return _mm_add_ps(even, odd);
-}
 
 struct Scratch {
-  alignas(64) float x[kMaxRows][kChunk];               // one chunk of activations as fp32
-  alignas(64) float weights[kChunk / 4][kGroups][16];  // one decoded chunk: [quad][lane][pair 0, pair 1]
-  alignas(64) float sums[kMaxRows][kPanelRows];
+  alignas(64) float x[kMaxRows][kChunk];  // one chunk of activations as fp32
+  alignas(64) float sums[kPanelsTogether][kMaxRows][kPanelRows];
+  HalfChunk half[2];  // the chunk that is multiplied, and the next one
+  alignas(64) Decoded<float> numbers;
+  DecodeMasks masks;
 };
 
-// sum += (partial * 2^8) * x_scale * w_scale for four rows.
-inline void scale_and_add(__m256 partial, float x_scale, float w_scale, float* sum) {
-  const __m128 exact = _mm_mul_ps(add_pairs(partial), _mm_set1_ps(kDecodeFactor));
-  const __m128 scaled = _mm_mul_ps(exact, _mm_set1_ps(x_scale));
-  _mm_store_ps(sum, _mm_fmadd_ps(scaled, _mm_set1_ps(w_scale), _mm_load_ps(sum)));
-}
+// One chunk after the other: that of all panels, then the next one of all panels.
+class Walk {
+ public:
+  Walk(const Weight& weight, std::int64_t first, std::int64_t panels)
+      : weight_(weight), first_(first), panels_(panels) {
+    enter_chunk();
+  }
 
-inline void widen_chunk(const Activation& x, std::int64_t chunk, std::int64_t length, float (*out)[kChunk]) {
+  bool ended() const { return chunk_ == weight_.depth.chunks; }
+  std::int64_t panel() const { return panel_; }  // from `first` on
+  std::int64_t chunk() const { return chunk_; }
+  std::int64_t quads() const { return quads_; }
+  bool has_nan() const { return weight_.panels[first_ + panel_].has_nan != 0; }
+  const std::uint8_t* codes() const { return weight_.codes_of(first_ + panel_) + offset_; }
+  float scale() const { return weight_.scales_of(first_ + panel_)[block_]; }
+
+  void advance() {
+    if (++panel_ < panels_) return;
+    panel_ = 0;
+    ++chunk_;
+    enter_chunk();
+  }
+
+ private:
+  // Here and not for each panel: these are divisions.
+  void enter_chunk() {
+    if (ended()) return;
+    const Depth& depth = weight_.depth;
+    quads_ = (depth.length_of(chunk_) + 3) / 4;
+    offset_ = depth.start_of(chunk_) * kPanelRows;
+    block_ = depth.block_of(chunk_);
+  }
+
+  const Weight& weight_;
+  std::int64_t first_;
+  std::int64_t panels_;
+  std::int64_t panel_ = 0;
+  std::int64_t chunk_ = 0;
+  std::int64_t quads_ = 0;
+  std::int64_t offset_ = 0;
+  std::int64_t block_ = 0;
+};
+
+void widen_activations(const Activation& x, const Walk& now, float (*out)[kChunk]) {
   for (std::int64_t row = 0; row < x.rows; ++row) {
-    load_run(x.values_of(chunk, row), Dtype::bf16, 0, (length + 3) / 4 * 4, out[row]);
+    load_run(x.values_of(now.chunk(), row), Dtype::bf16, 0, 4 * now.quads(), out[row]);
   }
 }
 
-// One row: decoded in registers.
-template <bool HasNan>
-void multiply_row(const std::uint8_t* codes, const float* x, std::int64_t quads, float x_scale, float w_scale,
-                  float* sums) {
-  __m256 partial[kGroups];
-#pragma GCC unroll 8
-  for (int g = 0; g < kGroups; ++g) partial[g] = _mm256_setzero_ps();
-  for (std::int64_t quad = 0; quad < quads; ++quad) {
-    prefetch(codes + quad * kQuadBytes);
-    const Lane value = repeat(x + quad * 4);
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroups; g += 2) {
-      const TwoLanes w = decode<HasNan>(codes + quad * kQuadBytes + g * 16);
-      partial[g] = _mm256_fmadd_ps(w.first.pair0, value.pair0, partial[g]);
-      partial[g + 1] = _mm256_fmadd_ps(w.second.pair0, value.pair0, partial[g + 1]);
-      partial[g] = _mm256_fmadd_ps(w.first.pair1, value.pair1, partial[g]);
-      partial[g + 1] = _mm256_fmadd_ps(w.second.pair1, value.pair1, partial[g + 1]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int g = 0; g < kGroups; ++g) scale_and_add(partial[g], x_scale, w_scale, sums + g * 4);
+template <class Number>
+Operands<Number> operands(const Decoded<Number>& weights, const Walk& now, const Activation& x, Scratch& scratch) {
+  return {weights,     now.quads(),
+          scratch.x,   x.scales_of(now.chunk(), 0),
+          now.scale(), scratch.sums[now.panel()]};
 }
 
-template <bool HasNan>
-void decode_chunk(const std::uint8_t* codes, std::int64_t quads, float (*out)[kGroups][16]) {
-  for (std::int64_t quad = 0; quad < quads; ++quad) {
-    prefetch(codes + quad * kQuadBytes);
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroups; g += 2) {
-      const TwoLanes w = decode<HasNan>(codes + quad * kQuadBytes + g * 16);
-      _mm256_store_ps(out[quad][g], w.first.pair0);
-      _mm256_store_ps(out[quad][g] + 8, w.first.pair1);
-      _mm256_store_ps(out[quad][g + 1], w.second.pair0);
-      _mm256_store_ps(out[quad][g + 1] + 8, w.second.pair1);
-    }
-  }
-}
-
-// `Rows` rows times four of the eight groups of a decoded chunk.
-template <int Rows>
-void multiply_half(const float (*weights)[kGroups][16], int group, const float (*x)[kChunk], std::int64_t quads,
-                   const float* x_scale, float w_scale, float (*sums)[kPanelRows]) {
-  __m256 partial[Rows][4];
-#pragma GCC unroll 2
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) partial[r][g] = _mm256_setzero_ps();
-  }
-  for (std::int64_t quad = 0; quad < quads; ++quad) {
-#pragma GCC unroll 2
-    for (int r = 0; r < Rows; ++r) {
-      const Lane value = repeat(x[r] + quad * 4);
-#pragma GCC unroll 4
-      for (int g = 0; g < 4; ++g) {
-        const float* w = weights[quad][group + g];
-        partial[r][g] = _mm256_fmadd_ps(_mm256_load_ps(w), value.pair0, partial[r][g]);
-        partial[r][g] = _mm256_fmadd_ps(_mm256_load_ps(w + 8), value.pair1, partial[r][g]);
-      }
-    }
-  }
-#pragma GCC unroll 2
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) scale_and_add(partial[r][g], x_scale[r], w_scale, sums[r] + (group + g) * 4);
-  }
-}
-
-void multiply_rows(const Scratch& scratch, std::int64_t rows, std::int64_t quads, const float* x_scale, float w_scale,
-                   float (*sums)[kPanelRows]) {
-  for (int group = 0; group < kGroups; group += 4) {
-    std::int64_t row = 0;
-    for (; row + 2 <= rows; row += 2) {
-      multiply_half<2>(scratch.weights, group, scratch.x + row, quads, x_scale + row, w_scale, sums + row);
-    }
-    if (row < rows) {
-      multiply_half<1>(scratch.weights, group, scratch.x + row, quads, x_scale + row, w_scale, sums + row);
-    }
-  }
-}
-
-template <bool HasNan>
-void linear_panel(const Problem& problem, std::int64_t panel, Scratch& scratch) {
-  const Weight& w = problem.weight;
+// All rows times one chunk, and `work` beside the first of them.
+template <class Work>
+void multiply_chunk(const Problem& problem, const Walk& now, const Decoded<std::uint16_t>& half, const Work& work,
+                    Scratch& scratch) {
   const Activation& x = problem.activation;
-  std::memset(scratch.sums, 0, static_cast<std::size_t>(x.rows) * sizeof scratch.sums[0]);
-  for (std::int64_t chunk = 0; chunk < w.depth.chunks; ++chunk) {
-    const std::int64_t length = w.depth.length_of(chunk);
-    const std::int64_t quads = (length + 3) / 4;
-    const std::uint8_t* codes = w.codes_of(panel) + w.depth.start_of(chunk) * kPanelRows;
-    const float w_scale = w.scales_of(panel)[w.depth.block_of(chunk)];
-    const float* x_scale = x.scales_of(chunk, 0);
-    widen_chunk(x, chunk, length, scratch.x);
-    if (problem.path == Path::registers) {
-      multiply_row<HasNan>(codes, scratch.x[0], quads, x_scale[0], w_scale, scratch.sums[0]);
-    } else {
-      decode_chunk<HasNan>(codes, quads, scratch.weights);
-      multiply_rows(scratch, x.rows, quads, x_scale, w_scale, scratch.sums);
-    }
+  if (problem.path == Path::registers) {
+    multiply_tile(operands(half, now, x, scratch), x.rows, work);
+    return;
   }
-  store_panel(problem, panel, scratch.sums[0], kPanelRows, 0, x.rows);
+  widen_weights(half, now.quads(), scratch.numbers);
+  const auto o = operands(scratch.numbers, now, x, scratch);
+  std::int64_t row = multiply_tile(o, x.rows, work);
+  while (row < x.rows) row += multiply_tile(o.from_row(row), x.rows - row, Nothing{});
+}
+
+void multiply_panels(const Problem& problem, Walk now, Scratch& scratch) {
+  if (now.ended()) return;
+  decode_chunk(now.codes(), now.quads(), now.has_nan(), scratch.half[0].weights);
+  Walk next = now;
+  next.advance();
+  Walk later = next;
+  if (!later.ended()) later.advance();
+  for (int current = 0; !now.ended(); current = 1 - current) {
+    if (now.panel() == 0) widen_activations(problem.activation, now, scratch.x);
+    const auto& half = scratch.half[current].weights;
+    auto& out = scratch.half[1 - current].weights;
+    // Where nothing comes later, codes that are in the cache.
+    const Prefetch prefetch{later.ended() ? now.codes() : later.codes()};
+    if (!next.ended() && !next.has_nan() && next.quads() == now.quads()) {
+      multiply_chunk(problem, now, half, DecodeNext{next.codes(), out, scratch.masks, prefetch}, scratch);
+    } else {
+      multiply_chunk(problem, now, half, prefetch, scratch);
+      if (!next.ended()) decode_chunk(next.codes(), next.quads(), next.has_nan(), out);
+    }
+    now.advance();
+    if (!next.ended()) next.advance();
+    if (!later.ended()) later.advance();
+  }
 }
 
 void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* memory) {
   auto& scratch = *static_cast<Scratch*>(memory);
-  for (std::int64_t panel = begin; panel < end; ++panel) {
-    if (problem.weight.panels[panel].has_nan != 0) {
-      linear_panel<true>(problem, panel, scratch);
-    } else {
-      linear_panel<false>(problem, panel, scratch);
+  scratch.masks = DecodeMasks{};
+  const Activation& x = problem.activation;
+  for (std::int64_t first = begin; first < end; first += kPanelsTogether) {
+    const std::int64_t panels = std::min(kPanelsTogether, end - first);
+    for (std::int64_t p = 0; p < panels; ++p) {
+      std::memset(scratch.sums[p], 0, static_cast<std::size_t>(x.rows) * sizeof scratch.sums[p][0]);
+    }
+    multiply_panels(problem, Walk(problem.weight, first, panels), scratch);
+    for (std::int64_t p = 0; p < panels; ++p) {
+      store_panel(problem, first + p, scratch.sums[p][0], kPanelRows, 0, x.rows);
     }
   }
 }
