@@ -15,7 +15,7 @@ from qwen3_fp8_ascend.backends.registry import LOADED, Backend, PackedWeight, se
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import (
     DEFAULT_BLOCK,
-    SCALE_SUFFIX,
+    SCALE_NAME,
     WEIGHT_SUFFIX,
     Activation,
     BlockGrid,
@@ -110,6 +110,7 @@ def pack_weight(
     backend: str | None = None,
     *,
     names: Sequence[str] = (),
+    scale_name: str = SCALE_NAME,
     activation: Activation | str = Activation.W8A8,
     check_values: bool = True,
 ) -> PackedWeight:
@@ -117,7 +118,7 @@ def pack_weight(
 
     Shapes: weight (n, k) float8_e4m3fn, scale `grid.scale_shape` fp32, bf16 or float8_e8m0fnu; without a grid, one
         shard in blocks of 128 x 128.
-    names: of the modules that the grid's shards are, for errors.
+    names, scale_name: of the modules that the grid's shards are, and of a module's scales in its file; for errors.
     activation: what the weight will be used with, so that a backend that cannot compute it is refused here, not at the
         first token.
     check_values: False is for weights whose values mean nothing (random ones, fake tensors); NaN codes then pass.
@@ -128,7 +129,7 @@ def pack_weight(
     chosen = select_backend(backend, weight.device.type, _activation(activation), grid.block)
     scale = _fp32_scales(scale)
     if check_values:
-        _check_values(weight, scale, grid, names, chosen.max_scale)
+        _check_values(weight, scale, grid, names, scale_name, chosen.max_scale)
     tensors = chosen.pack(_contiguous_codes(weight), scale, grid)
     return PackedWeight(chosen.name, grid, tensors, chosen.layout())
 
@@ -179,6 +180,7 @@ def pack_experts(
     backend: str | None = None,
     *,
     names: Sequence[str] = (),
+    scale_name: str = SCALE_NAME,
     activation: Activation | str = Activation.W8A8,
     check_values: bool = True,
 ) -> PackedWeight:
@@ -188,7 +190,7 @@ def pack_experts(
         (E, *grid.scale_shape) fp32, bf16 or float8_e8m0fnu. The gate and up projections together are a grid of two
         shards, the gate first; without a grid, one shard in blocks of 128 x 128.
     names: of the grid's shards, or of every expert's, one expert after the other; errors say which expert's it is.
-    activation, check_values: as for `pack_weight`.
+    scale_name, activation, check_values: as for `pack_weight`.
     Raises:
         BlockFp8Error: as `pack_weight`, a number of weights other than that of scales, or a backend without experts.
     """
@@ -222,7 +224,7 @@ def pack_experts(
                     of_expert = names[(count - 1) * len(grid.widths) : count * len(grid.widths)]
                 else:
                     of_expert = [f"experts.{count - 1}.{name}" for name in shards]
-                _check_values(weight, scales[count - 1], grid, of_expert, chosen.max_scale)
+                _check_values(weight, scales[count - 1], grid, of_expert, scale_name, chosen.max_scale)
             yield _contiguous_codes(weight)
         if count != scales.shape[0]:
             more = "more" if count > scales.shape[0] else "fewer"
@@ -335,7 +337,12 @@ def count_nan_codes(weight: torch.Tensor) -> int:
 
 
 def _check_values(
-    weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, names: Sequence[str], max_scale: float
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    grid: BlockGrid,
+    names: Sequence[str],
+    scale_name: str,
+    max_scale: float,
 ) -> None:
     """Refuse NaN codes and scales that are no scales, by the name of the shard that has them."""
     if names and len(names) != len(grid.widths):
@@ -345,7 +352,7 @@ def _check_values(
     for number, (codes, scales) in enumerate(shards):
         name = names[number] if names else None
         check_codes(codes, f"{name}{WEIGHT_SUFFIX}" if name else None)
-        check_scale_values(scales, f"{name}{SCALE_SUFFIX}" if name else None, max_scale)
+        check_scale_values(scales, f"{name}.{scale_name}" if name else None, max_scale)
 
 
 def check_codes(codes: torch.Tensor, where: object = None) -> None:
