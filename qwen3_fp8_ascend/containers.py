@@ -69,12 +69,14 @@ class Reading:
 
     settings: ``weight_block_size`` and ``modules_to_not_convert`` as an ``fp8`` container would have them.
     targets: which modules are quantized, as compressed-tensors names them; empty for every linear layer.
+    weights_only: activations are not quantized.
     set_aside: keys that were given and are not obeyed, since they say nothing about linear layers.
     """
 
     container: str
     settings: Mapping[str, Any]
     targets: tuple[str, ...] = ()
+    weights_only: bool = False
     set_aside: tuple[str, ...] = ()
 
 
@@ -117,7 +119,7 @@ def read_container(config: Mapping[str, Any], where: str) -> Reading:
         expected = ", ".join(repr(name) for name in SCALE_ENDINGS)
         raise refusal(config, "quant_method", where, expected)
     if container == FP8:
-        return Reading(container, config, (), _set_aside(config, container))
+        return Reading(container, config, set_aside=_set_aside(config, container))
     if container == MODELOPT:
         return _read_modelopt(config, where)
     return _read_compressed_tensors(config, where)
@@ -162,7 +164,7 @@ def _read_modelopt(config: Mapping[str, Any], where: str) -> Reading:
     key = "exclude_modules" if "exclude_modules" in said else "ignore"
     settings = {"weight_block_size": [128, 128], "modules_to_not_convert": _names(said, key, place)}
     aside = _set_aside(config, MODELOPT) + (_set_aside(said, MODELOPT) if said is not config else ())
-    return Reading(MODELOPT, settings, (), aside)
+    return Reading(MODELOPT, settings, set_aside=aside)
 
 
 def _algorithm(config: Mapping[str, Any]) -> str:
@@ -180,6 +182,7 @@ def _read_compressed_tensors(config: Mapping[str, Any], where: str) -> Reading:
             raise refusal(config, key, where, "none: it changes what the weights are")
     targets: dict[str, None] = {}
     blocks: dict[tuple[int, int], str] = {}
+    weights_only: dict[bool, str] = {}
     aside = list(_set_aside(config, COMPRESSED_TENSORS))
     for name, group in groups.items():
         place = f"{where}.config_groups.{describe(name, 60)}"
@@ -190,19 +193,27 @@ def _read_compressed_tensors(config: Mapping[str, Any], where: str) -> Reading:
             aside += [f"config_groups.{describe(name, 60)}"] if meant else []
             continue
         blocks[_block_of(group, config.get("format"), place)] = place
+        weights_only[group.get("input_activations") is None] = place
         targets |= dict.fromkeys(meant)
     if len(blocks) != 1:
         got = ", ".join(f"{n}x{k} in {place}" for (n, k), place in blocks.items()) or "no group for linear layers"
         raise BlockFp8Error("block FP8 has one size of blocks", where=f"{where}.config_groups", got=got)
+    if len(weights_only) != 1:
+        raise BlockFp8Error(
+            "activations are quantized for all linear layers or for none",
+            where=f"{where}.config_groups",
+            got=f"not in {weights_only[True]}, but in {weights_only[False]}",
+        )
     settings = {
         "weight_block_size": list(next(iter(blocks))),
         "modules_to_not_convert": _names(config, "ignore", where),
     }
-    return Reading(COMPRESSED_TENSORS, settings, () if ANY_LINEAR in targets else tuple(targets), tuple(aside))
+    named = () if ANY_LINEAR in targets else tuple(targets)
+    return Reading(COMPRESSED_TENSORS, settings, named, next(iter(weights_only)), tuple(aside))
 
 
 def _block_of(group: Mapping[str, Any], format_of_all: object, where: str) -> tuple[int, int]:
-    """The block size of a group, which must be FP8 in blocks with dynamic activations in groups."""
+    """The block size of a group, which must be FP8 in blocks, with dynamic activations in groups or with none."""
     weights = _checked(
         group,
         "weights",
@@ -213,13 +224,14 @@ def _block_of(group: Mapping[str, Any], format_of_all: object, where: str) -> tu
     block = _sizes(weights.get("block_structure"))
     if block is None:
         raise refusal(weights, "block_structure", f"{where}.weights", "two positive integers, such as [128, 128]")
-    _checked(
-        group,
-        "input_activations",
-        where,
-        {"num_bits": (8,), "type": ("float",), "strategy": ("group",), "dynamic": (True,)}
-        | {"group_size": (block[1],), "symmetric": (True, None), "actorder": (None,)},
-    )
+    if group.get("input_activations") is not None:
+        _checked(
+            group,
+            "input_activations",
+            where,
+            {"num_bits": (8,), "type": ("float",), "strategy": ("group",), "dynamic": (True,)}
+            | {"group_size": (block[1],), "symmetric": (True, None), "actorder": (None,)},
+        )
     if group.get("output_activations") is not None:
         raise refusal(group, "output_activations", where, "none")
     form = group.get("format") or format_of_all
@@ -271,7 +283,9 @@ def _is_object(value: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping)
 
 
-def written(container: str, block: Sequence[int], ignored: Iterable[str], targets: Iterable[str]) -> dict[str, Any]:
+def written(
+    container: str, block: Sequence[int], ignored: Iterable[str], targets: Iterable[str], weights_only: bool = False
+) -> dict[str, Any]:
     """The ``quantization_config`` of another container than this format's own, to be written into config.json."""
     ignore = list(ignored)
     if container == MODELOPT:
@@ -281,7 +295,9 @@ def written(container: str, block: Sequence[int], ignored: Iterable[str], target
     group = {
         "targets": list(targets) or [ANY_LINEAR],
         "weights": codes | {"strategy": "block", "block_structure": list(block), "dynamic": False},
-        "input_activations": codes | {"strategy": "group", "group_size": block[1], "dynamic": True},
+        "input_activations": None
+        if weights_only
+        else codes | {"strategy": "group", "group_size": block[1], "dynamic": True},
         "output_activations": None,
         "format": STORED_AS_CODES[0],
     }

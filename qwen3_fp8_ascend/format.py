@@ -21,7 +21,8 @@ AMAX_FLOOR = 1e-10
 """Lower bound of a group's amax before it becomes a scale, so that a zero group has a finite scale."""
 
 WEIGHT_SUFFIX = ".weight"
-SCALE_SUFFIX = ".weight_scale_inv"
+SCALE_NAME = "weight_scale_inv"
+SCALE_SUFFIX = "." + SCALE_NAME
 """In spite of its name the checkpoint's ``weight_scale_inv`` MULTIPLIES the codes."""
 
 SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
@@ -170,6 +171,7 @@ class BlockFp8Config:
     scale_fmt: `FP32_SCALES` or `UE8M0_SCALES`.
     container: whose words config.json uses, one of `containers.SCALE_ENDINGS`.
     targets: the modules that are quantized, if not every linear layer.
+    weights_only: the checkpoint asks for activations as they are (W8A16).
     set_aside: keys that are not obeyed, since they say nothing about linear layers.
     """
 
@@ -178,6 +180,7 @@ class BlockFp8Config:
     scale_fmt: str = FP32_SCALES
     container: str = containers.FP8
     targets: tuple[str, ...] = ()
+    weights_only: bool = False
     set_aside: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -202,7 +205,13 @@ class BlockFp8Config:
         reading = containers.read_container(config, where)
         if reading.container != containers.FP8:
             settings = cls._checked(reading.settings, where)
-            return replace(settings, container=reading.container, targets=reading.targets, set_aside=reading.set_aside)
+            return replace(
+                settings,
+                container=reading.container,
+                targets=reading.targets,
+                weights_only=reading.weights_only,
+                set_aside=reading.set_aside,
+            )
         if config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
             raise containers.refusal(config, "fmt", where, "'e4m3'")
         if config.get("activation_scheme", "dynamic") != "dynamic":
@@ -245,17 +254,19 @@ class BlockFp8Config:
             ignored |= dict.fromkeys(names)
         return cls(BlockSize(*sizes), tuple(ignored), scale_fmt)
 
-    def activation(self, asked: Activation) -> Activation:
-        """What a linear of this checkpoint does with x where a user asks for `asked`: W8A8 has the checkpoint's scales.
+    def activation(self, asked: Activation | None) -> Activation:
+        """What a linear of this checkpoint does with x where a user asks for `asked`, or for nothing (None).
 
-        The one place where that is decided.
+        W8A8 has the checkpoint's scales; nothing means what the checkpoint says. The one place where that is decided.
         """
+        if asked is None:
+            asked = Activation.W8A16 if self.weights_only else Activation.W8A8
         return Activation.W8A8_UE8M0 if asked is Activation.W8A8 and self.scale_fmt == UE8M0_SCALES else asked
 
     def to_dict(self) -> dict[str, Any]:
         """The ``quantization_config`` to write into config.json."""
         if self.container != containers.FP8:
-            return containers.written(self.container, self.block, self.ignored, self.targets)
+            return containers.written(self.container, self.block, self.ignored, self.targets, self.weights_only)
         out: dict[str, Any] = {
             "quant_method": "fp8",
             "fmt": "e4m3",

@@ -10,7 +10,7 @@ import pytest
 
 from qwen3_fp8_ascend.containers import COMPRESSED_TENSORS, MODELOPT, holds_fp8
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize
+from qwen3_fp8_ascend.format import Activation, BlockFp8Config, BlockSize
 
 CODES = {
     "num_bits": 8,
@@ -82,11 +82,29 @@ def test_modelopts_fp8_pb_wo(config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [LLM_COMPRESSOR, MODELOPT_FILE, MODELOPT_CONFIG, changed("config_groups/group_0/targets", ["re:.*proj$", "fc1"])],
+    [
+        LLM_COMPRESSOR,
+        MODELOPT_FILE,
+        MODELOPT_CONFIG,
+        changed("config_groups/group_0/targets", ["re:.*proj$", "fc1"]),
+        changed("config_groups/group_0/input_activations", None),
+    ],
 )
 def test_what_is_written_is_read_back(config: dict[str, Any]) -> None:
     found = BlockFp8Config.from_dict(config)
     assert BlockFp8Config.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_weights_alone_mean_activations_as_they_are() -> None:
+    """Unless somebody asks for more, which the same weights can do."""
+    config = BlockFp8Config.from_dict(changed("config_groups/group_0/input_activations", None))
+    assert config.weights_only
+    assert config.activation(None) is Activation.W8A16
+    assert config.activation(Activation.W8A8) is Activation.W8A8
+    both = {"group_0": GROUP, "group_1": GROUP | {"input_activations": None, "targets": ["re:.*mlp.*"]}}
+    with pytest.raises(BlockFp8Error, match=r"for none\n.*\n  got: not in .*'group_1', but in .*'group_0'"):
+        BlockFp8Config.from_dict(changed("config_groups", both))
+    assert BlockFp8Config.from_dict(LLM_COMPRESSOR).activation(None) is Activation.W8A8
 
 
 W, A = "config_groups/group_0/weights", "config_groups/group_0/input_activations"
@@ -105,7 +123,7 @@ W, A = "config_groups/group_0/weights", "config_groups/group_0/input_activations
         (f"{W}/actorder", "group", "weights.actorder"),
         (f"{W}/block_structure", None, "weights.block_structure"),
         (f"{W}/block_structure", "128x", "weights.block_structure"),
-        (A, None, "group_0.input_activations"),
+        (A, [], "group_0.input_activations"),
         (f"{A}/dynamic", False, "input_activations.dynamic"),
         (f"{A}/strategy", "token", "input_activations.strategy"),
         (f"{A}/group_size", 64, "input_activations.group_size"),

@@ -55,6 +55,7 @@ def test_scales_that_are_powers_of_two(spelling: str) -> None:
     assert config.to_dict() == QWEN3 | {"scale_fmt": "ue8m0"}
     assert config.activation(Activation.W8A8) is Activation.W8A8_UE8M0
     assert config.activation(Activation.W8A16) is Activation.W8A16
+    assert config.activation(None) is Activation.W8A8_UE8M0
 
 
 @pytest.mark.parametrize("spelling", [None, "float", "fp32", "float32", "FP32"])

@@ -44,6 +44,12 @@ class ExpertsSummary:
     intermediate: int
     ranks: tuple[int, ...]
 
+    @property
+    def divided(self) -> str:
+        """Among how many ranks the experts can be divided, in words."""
+        sizes = ", ".join(map(str, self.ranks))
+        return f"whole blocks with --tensor-parallel-size {sizes}, or any with --enable-expert-parallel"
+
 
 @dataclass
 class ExpertsLayer:

@@ -253,6 +253,14 @@ def _notes(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:
             got=f"{len(cached)} tensors",
             severity="note",
         )
+    if config.weights_only:
+        yield Anomaly(
+            "config.json quantizes weights alone: activations are taken as they are (W8A16) unless the flag says otherwise",
+            file="config.json",
+            got="no input_activations",
+            fix='set {"qwen3_fp8_ascend": {"activation": "w8a8"}} to quantize them all the same',
+            severity="note",
+        )
     if config.set_aside:
         yield Anomaly(
             "keys of quantization_config that say nothing about linear layers, or are unknown, are not obeyed",

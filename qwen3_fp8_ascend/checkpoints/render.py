@@ -69,11 +69,10 @@ def _describe_plan(plan: Plan) -> str:
 
 
 def _describe_experts(experts: ExpertsSummary) -> str:
-    ranks = ", ".join(map(str, experts.ranks))
     return (
         f"mixture of experts: {experts.layers} layers of {experts.experts}, "
         f"hidden size {experts.hidden}, intermediate size {experts.intermediate}; "
-        f"whole blocks with --tensor-parallel-size {ranks}, or any with --enable-expert-parallel"
+        f"{experts.divided}"
     )
 
 

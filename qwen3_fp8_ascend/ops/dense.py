@@ -9,7 +9,15 @@ import torch
 from qwen3_fp8_ascend.backends.gradients import refuse_gradients
 from qwen3_fp8_ascend.backends.registry import LOADED, PackedWeight, select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize, ceil_div, check_block_sizes
+from qwen3_fp8_ascend.format import (
+    DEFAULT_BLOCK,
+    SCALE_NAME,
+    Activation,
+    BlockGrid,
+    BlockSize,
+    ceil_div,
+    check_block_sizes,
+)
 from qwen3_fp8_ascend.ops.operands import (
     ACTIVATION_DTYPES,
     as_rows,
@@ -93,6 +101,7 @@ def pack_weight(
     backend: str | None = None,
     *,
     names: Sequence[str] = (),
+    scale_name: str = SCALE_NAME,
     activation: Activation | str = Activation.W8A8,
     check_values: bool = True,
 ) -> PackedWeight:
@@ -100,7 +109,7 @@ def pack_weight(
 
     Shapes: weight (n, k) float8_e4m3fn, scale `grid.scale_shape` fp32, bf16 or float8_e8m0fnu; without a grid, one
         shard in blocks of 128 x 128.
-    names: of the modules that the grid's shards are, for errors.
+    names, scale_name: of the modules that the grid's shards are, and of a module's scales in its file; for errors.
     activation: what the weight will be used with, so that a backend that cannot compute it is refused here, not at the
         first token.
     check_values: False is for weights whose values mean nothing (random ones, fake tensors); NaN codes then pass.
@@ -111,7 +120,7 @@ def pack_weight(
     chosen = select_backend(backend, weight.device.type, parsed_activation(activation), grid.block)
     scale = fp32_scales(scale)
     if check_values:
-        check_shard_values(weight, scale, grid, names, chosen.max_scale)
+        check_shard_values(weight, scale, grid, names, scale_name, chosen.max_scale)
     tensors = chosen.pack(contiguous_codes(weight), scale, grid)
     return PackedWeight(chosen.name, grid, tensors, chosen.layout())
 

@@ -11,7 +11,7 @@ from qwen3_fp8_ascend.backends import grouped
 from qwen3_fp8_ascend.backends.gradients import refuse_gradients
 from qwen3_fp8_ascend.backends.registry import PackedWeight, select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import Activation, BlockGrid
+from qwen3_fp8_ascend.format import SCALE_NAME, Activation, BlockGrid
 from qwen3_fp8_ascend.ops.operands import (
     ACTIVATION_DTYPES,
     as_rows,
@@ -34,6 +34,7 @@ def pack_experts(
     backend: str | None = None,
     *,
     names: Sequence[str] = (),
+    scale_name: str = SCALE_NAME,
     activation: Activation | str = Activation.W8A8,
     check_values: bool = True,
 ) -> PackedWeight:
@@ -43,7 +44,7 @@ def pack_experts(
         (E, *grid.scale_shape) fp32, bf16 or float8_e8m0fnu. The gate and up projections together are a grid of two
         shards, the gate first; without a grid, one shard in blocks of 128 x 128.
     names: of the grid's shards, or of every expert's, one expert after the other; errors say which expert's it is.
-    activation, check_values: as for `pack_weight`.
+    scale_name, activation, check_values: as for `pack_weight`.
     Raises:
         BlockFp8Error: as `pack_weight`, a number of weights other than that of scales, or a backend without experts.
     """
@@ -65,7 +66,7 @@ def pack_experts(
     assert chosen.pack_experts is not None
     scales = fp32_scales(scales)
 
-    values = (names, chosen.max_scale) if check_values else None
+    values = (names, scale_name, chosen.max_scale) if check_values else None
     tensors = chosen.pack_experts(_checked(itertools.chain((first,), experts), scales, grid, values), scales, grid)
     groups = scales.shape[0]
     return PackedWeight(
@@ -74,22 +75,25 @@ def pack_experts(
 
 
 def _checked(
-    weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid, values: tuple[Sequence[str], float] | None
+    weights: Iterable[torch.Tensor],
+    scales: torch.Tensor,
+    grid: BlockGrid,
+    values: tuple[Sequence[str], str, float] | None,
 ) -> Iterator[torch.Tensor]:
-    """Each expert's codes when the backend asks for them; `values`: names and the largest scale, None for no look."""
+    """Each expert's codes when the backend asks for them; `values`: names and the largest scale; None: no look."""
     shards, experts, count = len(grid.widths), scales.shape[0], 0
     for count, weight in enumerate(weights, start=1):
         if count > experts:
             break
         check_weight(weight, scales[count - 1], grid)
         if values is not None:
-            names, max_scale = values
+            names, scale_name, max_scale = values
             if len(names) == experts * shards:
                 of_expert = names[(count - 1) * shards : count * shards]
             else:
                 named = names or [f"shard {number}" for number in range(shards)]
                 of_expert = [f"experts.{count - 1}.{name}" for name in named]
-            check_shard_values(weight, scales[count - 1], grid, of_expert, max_scale)
+            check_shard_values(weight, scales[count - 1], grid, of_expert, scale_name, max_scale)
         yield contiguous_codes(weight)
     if count != experts:
         more = "more" if count > experts else "fewer"

@@ -9,7 +9,7 @@ import torch
 
 from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import SCALE_SUFFIX, WEIGHT_SUFFIX, BlockGrid
+from qwen3_fp8_ascend.format import WEIGHT_SUFFIX, BlockGrid
 
 DAMAGED = "the checkpoint does not fit the model or is damaged; look at it with `qwen3-fp8-ascend inspect`"
 
@@ -28,7 +28,12 @@ def count_nan_codes(weight: torch.Tensor) -> int:
 
 
 def check_shard_values(
-    weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, names: Sequence[str], max_scale: float
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    grid: BlockGrid,
+    names: Sequence[str],
+    scale_name: str,
+    max_scale: float,
 ) -> None:
     """Refuse NaN codes and scales that are no scales, by the name of the shard that has them."""
     if names and len(names) != len(grid.widths):
@@ -38,7 +43,7 @@ def check_shard_values(
     for number, (codes, scales) in enumerate(shards):
         name = names[number] if names else None
         check_codes(codes, f"{name}{WEIGHT_SUFFIX}" if name else None)
-        check_scale_values(scales, f"{name}{SCALE_SUFFIX}" if name else None, max_scale)
+        check_scale_values(scales, f"{name}.{scale_name}" if name else None, max_scale)
 
 
 def check_codes(codes: torch.Tensor, where: object = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,12 @@ class Settings:
 
     Or the same in ``--additional-config``, which vLLM-Ascend 0.30.0rc2 refuses for its keys are not all its own. Both
     are part of the key under which vLLM keeps compiled graphs.
+    activation: None is what the checkpoint says, which is W8A8 unless it quantizes weights alone.
     lm_head: "checkpoint" leaves the output head as the checkpoint has it, "fp8" quantizes it at load (W8A16).
     """
 
     backend: str | None = None
-    activation: Activation = Activation.W8A8
+    activation: Activation | None = None
     lm_head: str = "checkpoint"
 
     @classmethod
@@ -72,8 +73,9 @@ class Settings:
         known = {"backend", "activation", "lm_head"}
         if not isinstance(given, Mapping) or not set(given) <= known:
             raise BlockFp8Error("unknown setting", where=where, expected=f"an object with {sorted(known)}", got=given)
-        activation = Activation.parse(given.get("activation", cls.activation), where)
-        settings = cls(**dict(given) | {"activation": activation})
+        settings = cls(**given)
+        if "activation" in given:
+            settings = replace(settings, activation=Activation.parse(given["activation"], where))
         if settings.lm_head not in LM_HEAD:
             raise BlockFp8Error("unknown lm_head", where=where, expected=" or ".join(LM_HEAD), got=settings.lm_head)
         if settings.backend is not None and not isinstance(settings.backend, str):

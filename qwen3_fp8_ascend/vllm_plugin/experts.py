@@ -18,7 +18,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.checkpoints.experts import whole_block_ranks
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize, scale_shape
+from qwen3_fp8_ascend.format import SCALE_NAME, Activation, BlockGrid, BlockSize, scale_shape
 from qwen3_fp8_ascend.vllm_plugin.loading import (
     DAMAGED,
     UNWRITTEN_CODE,
@@ -64,7 +64,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         activation: Activation = Activation.W8A8,
         dummy: bool = False,
         hf_config: Any = None,
-        scale_name: str = "weight_scale_inv",
+        scale_name: str = SCALE_NAME,
     ) -> None:
         check_supported(layer, prefix)
         FusedMoEMethodBase.__init__(self, layer.moe_config)
@@ -174,6 +174,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
             self.grids[name],
             self.backend,
             names=tuple(self._names(layer, name)),
+            scale_name=f"weight{self.scale_ending}",
             activation=self.activation,
             check_values=check_values,
         )

@@ -13,7 +13,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import Activation, BlockSize
+from qwen3_fp8_ascend.format import SCALE_NAME, Activation, BlockSize
 from qwen3_fp8_ascend.vllm_plugin.loading import (
     UNWRITTEN_CODE,
     ShardScaleParameter,
@@ -52,7 +52,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
         activation: Activation = Activation.W8A8,
         dummy: bool = False,
         hf_config: Any = None,
-        scale_name: str = "weight_scale_inv",
+        scale_name: str = SCALE_NAME,
     ) -> None:
         self.scale_name = scale_name
         self.block = block
@@ -166,6 +166,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
                 partition.grid,
                 self.backend,
                 names=self._names_of(partition),
+                scale_name=self.scale_name,
                 activation=self.activation,
                 check_values=check_values,
             )

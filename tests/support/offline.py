@@ -11,6 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ BUCKET = 7
 """Tensors that are pushed together."""
 TOKENS = 12
 """How many tokens are generated after each text."""
+LOGPROBS, EMBEDDINGS, SCORES = "logprobs", "embeddings", "scores"
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,29 @@ class Run:
     """Of the images."""
     push: str | None = None
     """A checkpoint whose tensors are given to the live model's `load_weights` before the prompts, in several parts."""
+    may_fail: bool = False
+    """Whether an error is an answer."""
+    asked: str = LOGPROBS
+    """What the model is asked for: `LOGPROBS`, `EMBEDDINGS` or `SCORES`."""
 
 
 @dataclass(frozen=True)
 class Answer:
     """Log-probabilities of all tokens of `TEXTS` but the first of each, and what greedy decoding adds to each text.
 
+    logprobs: the embeddings of the texts, or the scores of all but the first for the first, of a model that is asked
+        for these; it generates no tokens.
     packed: a digest of every packed weight, by layer, on the first rank.
+    drafted, accepted: tokens that were guessed, and that were right, where the run speculates.
+    error: why a run that may fail has failed.
     """
 
     logprobs: np.ndarray
     tokens: list[list[int]]
     packed: dict[str, str]
+    drafted: int = 0
+    accepted: int = 0
+    error: str = ""
 
 
 def answers(runs: Sequence[Run], folder: Path, timeout: float = 600, **environment: str) -> list[Answer]:
@@ -74,26 +87,61 @@ def answers(runs: Sequence[Run], folder: Path, timeout: float = 600, **environme
 
 def main(given: str, made: str) -> None:
     runs = [Run(**run) for run in json.loads(Path(given).read_text())]
-    Path(made).write_text(json.dumps([ask(run) for run in runs]))
+    Path(made).write_text(json.dumps([_answer(run) for run in runs]))
+
+
+def _answer(run: Run) -> dict[str, Any]:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    try:
+        return ask(run)
+    except Exception as error:
+        if not run.may_fail:
+            raise
+        traceback.print_exc()
+        return NOTHING | {"packed": {}, "error": f"{type(error).__name__}: {error}"}
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
 
 
 def ask(run: Run) -> dict[str, Any]:
-    from vllm import LLM, SamplingParams
-    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm import LLM
 
     options: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True} | run.options
     llm = LLM(run.model, **options)
     if run.push is not None:
         llm.apply_model(functools.partial(_push, run.push))
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, prompt_logprobs=0, ignore_eos=True)
-    outputs = llm.generate([_prompt(text, run) for text in TEXTS], sampling, use_tqdm=False)
-    logprobs = [next(iter(entry.values())).logprob for out in outputs for entry in out.prompt_logprobs[1:]]
-    tokens = [list(out.outputs[0].token_ids) for out in outputs]
+    made = ASK[run.asked](llm, run)
     packed, *_ = llm.apply_model(_digests)  # the first rank's
-    del llm, outputs
-    cleanup_dist_env_and_memory()
-    gc.collect()
-    return {"logprobs": logprobs, "tokens": tokens, "packed": packed}
+    return made | {"packed": packed}
+
+
+def _ask_for_logprobs(llm: Any, run: Run) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    prompt_logprobs = None if "speculative_config" in run.options else 0  # vLLM does not give them then
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, prompt_logprobs=prompt_logprobs, ignore_eos=True)
+    outputs = llm.generate([_prompt(text, run) for text in TEXTS], sampling, use_tqdm=False)
+    entries = [entry for out in outputs for entry in (out.prompt_logprobs or ())[1:]]
+    return {
+        "logprobs": [next(iter(entry.values())).logprob for entry in entries],
+        "tokens": [list(out.outputs[0].token_ids) for out in outputs],
+    }
+
+
+def _ask_for_embeddings(llm: Any, run: Run) -> dict[str, Any]:
+    outputs = llm.embed(list(TEXTS), use_tqdm=False)
+    return {"logprobs": [x for out in outputs for x in out.outputs.embedding], "tokens": []}
+
+
+def _ask_for_scores(llm: Any, run: Run) -> dict[str, Any]:
+    outputs = llm.score(TEXTS[0], list(TEXTS[1:]), use_tqdm=False)
+    return {"logprobs": [out.outputs.score for out in outputs], "tokens": []}
+
+
+NOTHING: dict[str, Any] = {"logprobs": [], "tokens": []}
+ASK = {LOGPROBS: _ask_for_logprobs, EMBEDDINGS: _ask_for_embeddings, SCORES: _ask_for_scores}
 
 
 def _push(folder: str, model: Any) -> None:

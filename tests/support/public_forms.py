@@ -1,6 +1,6 @@
 """The forms in which block-FP8 checkpoints are public, each as a small model, and what `inspect` says of them.
 
-`python -m tests.support.public_forms` renews the table of docs/checkpoints.md.
+`python -m tests.support.public_forms` renews the table of docs/checkpoints.md, with the distances that are recorded.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from qwen3_fp8_ascend.checkpoints.inspect import inspect_checkpoint
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint, quantize_weight
+from qwen3_fp8_ascend.errors import printable
+from tests.support.offline import EMBEDDINGS, LOGPROBS, SCORES
 from tests.support.public_models import write_model
 from tests.test_containers import LLM_COMPRESSOR, MODELOPT_CONFIG, MODELOPT_FILE, changed
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "checkpoints.md"
+RESULTS = DOCUMENT.parent / "results" / "forms" / "forms.json"
+"""What `tests.support.measured_forms` measured."""
 BEGIN, END = "<!-- forms -->", "<!-- end of forms -->"
 E4M3 = torch.float8_e4m3fn
 FP8: dict[str, Any] = {
@@ -108,6 +112,11 @@ class Form:
     quantization: dict[str, Any]
     edit: Callable[[Tensors], Tensors] = as_they_are
     file: str = "config.json"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of vLLM's LLM with which this form is served, its twin too."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of this plugin."""
+    asked: str = LOGPROBS
 
 
 def _fp8(*ignored: str, **changes: Any) -> dict[str, Any]:
@@ -118,6 +127,14 @@ def _llm_compressor(*ignored: str) -> dict[str, Any]:
     return LLM_COMPRESSOR | {"ignore": list(ignored)}
 
 
+RERANKER: dict[str, Any] = {
+    "runner": "pooling",
+    "hf_overrides": {
+        "architectures": ["Qwen3ForSequenceClassification"],
+        "classifier_from_token": ["n", "y"],  # of Qwen3-Reranker "no" and "yes"; the tests' tokenizer knows bytes
+        "is_original_qwen3_reranker": True,
+    },
+}
 VISION = ("model.visual", "lm_head", r"re:.*in_proj_[ab]$")
 FORMS = (
     Form("qwen3", "`fp8`, no list", _fp8()),
@@ -144,6 +161,12 @@ FORMS = (
     Form("qwen3", "compressed-tensors `FP8_BLOCK`", _llm_compressor("lm_head"), weight_scale),
     Form("qwen3", "compressed-tensors `FP8_BLOCK`, bf16 scales", _llm_compressor("lm_head"), bf16_weight_scale),
     Form(
+        "qwen3",
+        "compressed-tensors, weights only",
+        changed("config_groups/group_0/input_activations", None),
+        weight_scale,
+    ),
+    Form(
         "qwen3_vl", "compressed-tensors, `re:` patterns", _llm_compressor("re:.*lm_head", "re:.*visual.*"), weight_scale
     ),
     Form("qwen3_moe", "compressed-tensors, experts", _llm_compressor("lm_head", "re:.*mlp.gate$"), bf16_weight_scale),
@@ -155,19 +178,24 @@ FORMS = (
     Form("qwen3", "`scale_fmt: ue8m0`, stored as fp32", _fp8("lm_head", scale_fmt="ue8m0"), powers_of_two),
     Form("qwen3", "`scale_fmt: ue8m0`, stored as e8m0", _fp8("lm_head", scale_fmt="ue8m0"), e8m0_scales),
     Form("qwen3", "`fp8`, an output head in FP8", _fp8(), fp8_head),
-    Form("qwen3", "`fp8`, blocks of 1×128", _fp8("lm_head", weight_block_size=[1, 128]), rows_of_their_own),
+    Form(
+        "qwen3",
+        "`fp8`, blocks of 1×128",
+        _fp8("lm_head", weight_block_size=[1, 128]),
+        rows_of_their_own,
+        settings={"backend": "reference"},
+    ),
+    Form("deepseek_v3, dense", "`fp8`, latent attention", _fp8("lm_head")),
+    Form("deepseek_v3, dense, q_lora", "`fp8`, latent attention, queries of low rank", _fp8("lm_head")),
+    Form("qwen3", "`fp8`, as an embedding model", _fp8(), options={"runner": "pooling"}, asked=EMBEDDINGS),
+    Form("qwen3", "`fp8`, as a reranker", _fp8(), options=RERANKER, asked=SCORES),
+    Form("qwen3", "`fp8`, `--model-impl transformers`", _fp8(), options={"model_impl": "transformers"}),
     Form("llama", "`fp8`, static, no blocks", _fp8(activation_scheme="static", weight_block_size=None)),
     Form(
         "qwen3",
         "compressed-tensors per channel",
         changed("config_groups/group_0/weights/strategy", "channel"),
         channel_scales,
-    ),
-    Form(
-        "qwen3",
-        "compressed-tensors, weights only",
-        changed("config_groups/group_0/input_activations", None),
-        weight_scale,
     ),
     Form("qwen3", "ModelOpt `FP8` per tensor", MODELOPT_CONFIG | {"quant_algo": "FP8"}, weight_scale),
     Form("deepseek_v3", "`expert_dtype: fp4`", _fp8("lm_head", expert_dtype="fp4")),
@@ -215,7 +243,7 @@ def verdict(folder: Path) -> str:
         first = report.errors[0]
         where = (first.tensor or first.file or "").removeprefix("config.json: ")
         return f"refused: {first.what} (`{where}`: expected {first.expected}, got {first.got})"
-    said = "served"
+    said = f"served; experts in {report.experts.divided}" if report.experts else "served"
     for kind, found in (("warning", report.warnings), ("note", report.notes)):
         if found:
             count = f"{len(found)} {kind}s, the first" if len(found) > 1 else f"one {kind}"
@@ -223,10 +251,23 @@ def verdict(folder: Path) -> str:
     return said
 
 
+UNITS = {LOGPROBS: "", EMBEDDINGS: ", of an embedding's numbers", SCORES: ", of scores"}
+
+
 def table(forms: dict[Form, Path]) -> str:
     """The table of docs/checkpoints.md."""
-    rows = [f"| {form.family} | {form.said} | {verdict(folder)} |" for form, folder in forms.items()]
-    return "\n".join(["| model | form | `inspect` |", "|---|---|---|", *rows])
+    recorded = {(row["model"], row["form"]): row for row in json.loads(RESULTS.read_text())["forms"]}
+    rows = []
+    for form, folder in forms.items():
+        row, measured = recorded.get((form.family, form.said)), "| |"
+        if row is not None and row["error"]:
+            measured = f"| not run here: {printable(row['error'], 200)} | |"
+        elif row is not None:
+            dtype = "" if row["dtype"] == "float32" else ", in bf16"
+            measured = f"| {row['distance']:.1e}{UNITS[form.asked]}{dtype} | {row['cost']:.2g} |"
+        rows.append(f"| {form.family} | {form.said} | {verdict(folder)} {measured}")
+    head = "| model | form | `inspect` and serving | from the twin | twin from bf16 |"
+    return "\n".join([head, "|---|---|---|---|---|", *rows])
 
 
 def renewed(text: str, forms: dict[Form, Path]) -> str:

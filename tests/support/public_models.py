@@ -29,11 +29,16 @@ DELTA_NET = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 
+LATENT = COMMON | FAMILIES["deepseek_v3"][1] | {"first_k_dense_replace": 2}
+"""Latent attention, and no experts in any layer."""
+
 Model = tuple[str, dict[str, Any]]
 DENSE: dict[str, Model] = {
     "qwen3": ("Qwen3Config", TEXT),
     "qwen2": ("Qwen2Config", COMMON),
     "llama": ("LlamaConfig", TEXT),
+    "deepseek_v3, dense": ("DeepseekV3Config", LATENT | {"q_lora_rank": None}),
+    "deepseek_v3, dense, q_lora": ("DeepseekV3Config", LATENT | {"q_lora_rank": 128}),
     "seed_oss": ("SeedOssConfig", TEXT),
     "gemma3_text": ("Gemma3TextConfig", TEXT),
     "glm4": ("Glm4Config", TEXT | {"pad_token_id": 0}),

@@ -23,8 +23,9 @@ from vllm.model_executor.model_loader.reload import (
 
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_weight
+from qwen3_fp8_ascend.containers import COMPRESSED_TENSORS, FP8, MODELOPT, SCALE_ENDINGS
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import Activation, BlockFp8Config
+from qwen3_fp8_ascend.format import Activation, BlockFp8Config, BlockSize
 from qwen3_fp8_ascend.testing.models import qwen3_config
 from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
 from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod
@@ -74,6 +75,7 @@ def make_runner(
     experts: int = EXPERTS,
     inner: int = INNER,
     scale_fmt: str = "fp32",
+    container: str = FP8,
     **arguments: Any,
 ) -> Any:
     """vLLM's layer, made as its models make it."""
@@ -87,7 +89,7 @@ def make_runner(
             intermediate_size=inner,
             params_dtype=torch.float32,
             renormalize=True,
-            quant_config=BlockFp8AscendConfig(BlockFp8Config(ignored=ignored, scale_fmt=scale_fmt)),
+            quant_config=BlockFp8AscendConfig(BlockFp8Config(BlockSize(), ignored, scale_fmt, container)),
             prefix=PREFIX,
             **arguments,
         )
@@ -233,16 +235,20 @@ def test_tensor_parallel_shards_of_whole_blocks_add_up(ranks: Callable[[int], No
     assert_near(total, expected(tensors, *routed()))
 
 
+@pytest.mark.parametrize("container", SCALE_ENDINGS)
 @pytest.mark.parametrize(
     ("inner", "size", "working"), [(768, 4, "1 or 2 or 3 or 6"), (192, 2, "1"), (512, 8, "1 or 2 or 4")]
 )
-def test_a_cut_through_a_block_is_refused(ranks: Callable[[int], None], inner: int, size: int, working: str) -> None:
+def test_a_cut_through_a_block_is_refused(
+    ranks: Callable[[int], None], inner: int, size: int, working: str, container: str
+) -> None:
     ranks(0)
     with pytest.raises(BlockFp8Error, match="cut through a block of 128x128 of the experts") as refused:
-        make_layer(inner=inner, tp_size=size)
+        make_layer(inner=inner, tp_size=size, container=container)
     said = str(refused.value)
     assert f"--tensor-parallel-size {working} (" in said and "--enable-expert-parallel" in said and PREFIX in said
-    assert make_layer(inner=inner, tp_size=size, expert_parallel=True, experts=8).local_num_experts == 8 // size
+    whole = make_layer(inner=inner, tp_size=size, expert_parallel=True, experts=8, container=container)
+    assert whole.local_num_experts == 8 // size
 
 
 def test_compiled_with_a_dynamic_batch() -> None:
@@ -479,6 +485,16 @@ def test_pushed_tensors_are_checked_like_loaded_ones() -> None:
         load(layer, bad)
     with pytest.raises(BlockFp8Error, match="restart the server"):
         apply(layer, *routed())
+
+
+@pytest.mark.parametrize("container", [COMPRESSED_TENSORS, MODELOPT])
+def test_errors_name_scales_as_the_file_does(container: str) -> None:
+    tensors = {name.removesuffix("_inv"): tensor for name, tensor in checkpoint().items()}
+    tensors["2.gate_proj.weight_scale"][0, 1] = torch.inf
+    layer = make_layer(container=container)
+    load(layer, tensors)
+    with pytest.raises(BlockFp8Error, match=r"scales.*\n.*experts\.2\.gate_proj\.weight_scale\n"):
+        finish(layer)
 
 
 @pytest.mark.parametrize("missing", ["0.gate_proj.weight", "3.down_proj.weight_scale_inv"])

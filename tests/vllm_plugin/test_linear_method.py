@@ -21,6 +21,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from qwen3_fp8_ascend import reference
+from qwen3_fp8_ascend.containers import COMPRESSED_TENSORS, FP8, MODELOPT
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockFp8Config, BlockSize
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
@@ -33,8 +34,8 @@ GATE_UP = ["gate_proj", "up_proj"]
 ATTENTION = "model.layers.0.self_attn"
 
 
-def config(ignored: tuple[str, ...] = ()) -> BlockFp8AscendConfig:
-    made = BlockFp8AscendConfig(BlockFp8Config(ignored=ignored))
+def config(ignored: tuple[str, ...] = (), container: str = FP8) -> BlockFp8AscendConfig:
+    made = BlockFp8AscendConfig(BlockFp8Config(ignored=ignored, container=container))
     made.packed_modules_mapping = {"qkv_proj": QKV, "gate_up_proj": GATE_UP}
     return made
 
@@ -50,13 +51,15 @@ def qkv_layer(quantization: BlockFp8AscendConfig, **changes: Any) -> QKVParallel
     )
 
 
-def gate_up_layer(k: int, gate: int, up: int) -> MergedColumnParallelLinear:
+def gate_up_layer(
+    k: int, gate: int, up: int, quantization: BlockFp8AscendConfig | None = None
+) -> MergedColumnParallelLinear:
     return MergedColumnParallelLinear(
         k,
         [gate, up],
         bias=False,
         params_dtype=torch.bfloat16,
-        quant_config=config(),
+        quant_config=quantization or config(),
         prefix="model.layers.0.mlp.gate_up_proj",
     )
 
@@ -255,6 +258,21 @@ def _set(value: float | int) -> Callable[[torch.Tensor], torch.Tensor]:
 def test_spoiled_tensors_are_named(arguments: dict, said: str) -> None:
     with pytest.raises(BlockFp8Error, match=said):
         _spoiled(**arguments)
+
+
+@pytest.mark.parametrize("container", [COMPRESSED_TENSORS, MODELOPT])
+def test_errors_name_scales_as_the_file_does(container: str) -> None:
+    problem = random_problem(1, (192, 64), 256)
+    quantization = config(container=container)
+    layer = gate_up_layer(256, 192, 64, quantization)
+    bad = problem.scale.clone()
+    bad[2, 1] = -1.0  # the second shard's only row
+    scales = bad.split(problem.grid.scale_rows)
+    for shard, ((weight, _), scale) in enumerate(zip(split(problem), scales, strict=True)):
+        layer.weight.weight_loader(layer.weight, weight, shard)
+        layer.weight_scale.weight_loader(layer.weight_scale, scale, shard)
+    with pytest.raises(BlockFp8Error, match=r"scales.*\n  where: .*up_proj\.weight_scale\n"):
+        finish(layer)
 
 
 @pytest.mark.parametrize(("skip_weight", "skip_scale"), [(True, False), (False, True)])
