@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from qwen3_fp8_ascend import ops, reference
+from qwen3_fp8_ascend.backends import nvidia_scaled_mm
 from qwen3_fp8_ascend.backends.nvidia import backend, launch
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
@@ -27,6 +28,7 @@ from qwen3_fp8_ascend.testing.judges import (
     assert_exact,
     beside_powers_of_two,
     judge_exact,
+    judge_scaled_mm,
     random_problem,
 )
 from qwen3_fp8_ascend.triton_kernels.nvidia import decode, grouped_linear, linear, shapes
@@ -134,7 +136,14 @@ def test_dequantize_is_bit_exact_nan_codes_included(widths, k, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("m", "widths", "k"),
-    [(1, (200, 72), 300), (16, (256,), 1024), (17, (64,), 640), (64, (130, 126), 512), (130, (96,), 1), (70, (256,), 8)],
+    [
+        (1, (200, 72), 300),
+        (16, (256,), 1024),
+        (17, (64,), 640),
+        (64, (130, 126), 512),
+        (130, (96,), 1),
+        (70, (256,), 8),
+    ],
 )
 def test_linear(m, widths, k, dtype, activation):
     problem = random_problem(m, widths, k, dtype=dtype, bias=True)
@@ -326,7 +335,9 @@ def test_a_grouped_linear_is_its_specification(counts, activation, monkeypatch):
 
 @pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("counts", "widths", "k"), [((5, 0, 18), (130, 62), 300), ((2,), (1,), 1), ((70,), (128,), 128)])
+@pytest.mark.parametrize(
+    ("counts", "widths", "k"), [((5, 0, 18), (130, 62), 300), ((2,), (1,), 1), ((70,), (128,), 128)]
+)
 def test_a_grouped_linear_passes_the_gates_of_the_dense_one(counts, widths, k, dtype, activation):
     weights, scales, grid = random_groups(len(counts), widths, k)
     x = torch.randn(sum(counts) + 1, k).to(dtype)
@@ -340,8 +351,10 @@ def test_a_grouped_linear_passes_the_gates_of_the_dense_one(counts, widths, k, d
 
 
 @pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("hidden", "intermediate"), [(256, 128), (300, 200)])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "dtype"),
+    [(256, 128, torch.float16), (256, 128, torch.float32), (300, 200, torch.bfloat16)],
+)
 def test_a_layer_of_experts_is_the_specification(hidden, intermediate, dtype, activation):
     problem = random_experts(9, 5, 3, hidden, intermediate, dtype=dtype)
     problem.topk_ids[0] = -1
@@ -368,7 +381,7 @@ def test_lists_that_are_none_touch_nothing_outside(monkeypatch):
 
 def test_weights_beyond_32_bits_are_found():
     """A layer of 4.3 GB: memory that nothing touches is never there, so only two experts are real."""
-    n, k = 2048, 2048
+    n, k = 2048, 8192
     experts = (1 << 32) // (n * k) + 2
     codes = torch.empty(experts, n, k, dtype=torch.uint8)
     w_scale = torch.empty(experts, n // 128, k // 128)
@@ -381,3 +394,49 @@ def test_weights_beyond_32_bits_are_found():
     got = backend.nvidia_block_grouped_linear(x, codes, w_scale, spans, ends, "w8a8", torch.float32)
     for expert, rows in ((0, slice(0, 3)), (1, slice(3, 7))):
         assert_exact(got[rows], Problem(x[rows], weights[expert], scales[expert], grid=grid))
+
+
+def sums_of_14_bits(codes, scale, weight, w_scale):
+    """Hopper's FP8 products, by measurements of others: 32 at once, cut off 13 bits below the largest."""
+    assert scale.stride(0) == 1 and scale.stride(1) % 4 == 0 and codes.shape[0] % 16 == 0
+    out = torch.zeros(codes.shape[0], weight.shape[0])
+    for block in range(codes.shape[1] // 128):
+        part = torch.zeros_like(out)
+        for first in range(128 * block, 128 * (block + 1), 32):
+            products = codes[:, None, first : first + 32].float() * weight[None, :, first : first + 32].float()
+            largest = products.abs().amax(2, keepdim=True).maximum(part.abs()[..., None]).clamp_min(2.0**-100)
+            unit = torch.exp2(torch.frexp(largest)[1].float() - 14)
+            part = ((products / unit).trunc() * unit).sum(2) + (part / unit[..., 0]).trunc() * unit[..., 0]
+        out += part * scale[:, block, None] * w_scale.repeat_interleave(128, 0)[: len(weight), block]
+    return out.bfloat16()
+
+
+@pytest.mark.parametrize("activation", QUANTIZING)
+@pytest.mark.parametrize("m", [65, 80])
+def test_the_hand_over_gives_torch_what_it_takes_and_has_a_bound_of_its_own(m, activation, monkeypatch):
+    problem = random_problem(m, (128, 128), 640)
+    packed = backend.pack(problem.weight, problem.scale, problem.grid)
+    monkeypatch.setattr(nvidia_scaled_mm, "product", sums_of_14_bits)
+    out = nvidia_scaled_mm.nvidia_scaled_mm_linear(problem.x, *packed, activation.value)
+    assert out.is_contiguous() and judge_scaled_mm(out, problem, activation).faults == []
+    assert judge_exact(out, problem, activation).faults, "it is not exact, which is why it has a name"
+    wrong = dataclasses.replace(problem, scale=problem.scale.roll(1, 1))
+    assert judge_scaled_mm(out, wrong, activation).faults
+    assert judge_scaled_mm((out.float() * 1.004).bfloat16(), problem, activation).faults
+
+
+def test_what_torch_does_not_take_stays_exact(monkeypatch):
+    monkeypatch.setattr(nvidia_scaled_mm, "product", lambda *_: pytest.fail("it was handed over"))
+    w8a8, w8a16 = Activation.W8A8, Activation.W8A16
+    for m, widths, k, dtype, bias, activation in (
+        (64, (128,), 256, torch.bfloat16, False, w8a8),
+        (65, (128,), 256, torch.float16, False, w8a8),
+        (65, (128,), 256, torch.bfloat16, True, w8a8),
+        (65, (128,), 256, torch.bfloat16, False, w8a16),
+        (65, (100, 28), 256, torch.bfloat16, False, w8a8),
+        (65, (128,), 200, torch.bfloat16, False, w8a8),
+    ):
+        problem = random_problem(m, widths, k, dtype=dtype, bias=bias)
+        packed = backend.pack(problem.weight, problem.scale, problem.grid)
+        out = nvidia_scaled_mm.nvidia_scaled_mm_linear(problem.x, *packed, activation.value, problem.bias)
+        assert_exact(out, problem, activation)

@@ -75,11 +75,29 @@ def quantize(x: torch.Tensor, activation: Activation, codes: bool) -> tuple[torc
     if codes:
         out = torch.empty(m, k, dtype=torch.uint8, device=x.device)
         scale = torch.empty(m, k_blocks, dtype=torch.float32, device=x.device)
-        strides = (k_blocks, 1)
-    else:
-        out = torch.empty(m, k_blocks * BLOCK, dtype=torch.float16, device=x.device)
-        scale = torch.empty(k_blocks, m, dtype=torch.float32, device=x.device)
-        strides = (1, m)
+        return _quantize_into(x, activation, out, scale, (k_blocks, 1))
+    out = torch.empty(m, k_blocks * BLOCK, dtype=torch.float16, device=x.device)
+    return _quantize_into(x, activation, out, torch.empty(k_blocks, m, dtype=torch.float32, device=x.device), (1, m))
+
+
+def quantize_aligned(x: torch.Tensor, activation: Activation, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes with room for more tokens, whose codes and scales are zero.
+
+    Shapes: x (m, k), 128 divides k -> codes (rows, k) uint8, scale (k_blocks, rows) fp32; rows >= m.
+    """
+    (m, k), k_blocks = x.shape, x.shape[1] // BLOCK
+    out = torch.empty(rows, k, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(k_blocks, rows, dtype=torch.float32, device=x.device)
+    out[m:].zero_()
+    scale[:, m:].zero_()
+    return _quantize_into(x, activation, out, scale, (1, rows))
+
+
+def _quantize_into(
+    x: torch.Tensor, activation: Activation, out: torch.Tensor, scale: torch.Tensor, strides: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One launch; strides are those of the scales from token to token and from block to block."""
+    (m, k), k_blocks = x.shape, ceil_div(x.shape[1], BLOCK)
     few = m * k_blocks <= 1 << 13
     groups, warps = (1, 1) if few and not INTERPRETED else (8, 4)
     kernels().quantize[(ceil_div(m * k_blocks, groups),)](
@@ -92,7 +110,7 @@ def quantize(x: torch.Tensor, activation: Activation, codes: bool) -> tuple[torc
         out.stride(0),
         k_blocks,
         *strides,
-        CODES=codes,
+        CODES=out.dtype == torch.uint8,
         UE8M0=activation is Activation.W8A8_UE8M0,
         GROUPS=groups,
         num_warps=warps,

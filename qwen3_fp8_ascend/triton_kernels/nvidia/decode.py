@@ -25,9 +25,9 @@ def decode(codes, HARDWARE: tl.constexpr, TYPE: tl.constexpr):
         wide = codes.to(tl.int16)
         moved = ((wide << 7) & _FP16_MAGNITUDE) | ((wide & 0x80) << 8)
         value = moved.to(tl.float16, bitcast=True) * 256.0
-    # To bf16 by way of fp32: compute capability 9.0 has an instruction for the direct way, which converts one number at a
-    # time at a quarter of the rate, and would take as long as the weight takes to arrive.
-    return value if TYPE == tl.float16 else value.to(tl.float32).to(TYPE)
+    # To bf16 by way of fp32: for the direct way compute capability 9.0 has an instruction that converts one number at a
+    # time at a quarter of the rate, which would take as long as the weight takes to arrive.
+    return value if tl.float16 == TYPE else value.to(tl.float32).to(TYPE)
 
 
 @triton.jit

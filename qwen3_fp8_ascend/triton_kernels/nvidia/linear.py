@@ -54,11 +54,10 @@ def product(x, w, W_FIRST: tl.constexpr, THREE: tl.constexpr, TYPE: tl.constexpr
             out = tl.dot(w, tl.trans(high), tl.dot(w, tl.trans(middle), tl.dot(w, tl.trans(low))))
         else:
             out = tl.dot(high, tl.trans(w), tl.dot(middle, tl.trans(w), tl.dot(low, tl.trans(w))))
+    elif W_FIRST:
+        out = tl.dot(w, tl.trans(x.to(TYPE)))
     else:
-        if W_FIRST:
-            out = tl.dot(w, tl.trans(x.to(TYPE)))
-        else:
-            out = tl.dot(x.to(TYPE), tl.trans(w))
+        out = tl.dot(x.to(TYPE), tl.trans(w))
     return out
 
 
@@ -90,10 +89,7 @@ def tile_product(
         -> (BLOCK_M, BLOCK_N) fp32.
     """
     column = tl.arange(0, 128)
-    if W_FIRST:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if W_FIRST else (BLOCK_M, BLOCK_N), tl.float32)
     for block in range(first, end):
         codes = tl.load(codes_at + block * 128)
         if EVEN_K:
@@ -109,10 +105,7 @@ def tile_product(
         if QUANTIZED:
             # One scale after the other, as the specification has it: their product may leave fp32.
             x_scale = tl.load(x_scale_at + block * x_scale_step, mask=token_there, other=0.0)
-            if W_FIRST:
-                part = part * x_scale[None, :]
-            else:
-                part = part * x_scale[:, None]
+            part = part * (x_scale[None, :] if W_FIRST else x_scale[:, None])
         acc += part * w_scale
     return tl.trans(acc) if W_FIRST else acc
 
@@ -200,10 +193,10 @@ def linear_kernel(
     )
     inside = (token < m)[:, None] & (n_row < n_end)[None, :]
     to = out_ptr + token.to(tl.int64)[:, None] * n + n_row[None, :]
-    bias = tl.load(bias_ptr + n_row, mask=n_row < n_end, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
     if SPLIT_K == 1:
-        total = acc + bias[None, :] if HAS_BIAS else acc
-        tl.store(to, total.to(out_ptr.dtype.element_ty), mask=inside)
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + n_row, mask=n_row < n_end, other=0.0).to(tl.float32)[None, :]
+        tl.store(to, acc.to(out_ptr.dtype.element_ty), mask=inside)
     else:
         part = parts_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
         part += tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -216,7 +209,7 @@ def linear_kernel(
             for other in range(1, SPLIT_K):
                 total += tl.load(part + other * (BLOCK_M * BLOCK_N), mask=inside, other=0.0, cache_modifier=".cg")
             if HAS_BIAS:
-                total += bias[None, :]
+                total += tl.load(bias_ptr + n_row, mask=n_row < n_end, other=0.0).to(tl.float32)[None, :]
             tl.store(to, total.to(out_ptr.dtype.element_ty), mask=inside)
             tl.store(counters_ptr + tile, 0)
 

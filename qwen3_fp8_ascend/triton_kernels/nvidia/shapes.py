@@ -1,9 +1,9 @@
 """How a linear is cut into programs, by chip and number of tokens: a table, no tuning at anybody's first request.
 
-Where the numbers come from: on an H100, at up to 16 tokens, 256 to 800 programs of 32 or 64 rows with 4 warps and 3 to 5
-stages were the fastest that were tried, and from 64 tokens on the weight as first operand. The rest follows from what
-the compiler says of registers and shared memory (tests/triton_kernels/test_nvidia_compiled.py). `python -m
-benchmarks.nvidia_shapes` measures the neighbours of each line on the GPU that is there.
+Where the numbers come from: on an H100 a prototype was fastest, of the few shapes tried, at up to 16 tokens with 256 to
+800 programs of 32 or 64 rows, 4 warps and 3 to 5 stages, and from 64 tokens on with the weight as first operand. The
+rest follows from what the compiler says of registers and shared memory (tests/triton_kernels/test_nvidia_compiled.py).
+`python -m benchmarks.nvidia_shapes` measures the neighbours of each line on the GPU that is there.
 """
 
 from __future__ import annotations
