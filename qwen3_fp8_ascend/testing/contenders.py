@@ -132,22 +132,27 @@ def _scaled_mm_missing(device: Device) -> str | None:
     return None
 
 
-def _scaled_mm(weights: Weights) -> Prepared:
-    """torch's block-scaled FP8 product; activations are quantized before, which is not timed."""
+def _scaled_mm(quantizes: bool, weights: Weights) -> Prepared:
+    """torch's block-scaled FP8 product; activations are quantized in each call, or before, which is not timed."""
     kinds = torch.nn.functional.ScalingType
     codes = [weights.codes.clone() for _ in range(weights.copies(1))]
 
+    def quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, scale = ops.quantize_activation(x)
+        return values, torch.empty_strided(scale.shape, (1, scale.shape[0]), device=scale.device).copy_(scale)
+
     def prepare(x: torch.Tensor) -> Contender:
-        quantized, scale = ops.quantize_activation(x)
-        along_m = torch.empty_strided(scale.shape, (1, scale.shape[0]), device=scale.device).copy_(scale)
-        return lambda i: torch.nn.functional.scaled_mm(
-            quantized,
-            codes[i % len(codes)].t(),
-            along_m,
-            kinds.BlockWise1x128,
-            weights.scale.t(),
-            kinds.BlockWise128x128,
-        )
+        before = None if quantizes else quantized(x)
+
+        def run(i: int) -> torch.Tensor:
+            values, along_m = before or quantized(x)
+            weight, scale = codes[i % len(codes)].t(), weights.scale.t()
+            out: torch.Tensor = torch.nn.functional.scaled_mm(
+                values, weight, along_m, kinds.BlockWise1x128, scale, kinds.BlockWise128x128
+            )
+            return out
+
+        return run
 
     return prepare
 
@@ -180,7 +185,13 @@ def framework(device: Device) -> tuple[Peer, ...]:
         Peer("copy", 1, "moves the same bytes", _copy),
         Peer("torch bf16", 2, "bf16", _bf16),
         Peer("dequantize, torch bf16", 1, "w8a16", _dequantized),
-        Peer("torch scaled_mm", 1, "w8a8, quantized before", _scaled_mm, lambda: _scaled_mm_missing(device)),
+        *(
+            Peer(name, 1, computes, functools.partial(_scaled_mm, quantizes), lambda: _scaled_mm_missing(device))
+            for name, computes, quantizes in (
+                ("torch scaled_mm", "w8a8, quantized before", False),
+                ("torch scaled_mm, quantized by ours", "w8a8", True),
+            )
+        ),
     )
 
 

@@ -12,12 +12,19 @@ from dataclasses import replace
 import torch
 
 from qwen3_fp8_ascend import ops, reference
-from qwen3_fp8_ascend.backends import prefill
+from qwen3_fp8_ascend.backends import nvidia_scaled_mm, prefill
 from qwen3_fp8_ascend.backends.registry import Backend
 from qwen3_fp8_ascend.evaluate.validate.cases import Case, Context, Found
 from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid
 from qwen3_fp8_ascend.testing import nonfinite
-from qwen3_fp8_ascend.testing.judges import Judgement, Problem, judge_exact, judge_prefill, random_problem
+from qwen3_fp8_ascend.testing.judges import (
+    Judgement,
+    Problem,
+    judge_exact,
+    judge_prefill,
+    judge_scaled_mm,
+    random_problem,
+)
 
 ROWS = (0, 1, 2, 3, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 512)
 SOME = 3
@@ -49,9 +56,10 @@ def rows_of(backend: Backend) -> list[int]:
 
 def judge(backend: Backend, rows: int, got: torch.Tensor, problem: Problem, activation: Activation) -> Judgement:
     """By the bound of the path that the backend takes for so many rows."""
+    named = {prefill.PLAN: judge_prefill, nvidia_scaled_mm.PLAN: judge_scaled_mm}
     for condition, how in backend.plan() if backend.plan else ():
-        if how == prefill.PLAN and (condition == "any" or _holds(condition, rows)):
-            return judge_prefill(got, problem, activation)
+        if how in named and (condition == "any" or _holds(condition, rows)):
+            return named[how](got, problem, activation)
     return judge_exact(got, problem, activation)
 
 

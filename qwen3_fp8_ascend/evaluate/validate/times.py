@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from qwen3_fp8_ascend.evaluate.validate import layer_times
 from qwen3_fp8_ascend.evaluate.validate.cases import Case, Context, Found
 from qwen3_fp8_ascend.evaluate.validate.checks import FULL
 from qwen3_fp8_ascend.format import Activation
@@ -27,11 +28,12 @@ PREDICTIONS = Path(__file__).with_name("predictions.json")
 
 
 def times(context: Context) -> Iterator[Case]:
-    """One case for each layer: contenders are laid out once and timed for each number of rows."""
+    """One case for each linear: contenders are laid out once and timed for each number of rows. Then whole layers."""
     layers = FULL if context.device.has_graphs else ON_CPU
     for layer, (n, k) in layers.items():
         memory = 4 * max(n * k * 2, cache_bytes(context.device))
         yield Case(layer, functools.partial(_layer, context, layer, n, k), memory)
+    yield from layer_times.cases(context, layers)
 
 
 def _layer(context: Context, layer: str, n: int, k: int, seed: int) -> Found:
@@ -79,26 +81,10 @@ def _lay_out(peers: list[Peer], weights: Weights) -> tuple[dict[str, Peer], dict
 def _line(
     context: Context, layer: str, n: int, k: int, rows: int, peer: Peer, timings: dict[str, Timing]
 ) -> dict[str, Any]:
-    timing, name = timings[peer.name], context.device.name
-    line: dict[str, Any] = {
-        "layer": layer,
-        "n": n,
-        "k": k,
-        "m": rows,
-        "contender": peer.name,
-        "computes": peer.computes,
-        "clock": timing.clock,
-        "rounds": len(timing.seconds),
-        "median_us": timing.median * 1e6,
-        "p20_us": timing.p20 * 1e6,
-        "p80_us": timing.p80 * 1e6,
-        "gb_per_s": peer.bytes_per_weight * n * k / timing.median / 1e9,
-        "of_copy": timing.speedup_over(timings["copy"]) if "copy" in timings else None,
-        "over_bf16": timing.speedup_over(timings["torch bf16"]) if "torch bf16" in timings else None,
-    }
+    found = layer_times.line(layer, n * k, rows, peer, timings) | {"n": n, "k": k}
     if peer.backend and peer.computes == "w8a8":
-        line["predicted_over_bf16"] = predicted(name, peer.backend, layer, rows)
-    return line
+        found["predicted_over_bf16"] = predicted(context.device.name, peer.backend, layer, rows)
+    return found
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwen3_fp8_ascend.backends import registry
-from qwen3_fp8_ascend.evaluate.validate import checks, child, experts, model, times
+from qwen3_fp8_ascend.evaluate.validate import checks, child, experts, layer_times, model, times
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing import contenders, devices, timing
 
@@ -185,8 +185,9 @@ def fewer() -> None:
     checks.FULL, checks.FULL_ROWS = {"o": (1024, 256)}, (1, 65)
     experts.ROWS, experts.SHAPES, experts.LARGE_ROWS = (0, 1, 17), ((4, 4, 130, 72),), ()
     times.ROWS, times.SECONDS = (1, 16), 0.05
+    layer_times.ROWS, layer_times.SECONDS = (1, 16), 0.05
     times.FULL = {"qkv": (512, 256), "o": (256, 256)}
-    times.cache_bytes = timing.cache_bytes = lambda device=None: 1 << 20  # type: ignore[assignment]
+    layer_times.cache_bytes = times.cache_bytes = timing.cache_bytes = lambda device=None: 1 << 20  # type: ignore[assignment]
     model.importlib.util.find_spec = lambda name: None  # type: ignore[assignment]
 
 

@@ -1,0 +1,155 @@
+"""The kernels for NVIDIA GPUs compiled to machine code without a GPU, for every line of the table of shapes."""
+
+# ruff: noqa: E402 (the skips come before the imports that would fail)
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="upstream Triton lives in .venv-triton: `make test-triton`")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
+if "ascend" in triton.backends.backends:
+    pytest.skip("this is triton-ascend, not upstream Triton", allow_module_level=True)
+
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qwen3_fp8_ascend.triton_kernels.nvidia import dequantize, grouped_linear, linear, quantize, shapes
+
+CAPABILITIES = (80, 89, 90, 100)
+CODES, SCALE, SPANS = {"codes_ptr": "*u8"}, {"w_scale_ptr": "*fp32", "x_scale_ptr": "*fp32"}, {"spans_ptr": "*i32"}
+OPERANDS = {"w8a8": ("*fp16", tl.float16), "bf16": ("*bf16", tl.bfloat16), "fp32": ("*fp32", tl.bfloat16)}
+"""What x is by the time it is multiplied. fp16 as it is differs from W8A8 in a scale that is not there."""
+
+
+def build(kernel, pointers, sizes, constants, capability, tile=None, divisible=()):
+    """Compiled for operands as torch allocates them: 16 divides all addresses, and the sizes that are named."""
+    types = pointers | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
+    places = {name: place for place, name in enumerate(kernel.arg_names)}
+    aligned = {(places[name],): [["tt.divisibility", 16]] for name in (*pointers, *divisible)}
+    source = ASTSource(
+        fn=kernel, signature={name: types[name] for name in kernel.arg_names}, constexprs=constants, attrs=aligned
+    )
+    options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def spilled(built, folder):
+    """Bytes of local memory of a thread, by the disassembler that comes with Triton."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(built.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def constants_of(tile, operand, capability):
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "W_FIRST": tile.w_first,
+        "QUANTIZED": operand == "w8a8",
+        "THREE": operand == "fp32",
+        "WHOLE": True,
+        "EVEN_K": True,
+        "HARDWARE": shapes.chip(capability).hardware,
+        "TYPE": OPERANDS[operand][1],
+    }
+
+
+def check(built, operand, capability, folder):
+    chip, ptx = shapes.chip(capability), built.asm["ptx"]
+    assert built.metadata.shared <= chip.shared_kib << 10, f"{built.metadata.shared} bytes of shared memory"
+    assert "mma" in ptx, "no tensor cores"
+    assert ("cvt.rn.f16x2.e4m3x2" in ptx) == chip.hardware
+    assert "cvt.rn.bf16.f16" not in ptx, "a conversion of a number at a time, at a quarter of the rate"
+    assert ".e4m3" not in "".join(line for line in ptx.splitlines() if "mma" in line), "FP8 products are not exact"
+    if operand != "fp32":  # nobody serves in fp32
+        assert spilled(built, folder) == 0, "registers are spilled"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("operand", OPERANDS)
+@pytest.mark.parametrize(
+    ("m", "n", "split"), [(16, 4096, 2), (16, 24576, 1), (32, 4096, 4), (64, 4096, 3), (512, 4096, 1)]
+)
+def test_linear(m, n, split, operand, capability, tmp_path):
+    tile = shapes.tile_for(m, n, shapes.chip(capability), 4 if operand == "fp32" else 2)
+    pointers = CODES | SCALE | SPANS | {"x_ptr": OPERANDS[operand][0], "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    built = build(
+        linear.linear_kernel,
+        pointers | {"parts_ptr": "*fp32", "counters_ptr": "*i32"},
+        ("m", "n", "k", "k_blocks", "x_stride", "x_scale_step"),
+        constants_of(tile, operand, capability) | {"SPLIT_K": split, "HAS_BIAS": False, "EVEN_M": True},
+        capability,
+        tile,
+        ("n", "k", "x_stride"),
+    )
+    check(built, operand, capability, tmp_path)
+    assert ("atom" in built.asm["ptx"]) == (split > 1)
+    if split > 1:
+        assert re.search(r"atom\.\w*\.?acq_rel\.gpu", built.asm["ptx"]), "stretches must be seen by who adds them"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("operand", ["w8a8", "bf16"])
+@pytest.mark.parametrize("rows", [1, 20, 64, 200])
+def test_grouped_linear(rows, operand, capability, tmp_path):
+    tile = shapes.tile_for(rows, 1536, shapes.chip(capability), 2)
+    built = build(
+        grouped_linear.grouped_linear_kernel,
+        CODES | SCALE | SPANS | {"x_ptr": OPERANDS[operand][0], "ends_ptr": "*i64", "out_ptr": "*bf16"},
+        ("m", "n", "k", "k_blocks", "groups", "scale_rows", "n_tiles", "x_stride", "x_scale_step"),
+        constants_of(tile, operand, capability) | {"GROUPS": 128},
+        capability,
+        tile,
+        ("n", "k", "x_stride"),
+    )
+    check(built, operand, capability, tmp_path)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("x", ["*bf16", "*fp16", "*fp32"])
+def test_quantize_divides_exactly(x, codes, capability):
+    built = build(
+        quantize.quantize_kernel,
+        {"x_ptr": x, "out_ptr": "*u8" if codes else "*fp16", "scale_ptr": "*fp32"},
+        ("m", "k", "x_stride", "out_stride", "k_blocks", "scale_token", "scale_block"),
+        {"CODES": codes, "UE8M0": False, "GROUPS": 8},
+        capability,
+    )
+    assert "div.rn.f32" in built.asm["ptx"] and "div.full.f32" not in built.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_dequantize(capability):
+    built = build(
+        dequantize.dequantize_kernel,
+        CODES | SPANS | {"scale_ptr": "*fp32", "out_ptr": "*bf16"},
+        ("k", "k_blocks"),
+        {"HARDWARE": shapes.chip(capability).hardware, "BLOCK_N": 32},
+        capability,
+    )
+    assert built.asm["cubin"]
+
+
+def test_a_tile_that_spills_is_noticed(tmp_path):
+    tile = shapes.Tile(128, 128, warps=4, stages=2, w_first=True, programs=1)
+    pointers = CODES | SCALE | SPANS | {"x_ptr": "*fp16", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    built = build(
+        linear.linear_kernel,
+        pointers | {"parts_ptr": "*fp32", "counters_ptr": "*i32"},
+        ("m", "n", "k", "k_blocks", "x_stride", "x_scale_step"),
+        constants_of(tile, "w8a8", 90) | {"SPLIT_K": 1, "HAS_BIAS": False, "EVEN_M": True},
+        90,
+        tile,
+        ("n", "k", "x_stride"),
+    )
+    with pytest.raises(AssertionError, match="spilled"):
+        check(built, "w8a8", 90, tmp_path)

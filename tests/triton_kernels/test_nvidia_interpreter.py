@@ -1,0 +1,442 @@
+"""The kernels for NVIDIA GPUs and their backend in upstream Triton's interpreter, against the specification."""
+
+import dataclasses
+import itertools
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="upstream Triton lives in .venv-triton: `make test-triton`")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("the interpreter is chosen by TRITON_INTERPRET=1: `make test-triton`", allow_module_level=True)
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from qwen3_fp8_ascend import ops, reference
+from qwen3_fp8_ascend.backends import nvidia_scaled_mm
+from qwen3_fp8_ascend.backends.nvidia import backend, launch
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
+from qwen3_fp8_ascend.testing import nonfinite
+from qwen3_fp8_ascend.testing.experts import assert_layer_exact, random_codes, random_experts
+from qwen3_fp8_ascend.testing.judges import (
+    Problem,
+    assert_bias_before_rounding,
+    assert_exact,
+    beside_powers_of_two,
+    judge_exact,
+    judge_scaled_mm,
+    random_problem,
+)
+from qwen3_fp8_ascend.triton_kernels.nvidia import decode, grouped_linear, linear, shapes
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+QUANTIZING = (Activation.W8A8, Activation.W8A8_UE8M0)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def finished_last(monkeypatch):
+    """The stretches of K in any order: a function that says which the interpreter runs as the how-maniest."""
+    honest = interpreter.interpreter_builder.set_grid_idx
+
+    def choose(order):
+        monkeypatch.setattr(
+            interpreter.interpreter_builder, "set_grid_idx", lambda x, y, z: honest(x, order[y] if order else y, z)
+        )
+
+    return choose
+
+
+@triton.jit
+def _decode_all(codes_ptr, out_ptr, HARDWARE: tl.constexpr, TYPE: tl.constexpr):
+    offset = tl.arange(0, 256)
+    value = decode.decode(tl.load(codes_ptr + offset), HARDWARE, TYPE)
+    tl.store(out_ptr + offset, value.to(tl.float32))
+
+
+@pytest.mark.parametrize("hardware", [False, True])
+@pytest.mark.parametrize("dtype", [tl.float16, tl.bfloat16, tl.float32])
+def test_every_code_decodes_exactly(hardware, dtype):
+    every = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    out = torch.empty(256)
+    _decode_all[(1,)](every, out, HARDWARE=hardware, TYPE=dtype)
+    expected = decode.decode_specification(every)
+    finite = ~expected.isnan()
+    assert torch.equal(out[finite].view(torch.int32), expected[finite].view(torch.int32)) and int(finite.sum()) == 254
+
+
+@pytest.mark.parametrize("activation", QUANTIZING)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (3, 300), (33, 128), (70, 640)])
+def test_quantize_is_bit_exact_and_values_are_those_of_the_codes(m, k, dtype, activation):
+    wide = torch.empty(m, k + 5, dtype=dtype)  # tokens that do not follow each other
+    x = wide[:, :k].copy_(torch.randn(m, k) * torch.exp2(torch.randint(-14, 3, (m, k)).float()))
+    codes, scale = ops.quantize_activation(x, activation=activation, backend="nvidia")
+    expected, expected_scale = reference.quantize_activation(x, activation=activation)
+    assert torch.equal(codes.view(torch.uint8), expected.view(torch.uint8)) and torch.equal(scale, expected_scale)
+    values, by_block = launch.quantize(x, activation, codes=False)
+    assert torch.equal(values[:, :k].float(), expected.float()) and not values[:, k:].any()
+    assert torch.equal(by_block, expected_scale.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_at_the_edges_of_powers_of_two(dtype):
+    x = beside_powers_of_two(dtype)
+    codes, scale = ops.quantize_activation(x, activation=Activation.W8A8_UE8M0, backend="nvidia")
+    expected, expected_scale = reference.quantize_activation(x, activation=Activation.W8A8_UE8M0)
+    assert torch.equal(scale, expected_scale) and torch.equal(codes.view(torch.uint8), expected.view(torch.uint8))
+
+
+def non_finite(dtype):
+    """The cases of a dtype and their activations, one below the other, since a launch of the interpreter takes long."""
+    found = [case for case in nonfinite.NON_FINITE if case.dtype == dtype]
+    return found, torch.cat([nonfinite.activation(case) for case in found])
+
+
+@pytest.mark.parametrize("activation", QUANTIZING)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_any_nan_and_infinity(dtype, activation):
+    found, x = non_finite(dtype)
+    got = ops.quantize_activation(x, activation=activation, backend="nvidia")
+    parts = zip(found, *(part.split(6) for part in (x, *got)), strict=True)
+    wrong = {str(case): nonfinite.wrong_quantization(*rest, activation) for case, *rest in parts}
+    assert len(wrong) >= 16 and {name: what for name, what in wrong.items() if what} == {}
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_of_any_nan_and_infinity(dtype, activation):
+    (found, x), problem = non_finite(dtype), random_problem(0, (40,), 300)
+    oracle = dataclasses.replace(problem, x=x).oracle(activation)
+    packed = ops.pack_weight(problem.weight, problem.scale, backend="nvidia")
+    out = ops.block_linear(x, packed, activation=activation)
+    parts = zip(found, out.split(6), oracle.split(6), strict=True)
+    assert {str(case): w for case, *rest in parts if (w := nonfinite.wrong_linear(case, *rest))} == {}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("widths", "k"), [((200, 72, 130), 300), ((1,), 1), ((256,), 256)])
+def test_dequantize_is_bit_exact_nan_codes_included(widths, k, dtype):
+    problem = random_problem(0, widths, k)
+    problem.weight.view(torch.uint8)[0, 0] = 0xFF
+    out = ops.dequantize_weight(problem.weight, problem.scale, problem.grid, dtype, backend="nvidia")
+    expected = reference.dequantize_weight(problem.weight, problem.scale, problem.grid, dtype)
+    assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "widths", "k"),
+    [
+        (1, (200, 72), 300),
+        (16, (256,), 1024),
+        (17, (64,), 640),
+        (64, (130, 126), 512),
+        (130, (96,), 1),
+        (70, (256,), 8),
+    ],
+)
+def test_linear(m, widths, k, dtype, activation):
+    problem = random_problem(m, widths, k, dtype=dtype, bias=True)
+    packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "nvidia")
+    alone = ops.block_linear(problem.x, packed, None, activation)
+    assert_exact(alone, dataclasses.replace(problem, bias=None), activation)
+    assert_exact(ops.block_linear(problem.x, packed, problem.bias, activation), problem, activation)
+    if dtype != torch.float32 and k > 1:
+        assert_bias_before_rounding(lambda bias: ops.block_linear(problem.x, packed, bias, activation))
+
+
+@pytest.mark.parametrize("tile", shapes.TILES, ids=lambda tile: f"m{tile.block_m}")
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("activation", [Activation.W8A8, Activation.W8A16])
+def test_every_line_of_the_table_at_any_number_of_tokens(tile, split, activation):
+    problem = random_problem(2 * tile.block_m + 1, (200, 56), 700)
+    codes, scale, spans = backend.pack(problem.weight, problem.scale, problem.grid)
+    cut = shapes.Cut(tile, split)
+    for m in (1, tile.block_m, 2 * tile.block_m + 1):
+        part = dataclasses.replace(problem, x=problem.x[:m])
+        assert_exact(launch.linear(part.x, codes, scale, spans, activation, None, cut), part, activation)
+
+
+def test_stretches_are_added_in_one_order_whoever_finishes_last(finished_last, monkeypatch):
+    problem = random_problem(5, (256,), 1024, dtype=torch.float32)
+    packed = backend.pack(problem.weight, problem.scale, problem.grid)
+    cut = shapes.Cut(dataclasses.replace(shapes.TILES[0]), 4)
+    counted = []
+    honest = launch.counters
+    monkeypatch.setattr(launch, "counters", lambda *given: counted.append(honest(*given)) or counted[-1])
+    bits = set()
+    for order in (None, (3, 2, 1, 0), (2, 0, 3, 1)):
+        finished_last(order)
+        out = launch.linear(problem.x, *packed, Activation.W8A16, None, cut)
+        assert_exact(out, problem, Activation.W8A16)
+        bits.add(out.numpy().tobytes())
+    assert len(bits) == 1
+    assert len(counted) == 3 and not any(count.any() for count in counted), "counters are not zero again"
+
+
+def test_a_stretch_that_is_lost_or_counted_wrongly_is_noticed(finished_last, monkeypatch):
+    problem = random_problem(5, (256,), 1024, dtype=torch.float32)
+    packed = backend.pack(problem.weight, problem.scale, problem.grid)
+    cut = shapes.Cut(shapes.TILES[0], 4)
+    finished_last((0, 1, 2, 2))
+    faults = judge_exact(launch.linear(problem.x, *packed, Activation.W8A16, None, cut), problem, Activation.W8A16)
+    assert faults.faults
+    finished_last(None)
+    # Somebody else's launch has counted: the sum is made before all stretches are there.
+    monkeypatch.setattr(launch, "counters", lambda count, device: torch.ones(count, dtype=torch.int32))
+    monkeypatch.setattr(torch, "empty", torch.zeros)
+    out = launch.linear(problem.x, *packed, Activation.W8A16, None, cut)
+    assert judge_exact(out, problem, Activation.W8A16).faults
+
+
+def test_a_token_alone_and_in_a_batch_has_the_same_bits():
+    problem = random_problem(16, (200,), 700)
+    packed = ops.pack_weight(problem.weight, problem.scale, backend="nvidia")
+    for activation in Activation:
+        together = ops.block_linear(problem.x, packed, None, activation)
+        for row in (0, 7, 15):
+            assert torch.equal(ops.block_linear(problem.x[row : row + 1], packed, None, activation)[0], together[row])
+
+
+def test_extreme_scales_and_small_numbers_beside_large_ones():
+    """Where the product of both scales leaves fp32, and where fp16 with one scale a group would lose what counts."""
+    problem = random_problem(4, (128,), 256, dtype=torch.float32)
+    x = problem.x * torch.tensor([1e-20, 1e-6, 1.0, 1e20])[:, None]
+    for factor in (1e-20, 1e15):
+        extreme = dataclasses.replace(problem, x=x, scale=problem.scale * factor)
+        packed = ops.pack_weight(extreme.weight, extreme.scale, backend="nvidia")
+        assert_exact(ops.block_linear(x, packed), extreme)
+    weight = problem.weight.clone()
+    weight.view(torch.uint8)[:, 0] = 0
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.zeros(1, 256, dtype=dtype)
+        x[0, 0], x[0, 1] = 1.0, 2.0**-40  # the weight of the large one is zero
+        hidden = dataclasses.replace(problem, x=x, weight=weight)
+        packed = ops.pack_weight(weight, problem.scale, backend="nvidia")
+        assert_exact(ops.block_linear(x, packed, None, Activation.W8A16), hidden, Activation.W8A16)
+
+
+def test_three_parts_add_up_to_fp32():
+    x = torch.randn(4096) * torch.exp2(torch.randint(-60, 60, (4096,)).float())
+    x[:4] = torch.tensor([3.4028234663852886e38, -1.1754943508222875e-38, 1e-30, 0.0])
+
+    @triton.jit
+    def parts(x_ptr, out_ptr):
+        at = tl.arange(0, 4096)
+        x = tl.load(x_ptr + at)
+        rest = linear.lower_part(x)
+        tl.store(out_ptr + at, linear.upper_half(x))
+        tl.store(out_ptr + 4096 + at, linear.upper_half(rest))
+        tl.store(out_ptr + 2 * 4096 + at, linear.lower_part(rest))
+
+    out = torch.empty(3, 4096)
+    parts[(1,)](x, out)
+    normal = x.abs() > 1e-30
+    assert torch.equal(out.bfloat16().float()[:, normal], out[:, normal]), "a part is no bf16 number"
+    assert torch.equal(out.double().sum(0).float()[normal], x[normal])
+
+
+def test_the_packed_weight_is_the_checkpoint_s_own_bytes():
+    problem = random_problem(0, (512,), 1024)
+    packed = ops.pack_weight(problem.weight, problem.scale, backend="nvidia")
+    codes, scale, spans = packed.tensors
+    assert torch.equal(codes, problem.weight.view(torch.uint8)) and torch.equal(scale, problem.scale)
+    assert packed.nbytes == 512 * 1024 * (1 + 4 / 128**2) + 8 * 4 and spans.tolist()[-1] == [384, 512]
+    problem.weight.view(torch.uint8).zero_()
+    assert codes.any(), "the packed weight is the checkpoint's memory"
+
+
+def test_operators_are_traceable():
+    problem = random_problem(3, (130, 70), 300)
+    packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "nvidia")
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(backend.nvidia_block_linear, (problem.x, *packed.tensors, "w8a8"), test_utils=checks)
+    torch.library.opcheck(backend.nvidia_quantize_activation, (problem.x, "w8a8"), test_utils=checks)
+    codes = problem.weight.view(torch.uint8)
+    operands = (codes, problem.scale, problem.grid.widths, torch.bfloat16)
+    torch.library.opcheck(backend.nvidia_dequantize_weight, operands, test_utils=checks)
+
+
+def test_bad_input_is_refused_before_any_launch(monkeypatch):
+    problem = random_problem(2, (128,), 256)
+    codes, scale, spans = ops.pack_weight(problem.weight, problem.scale, backend="nvidia").tensors
+
+    def launched(*_, **__):
+        raise AssertionError("a kernel was launched")
+
+    monkeypatch.setattr(launch, "kernels", launched)
+    x = problem.x
+    for bad, said in (
+        ((x.double(), codes, scale, spans), "wrong dtype"),
+        ((x[0], codes, scale, spans), "two dimensions"),
+        ((x.to("meta"), codes, scale, spans), "wrong device"),
+        ((x[:, :100], codes, scale, spans), "codes is not a packed weight's"),
+        ((x, codes.to(torch.int8), scale, spans), "codes is not a packed weight's"),
+        ((x, codes.T.contiguous().T, scale, spans), "strided"),
+        ((x, codes, scale.half(), spans), "w_scale is not a packed weight's"),
+        ((x, codes, scale, spans[:0]), "spans is not a packed weight's"),
+    ):
+        with pytest.raises(BlockFp8Error, match=said):
+            backend.nvidia_block_linear(*bad, "w8a8")
+    with pytest.raises(BlockFp8Error, match="groups of one size"):
+        ops.quantize_activation(x, block_k=64, backend="nvidia")
+    with pytest.raises(BlockFp8Error, match="blocks of 128x128"):
+        ops.pack_weight(problem.weight, torch.rand(2, 4), BlockGrid((128,), 256, BlockSize(64, 64)), "nvidia")
+    with pytest.raises(BlockFp8Error, match="64x64"):
+        grid = BlockGrid((128,), 256, BlockSize(64, 64))
+        ops.dequantize_weight(problem.weight, torch.rand(2, 4), grid, backend="nvidia")
+
+
+def ends_of(counts):
+    return torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int64)
+
+
+def random_groups(groups, widths, k):
+    """Weights and scales of groups, as `ops.pack_experts` takes them."""
+    grid = BlockGrid(tuple(widths), k)
+    weights = random_codes((groups, grid.n, k), torch.Generator().manual_seed(1))
+    return weights, torch.rand(groups, *grid.scale_shape) * 0.01 + 1e-4, grid
+
+
+PATTERNS = {
+    "uneven and empty": (3, 0, 17, 0, 0, 1, 9),
+    "all on one": (0, 0, 130, 0),
+    "a tile and one row": (16, 17),
+    "one row each": (1,) * 8,
+    "none": (0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("counts", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("activation", [Activation.W8A8, Activation.W8A16])
+def test_a_grouped_linear_is_its_specification(counts, activation, monkeypatch):
+    weights, scales, grid = random_groups(len(counts), (130, 62), 300)
+    packed = ops.pack_experts(weights, scales, grid, "nvidia")
+    x, owned = torch.randn(sum(counts) + 2, 300), sum(counts)  # two rows are nobody's
+    values, x_scale = launch.quantize(x, activation, codes=False) if activation is Activation.W8A8 else (x, None)
+    monkeypatch.setattr(torch, "empty", lambda *size, **named: torch.full(size, 7, **named))
+    out = ops.grouped_linear(x, packed, ends_of(counts), activation)
+    want = grouped_linear.grouped_linear_specification(
+        values, x_scale, packed.tensors[0], packed.tensors[1], ends_of(counts), grid
+    )
+    assert (out[:owned] - want[:owned]).norm() <= 1e-6 * want[:owned].norm()
+    assert (out[owned:] == 7.0).all(), "rows that are nobody's were written"
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("counts", "widths", "k"), [((5, 0, 18), (130, 62), 300), ((2,), (1,), 1), ((70,), (128,), 128)]
+)
+def test_a_grouped_linear_passes_the_gates_of_the_dense_one(counts, widths, k, dtype, activation):
+    weights, scales, grid = random_groups(len(counts), widths, k)
+    x = torch.randn(sum(counts) + 1, k).to(dtype)
+    packed = ops.pack_experts(weights, scales, grid, "nvidia")
+    got = ops.grouped_linear(x, packed, ends_of(counts), activation)
+    unrounded = ops.grouped_linear(x, packed, ends_of(counts), activation, unrounded=True)
+    assert got.shape == (len(x), grid.n) and got.dtype == dtype and unrounded.dtype == torch.float32
+    for expert, (start, end) in enumerate(itertools.pairwise([0, *ends_of(counts).tolist()])):
+        assert_exact(got[start:end], Problem(x[start:end], weights[expert], scales[expert], grid=grid), activation)
+        assert torch.equal(unrounded[start:end].to(dtype), got[start:end])
+
+
+@pytest.mark.parametrize("activation", list(Activation))
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "dtype"),
+    [(256, 128, torch.float16), (256, 128, torch.float32), (300, 200, torch.bfloat16)],
+)
+def test_a_layer_of_experts_is_the_specification(hidden, intermediate, dtype, activation):
+    problem = random_experts(9, 5, 3, hidden, intermediate, dtype=dtype)
+    problem.topk_ids[0] = -1
+    problem.topk_ids[1, 2] = -1
+    assert_layer_exact(problem.layer("nvidia", activation), problem, activation)
+
+
+def test_lists_that_are_none_touch_nothing_outside(monkeypatch):
+    """On a device nobody looks at the ends. Rows stay within x, and groups within the weights."""
+    weights, scales, grid = random_groups(4, (128,), 128)
+    codes, scale, spans = ops.pack_experts(weights, scales, grid, "nvidia").tensors
+    wild = torch.tensor([[7, 3, 9, 1], [-5, 2, 1 << 40, 3], [1 << 62, 0, 0, 0], [-1, -1, -1, -(1 << 60)]])
+    room = torch.full((3, 6, 128), 7.0)  # x and out in the middle of what must stay as it is
+    honest = torch.empty
+    for ends in wild:
+        room.fill_(7.0)
+        monkeypatch.setattr(
+            torch, "empty", lambda *size, **named: room[1] if size == (6, 128) else honest(*size, **named)
+        )
+        launch.grouped_linear(torch.randn(6, 128), codes, scale, spans[0], ends, Activation.W8A16, torch.float32)
+        monkeypatch.undo()
+        assert (room[0] == 7.0).all() and (room[2] == 7.0).all()
+
+
+def test_weights_beyond_32_bits_are_found():
+    """A layer of 4.3 GB: memory that nothing touches is never there, so only two experts are real."""
+    n, k = 2048, 8192
+    experts = (1 << 32) // (n * k) + 2
+    codes = torch.empty(experts, n, k, dtype=torch.uint8)
+    w_scale = torch.empty(experts, n // 128, k // 128)
+    weights, scales, grid = random_groups(2, (n,), k)
+    for place, expert in ((0, 0), (experts - 1, 1)):
+        codes[place], w_scale[place], spans = backend.pack(weights[expert], scales[expert], grid)
+    ends = torch.full((experts,), 3)
+    ends[-1] = 7
+    x = torch.randn(7, k)
+    got = backend.nvidia_block_grouped_linear(x, codes, w_scale, spans, ends, "w8a8", torch.float32)
+    for expert, rows in ((0, slice(0, 3)), (1, slice(3, 7))):
+        assert_exact(got[rows], Problem(x[rows], weights[expert], scales[expert], grid=grid))
+
+
+def sums_of_14_bits(codes, scale, weight, w_scale):
+    """Hopper's FP8 products, by measurements of others: 32 at once, cut off 13 bits below the largest."""
+    assert scale.stride(0) == 1 and scale.stride(1) % 4 == 0 and codes.shape[0] % 16 == 0
+    out = torch.zeros(codes.shape[0], weight.shape[0])
+    for block in range(codes.shape[1] // 128):
+        part = torch.zeros_like(out)
+        for first in range(128 * block, 128 * (block + 1), 32):
+            products = codes[:, None, first : first + 32].float() * weight[None, :, first : first + 32].float()
+            largest = products.abs().amax(2, keepdim=True).maximum(part.abs()[..., None]).clamp_min(2.0**-100)
+            unit = torch.exp2(torch.frexp(largest)[1].float() - 14)
+            part = ((products / unit).trunc() * unit).sum(2) + (part / unit[..., 0]).trunc() * unit[..., 0]
+        out += part * scale[:, block, None] * w_scale.repeat_interleave(128, 0)[: len(weight), block]
+    return out.bfloat16()
+
+
+@pytest.mark.parametrize("activation", QUANTIZING)
+@pytest.mark.parametrize("m", [65, 80])
+def test_the_hand_over_gives_torch_what_it_takes_and_has_a_bound_of_its_own(m, activation, monkeypatch):
+    problem = random_problem(m, (128, 128), 640)
+    packed = backend.pack(problem.weight, problem.scale, problem.grid)
+    monkeypatch.setattr(nvidia_scaled_mm, "product", sums_of_14_bits)
+    out = nvidia_scaled_mm.nvidia_scaled_mm_linear(problem.x, *packed, activation.value)
+    assert out.is_contiguous() and judge_scaled_mm(out, problem, activation).faults == []
+    assert judge_exact(out, problem, activation).faults, "it is not exact, which is why it has a name"
+    wrong = dataclasses.replace(problem, scale=problem.scale.roll(1, 1))
+    assert judge_scaled_mm(out, wrong, activation).faults
+    assert judge_scaled_mm((out.float() * 1.004).bfloat16(), problem, activation).faults
+
+
+def test_what_torch_does_not_take_stays_exact(monkeypatch):
+    monkeypatch.setattr(nvidia_scaled_mm, "product", lambda *_: pytest.fail("it was handed over"))
+    w8a8, w8a16 = Activation.W8A8, Activation.W8A16
+    for m, widths, k, dtype, bias, activation in (
+        (64, (128,), 256, torch.bfloat16, False, w8a8),
+        (65, (128,), 256, torch.float16, False, w8a8),
+        (65, (128,), 256, torch.bfloat16, True, w8a8),
+        (65, (128,), 256, torch.bfloat16, False, w8a16),
+        (65, (100, 28), 256, torch.bfloat16, False, w8a8),
+        (65, (128,), 200, torch.bfloat16, False, w8a8),
+    ):
+        problem = random_problem(m, widths, k, dtype=dtype, bias=bias)
+        packed = backend.pack(problem.weight, problem.scale, problem.grid)
+        out = nvidia_scaled_mm.nvidia_scaled_mm_linear(problem.x, *packed, activation.value, problem.bias)
+        assert_exact(out, problem, activation)

@@ -1,0 +1,103 @@
+"""The table of shapes for NVIDIA GPUs, and the counters of split K; needs neither Triton nor a GPU."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qwen3_fp8_ascend.backends.nvidia import counters
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.triton_kernels.nvidia.shapes import CHIPS, MIN_BLOCKS_PER_SPLIT, chip, cut_for, stage_bytes
+
+QWEN3_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
+
+
+@pytest.mark.parametrize("here", CHIPS, ids=lambda line: line.name)
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("m", [1, 16, 17, 32, 33, 64, 65, 512, 1000])
+@pytest.mark.parametrize(("scale_rows", "k_blocks"), [(1, 1), (9, 5), (32, 32), (48, 32), (192, 32), (32, 96)])
+def test_every_stretch_has_work_and_every_program_fits(here, itemsize, m, scale_rows, k_blocks):
+    cut = cut_for(m, scale_rows, 128 * scale_rows, k_blocks, here, 132, itemsize)
+    assert 128 % cut.tile.block_n == 0 and cut.tile.stages >= 1
+    assert cut.tile.stages * stage_bytes(cut.tile, itemsize) <= here.shared_kib << 10
+    per_split = -(-k_blocks // cut.split_k)
+    assert (cut.split_k - 1) * per_split < k_blocks
+    assert cut.split_k == 1 or per_split >= MIN_BLOCKS_PER_SPLIT
+
+
+@pytest.mark.parametrize(("n", "k"), QWEN3_8B.values(), ids=QWEN3_8B)
+def test_decode_has_a_program_and_a_half_for_each_multiprocessor(n, k):
+    cut = cut_for(1, n // 128, n, k // 128, chip(90), 132, 2)
+    programs = n // cut.tile.block_n * cut.split_k
+    assert 198 <= programs <= 800
+    assert all(cut_for(m, n // 128, n, k // 128, chip(90), 132, 2) == cut for m in range(2, 17))
+
+
+@pytest.mark.parametrize("capability", [70, 75, 81, 130])
+def test_an_unknown_gpu_names_the_known_ones(capability):
+    with pytest.raises(BlockFp8Error, match=r"8\.0, 8\.6, .*12\.1") as caught:
+        chip(capability)
+    assert f"{capability // 10}.{capability % 10}" in str(caught.value)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch.cuda as counters use it, over the CPU's memory; `stream` and `capturing` may be set."""
+    state = SimpleNamespace(stream=1, capturing=False, zeroed=[], waits=0, place=torch.device("cuda", 0))
+    honest = torch.zeros
+
+    def zeros(count, **named):
+        state.zeroed.append(honest(count, dtype=named["dtype"]))
+        return state.zeroed[-1]
+
+    def wait():
+        state.waits += 1
+
+    stream = SimpleNamespace(synchronize=wait)
+    monkeypatch.setattr(counters, "_pools", {})
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=state.stream, **vars(stream))
+    )
+    return state
+
+
+def overlap(a, b):
+    ends = [(t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in (a, b)]
+    return ends[0][0] < ends[1][1] and ends[1][0] < ends[0][1]
+
+
+def test_a_stream_keeps_its_region_and_no_other_gets_it(gpu):
+    first, again = counters.counters(100, gpu.place), counters.counters(64, gpu.place)
+    gpu.stream = 2
+    other = counters.counters(100, gpu.place)
+    assert first.data_ptr() == again.data_ptr() and not overlap(first, other)
+    larger = counters.counters(counters.EAGER + 1, gpu.place)
+    assert larger.numel() == counters.EAGER + 1 and not overlap(larger, first)
+    assert len(gpu.zeroed) == 1 and gpu.waits == 1
+
+
+def test_every_launch_of_a_graph_has_a_region_of_its_own(gpu):
+    eager = counters.counters(100, gpu.place)
+    gpu.capturing = True
+    taken = [counters.counters(100, gpu.place) for _ in range(50)]
+    gpu.capturing = False
+    taken += [eager, counters.counters(100, gpu.place)]
+    assert taken[-1].data_ptr() == eager.data_ptr()
+    assert not any(overlap(a, b) for i, a in enumerate(taken[:-1]) for b in taken[i + 1 : -1])
+    assert gpu.waits == 1, "a capture must not wait for the device"
+
+
+def test_a_capture_that_finds_no_zeros_makes_its_own_within_the_graph(gpu):
+    counters.counters(1, gpu.place)
+    gpu.capturing = True
+    with contextlib.suppress(StopIteration):
+        while len(gpu.zeroed) == 1:
+            counters.counters(counters.CHUNK // 8, gpu.place)
+    assert len(gpu.zeroed) == 2 and gpu.zeroed[1].numel() == counters.CHUNK // 8 and gpu.waits == 1
+    gpu.capturing = False
+    held = counters._pools[gpu.place].chunks
+    counters.counters(1, gpu.place)
+    assert len(held) == 2, "the next capture finds zeros again, and graphs keep the chunk that they count in"
