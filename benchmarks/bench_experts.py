@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.documents import insert_table
-from benchmarks.peers import vllm_operator_missing
+from benchmarks.peers import READ_AHEAD, best_read_ahead, vllm_operator_missing
 from benchmarks.shapes import EXPERT_ROWS, EXPERTS, ExpertsShape
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import cpu, select_backend
@@ -39,7 +39,6 @@ RESULTS = Path(__file__).parent / "results"
 DOCUMENT = ROOT / "docs" / "experts.md"
 OURS, READ, BF16 = "w8a8", "read", "vllm bf16"
 ROUTINGS = 64
-READ_AHEAD = (0, 1024, 2048, 4096, 8192)
 console = Console(width=max(140, Console().width))
 
 Run = Callable[[int], object]
@@ -80,7 +79,7 @@ def bench(
         task = progress.add_task("", total=None)
         progress.update(task, description="laying out the weights")
         packed, bf16, memory = lay_out(problem)
-        ahead = best_read_ahead(memory)
+        ahead = best_read_ahead(memory.chunk(len(READ_AHEAD)), seconds=3)
         facts = provenance() | {"model": model, "isa": cpu.isa(), "read_ahead": ahead}
         console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
         found: list[dict[str, Any]] = []
@@ -146,20 +145,6 @@ def prepacked(codes: torch.Tensor, scales: torch.Tensor, grid: Any) -> torch.Ten
     out = on_huge_pages(weights)
     torch.ops._C.prepack_moe_weight(weights, out, vllm_kind())
     return out
-
-
-def best_read_ahead(memory: torch.Tensor) -> int:
-    """The prefetching distance with which the raw read is fastest on this machine, with one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    part = memory.numel() // len(READ_AHEAD)
-
-    def read(ahead: int, number: int) -> Run:
-        return lambda i: torch.ops.qwen3_fp8_ascend.cpu_read(memory[((i + number) % 5) * part :][:part], ahead)
-
-    timings = interleave({str(a): read(a, n) for n, a in enumerate(READ_AHEAD)}, seconds=3, least=10)
-    torch.set_num_threads(before)
-    return int(min(timings, key=lambda name: timings[name].median))
 
 
 def bytes_of_an_expert(problem: ExpertsProblem) -> int:

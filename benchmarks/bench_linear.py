@@ -44,6 +44,7 @@ def bench(
     rows: Annotated[list[int] | None, typer.Option(help="Tokens in the batch; repeatable.")] = None,
     threads: Annotated[list[int] | None, typer.Option(help="Threads of a CPU; repeatable.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="Only these layers; repeatable.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only these beside w8a8 and the limit; repeatable.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for each table row's round of implementations.")] = 4.0,
     output: Annotated[Path | None, typer.Option(help="CSV to write; default: benchmarks/results/.")] = None,
 ) -> None:
@@ -58,17 +59,20 @@ def bench(
     batches = rows or list(ROWS)
     counts = (threads or sorted({1, torch.get_num_threads()})) if device == "cpu" else [1]
     shapes = {name: size for name, size in MODELS[model].items() if not shape or name in shape}
+    limit = "read" if device == "cpu" else "copy"
     contenders = []
     for peer in (*ours(here), *framework(here), *peers(here)):
+        # The backend that serves here needs no name of its own.
+        name = peer.name.removeprefix(f"{first} ")
+        if only and name not in (OURS, limit, *only):
+            continue
         if reason := peer.unavailable():
             console.print(f"[yellow]not measured:[/] {peer.name}: {reason}")
         else:
-            # The backend that serves here needs no name of its own.
-            contenders.append(dataclasses.replace(peer, name=peer.name.removeprefix(f"{first} ")))
+            contenders.append(dataclasses.replace(peer, name=name))
     facts = provenance() | {"model": model, "device": here.name, "backend": first}
     facts |= {"isa": cpu.isa()} if device == "cpu" else {}
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
-    limit = "read" if device == "cpu" else "copy"
     found: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("", total=len(shapes) * len(batches) * len(counts))
