@@ -5,6 +5,7 @@ thread count, all implementations in turn in one process (`testing.timing`); med
 
     python -m benchmarks.bench_linear                          # Qwen3-8B, all batches, 1 thread and all threads
     python -m benchmarks.bench_linear --rows 1 --threads 1     # the decode step's limit only
+    python -m benchmarks.bench_linear --isa avx2               # a CPU held to an instruction set; only it is timed
     python -m benchmarks.bench_linear --device cuda            # device time in a graph; npu likewise (not run yet)
 """
 
@@ -35,6 +36,7 @@ from qwen3_fp8_ascend.testing.timing import Timing, cache_bytes, interleave
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "w8a8"
+PEAK = "multiply-adds"
 console = Console(width=max(140, Console().width))
 
 
@@ -44,7 +46,8 @@ def bench(
     rows: Annotated[list[int] | None, typer.Option(help="Tokens in the batch; repeatable.")] = None,
     threads: Annotated[list[int] | None, typer.Option(help="Threads of a CPU; repeatable.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="Only these layers; repeatable.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only these beside w8a8 and the limit; repeatable.")] = None,
+    isa: Annotated[str | None, typer.Option(help="Instruction set of a CPU's kernels; default: all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only these beside w8a8 and the limits; repeatable.")] = None,
     seconds: Annotated[float, typer.Option(help="Time for each table row's round of implementations.")] = 4.0,
     output: Annotated[Path | None, typer.Option(help="CSV to write; default: benchmarks/results/.")] = None,
 ) -> None:
@@ -56,20 +59,24 @@ def bench(
     except BlockFp8Error as error:
         console.print(f"[red]error:[/] {error}", highlight=False)
         raise typer.Exit(2) from error
+    if isa is not None:
+        cpu.set_isa(isa)
     batches = rows or list(ROWS)
     counts = (threads or sorted({1, torch.get_num_threads()})) if device == "cpu" else [1]
     shapes = {name: size for name, size in MODELS[model].items() if not shape or name in shape}
     limit = "read" if device == "cpu" else "copy"
     contenders = []
-    for peer in (*ours(here), *framework(here), *peers(here)):
+    for contender in (*ours(here), *framework(here), *peers(here)):
         # The backend that serves here needs no name of its own.
-        name = peer.name.removeprefix(f"{first} ")
-        if only and name not in (OURS, limit, *only):
+        name = contender.name.removeprefix(f"{first} ")
+        if only and name not in (OURS, limit, PEAK, *only):
             continue
-        if reason := peer.unavailable():
-            console.print(f"[yellow]not measured:[/] {peer.name}: {reason}")
+        if isa and name.startswith(f"{OURS}, "):  # the same at other instruction sets
+            continue
+        if reason := contender.unavailable():
+            console.print(f"[yellow]not measured:[/] {contender.name}: {reason}")
         else:
-            contenders.append(dataclasses.replace(peer, name=name))
+            contenders.append(dataclasses.replace(contender, name=name))
     facts = provenance() | {"model": model, "device": here.name, "backend": first}
     facts |= {"isa": cpu.isa()} if device == "cpu" else {}
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
@@ -82,23 +89,23 @@ def bench(
             rotated = max(140_000_000, 2 * cache_bytes(here))
             weights = Weights(there.weight, there.scale, rotated, here)
             prepared = {}
-            for peer in contenders:
-                progress.update(task, description=f"{name}: laying out {peer.name}")
-                prepared[peer.name] = peer.prepare(weights)
+            for contender in contenders:
+                progress.update(task, description=f"{name}: laying out {contender.name}")
+                prepared[contender.name] = contender.prepare(weights)
             for m in batches:
                 x = there.x[:m].contiguous()
-                timed, reasons = able(prepared, x, {peer.name for peer in contenders if peer.backend})
+                timed, reasons = able(prepared, x, {c.name for c in contenders if c.backend})
                 for peer_name, reason in reasons.items():
                     progress.console.print(f"{name}, m = {m}: {peer_name} is left out: {reason}", markup=False)
-                peers_here = [peer for peer in contenders if peer.name in timed]
-                errors = {c.name: _error(problem, x, timed[c.name], c) for c in peers_here if c.backend}
+                timed_here = [c for c in contenders if c.name in timed]
+                errors = {c.name: _error(problem, x, timed[c.name], c) for c in timed_here if c.backend}
                 for count in counts:
                     progress.update(task, description=f"{name} m={m} threads={count}")
                     torch.set_num_threads(count)
                     timings = interleave(timed, seconds=seconds, device=here)
                     found += [
-                        _row(peer, timings, errors, limit) | {"layer": name, "n": n, "k": k, "m": m, "threads": count}
-                        for peer in peers_here
+                        _row(c, timings, errors, limit) | {"layer": name, "n": n, "k": k, "m": m, "threads": count}
+                        for c in timed_here
                     ]
                     torch.set_num_threads(max(counts))
                     progress.advance(task)
@@ -129,6 +136,7 @@ def _row(peer: Peer, timings: dict[str, Timing], errors: dict[str, float], limit
         "rounds": len(timing.seconds),
         "limit": limit,
         "of_limit": timing.speedup_over(timings[limit]),
+        "of_peak": timing.speedup_over(timings[PEAK]) if PEAK in timings else float("nan"),
         "ours_speedup": timings[OURS].speedup_over(timing),
         "calc_diff": errors.get(peer.name, float("nan")),
     }
@@ -149,11 +157,13 @@ def _error(problem: Problem, x: torch.Tensor, run: Any, peer: Peer) -> float:
 
 def _print(frame: pd.DataFrame) -> None:
     """One table a thread count: our time and rates, and our speed-up over each of the others."""
-    limit = frame.limit.iloc[0]
-    others = [name for name in frame.implementation.unique() if name not in (OURS, limit)]
+    limits = _limits(frame)
+    others = [name for name in frame.implementation.unique() if name not in (OURS, *limits)]
     for count, part in frame.groupby("threads"):
-        table = Table("layer", "m", "ms", "GB/s", "GFLOP/s", f"of {limit}", *(f"x {o}" for o in others), "calc_diff")
-        table.title = f"{OURS}, {count} thread{'s' * (count != 1)}: of the {limit} of the same bytes; times faster than"
+        shares = [f"of {name}" for name in limits]
+        table = Table("layer", "m", "ms", "GB/s", "GFLOP/s", *shares, *(f"x {o}" for o in others), "calc_diff")
+        title = f"{OURS}, {count} thread{'s' * (count != 1)}: of the {limits[0]} of the same bytes"
+        table.title = title + (f" and of as many {PEAK}" if PEAK in limits else "") + "; times faster than"
         for (layer, m), group in part.groupby(["layer", "m"], sort=False):
             rows = group.set_index("implementation")
             ours = rows.loc[OURS]
@@ -163,7 +173,7 @@ def _print(frame: pd.DataFrame) -> None:
                 f"{ours.median_ms:.3f}",
                 f"{ours.gb_per_s:.1f}",
                 f"{ours.gflops:.0f}",
-                f"{ours.of_limit:.0%}",
+                *(f"{share:.0%}" for share in (ours.of_limit, ours.of_peak)[: len(limits)]),
                 *(f"{rows.loc[o].ours_speedup:.2f}" for o in others),
                 f"{ours.calc_diff:.0e}",
             )
@@ -171,14 +181,20 @@ def _print(frame: pd.DataFrame) -> None:
         _print_layer(part, others)
 
 
+def _limits(frame: pd.DataFrame) -> list[str]:
+    """What nothing can be faster than: the memory, and where it was measured, the multiplier."""
+    return [frame.limit.iloc[0], *([PEAK] if PEAK in set(frame.implementation) else [])]
+
+
 def _print_layer(part: pd.DataFrame, others: list[str]) -> None:
     """The layers together, as one decoder layer runs them: sums of medians."""
     sums = part.pivot_table(index="m", columns="implementation", values="median_ms", aggfunc="sum")
-    limit = part.limit.iloc[0]
-    table = Table("m", "ms", f"of {limit}", *(f"x {o}" for o in others), title="all layers together (sums of medians)")
+    limits = _limits(part)
+    shares = [f"of {name}" for name in limits]
+    table = Table("m", "ms", *shares, *(f"x {o}" for o in others), title="all layers together (sums of medians)")
     for m, row in sums.iterrows():
-        ratios = (f"{row[o] / row[OURS]:.2f}" for o in others)
-        table.add_row(str(m), f"{row[OURS]:.3f}", f"{row[limit] / row[OURS]:.0%}", *ratios)
+        of_limits = (f"{row[name] / row[OURS]:.0%}" for name in limits)
+        table.add_row(str(m), f"{row[OURS]:.3f}", *of_limits, *(f"{row[o] / row[OURS]:.2f}" for o in others))
     console.print(table)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qwen3_fp8_ascend.backends import cpu
 from qwen3_fp8_ascend.testing.contenders import Peer, Prepared, Weights, on_huge_pages
 from qwen3_fp8_ascend.testing.devices import Device
 from qwen3_fp8_ascend.testing.timing import interleave
@@ -34,6 +35,18 @@ def _read(weights: Weights) -> Prepared:
     copies = [on_huge_pages(weights.codes.view(torch.uint8)) for _ in range(weights.copies(1))]
     ahead = best_read_ahead(copies, seconds=1)
     return lambda x: lambda i: torch.ops.qwen3_fp8_ascend.cpu_read(copies[i % len(copies)], ahead)
+
+
+def _multiply_add_missing() -> str | None:
+    if torch.ops.qwen3_fp8_ascend.cpu_has_multiply_add():
+        return None
+    return f"there is no loop of bare multiply-adds for {cpu.isa()}"
+
+
+def _multiply_add(weights: Weights) -> Prepared:
+    """As many multiply-adds as the linear has, in registers: the multiplier's limit."""
+    count = weights.codes.numel()
+    return lambda x: lambda i: torch.ops.qwen3_fp8_ascend.cpu_multiply_add(len(x) * count)
 
 
 def vllm_operator_missing(name: str) -> str | None:
@@ -122,6 +135,7 @@ def peers(device: Device) -> tuple[Peer, ...]:
     if device.kind == "cpu":
         return (
             Peer("read", 1, "reads the same bytes", _read),
+            Peer("multiply-adds", 1, "as many, from registers", _multiply_add, _multiply_add_missing),
             Peer("vllm bf16", 2, "bf16", _vllm_bf16, lambda: vllm_operator_missing("weight_packed_linear")),
             Peer("vllm fp8", 1, "w8a16", _vllm_fp8, lambda: vllm_operator_missing("fp8_scaled_mm_cpu")),
             Peer("fbgemm int8", 1, "int8 per channel", _fbgemm_int8, _fbgemm_missing),

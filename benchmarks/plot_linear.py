@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENT = ROOT / "docs" / "cpu.md"
 OURS = "w8a8"
+LIMITS = {"read": "of the raw read", "multiply-adds": "of the multiply-adds"}
 
 
 def main() -> None:
@@ -38,21 +39,25 @@ def layer_times(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def table(frame: pd.DataFrame, csv: Path) -> str:
-    """Markdown: our time, its share of the raw read, and how many times faster than each peer."""
-    peers = [name for name in frame.implementation.unique() if name not in (OURS, "read")]
+    """Markdown: our time, its share of what was measured of `LIMITS`, and how many times faster than each peer."""
+    implementations = list(frame.implementation.unique())
+    limits = [name for name in LIMITS if name in implementations]
+    peers = [name for name in implementations if name not in (OURS, *limits)]
     facts = frame.iloc[0]
+    columns = ["threads", "m", "ms", "GFLOP/s", *(LIMITS[name] for name in limits), *(f"× {peer}" for peer in peers)]
     lines = [
         f"{facts['model']}, the four linears of a layer together; {facts['cpu']}, {facts['cores']} cores; "
         f"{facts['date']}, commit {facts['commit']}, torch {facts['torch']}; `{csv.name}`.",
         "",
-        "| threads | m | ms | GFLOP/s | of the raw read | " + " | ".join(f"× {peer}" for peer in peers) + " |",
-        "|" + "---|" * (5 + len(peers)),
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
     ]
     flops = _flops(frame)
     for (threads, m), row in layer_times(frame).iterrows():
-        ratios = " | ".join(f"{row[peer] / row[OURS]:.2f}" for peer in peers)
-        rate = flops[(threads, m)] / row[OURS] / 1e6
-        lines.append(f"| {threads} | {m} | {row[OURS]:.2f} | {rate:.0f} | {row['read'] / row[OURS]:.0%} | {ratios} |")
+        rates = [f"{row[OURS]:.2f}", f"{flops[(threads, m)] / row[OURS] / 1e6:.0f}"]
+        shares = [f"{row[name] / row[OURS]:.0%}" for name in limits]
+        cells = [str(threads), str(m), *rates, *shares, *(f"{row[peer] / row[OURS]:.2f}" for peer in peers)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -69,7 +74,7 @@ def draw(frame: pd.DataFrame, picture: Path) -> None:
     for axis, count in zip(axes[0], counts, strict=True):
         part = times.loc[count]
         for name in frame.implementation.unique():
-            style = {"linewidth": 3} if name == OURS else {"linestyle": ":" if name == "read" else "--"}
+            style = {"linewidth": 3} if name == OURS else {"linestyle": ":" if name in LIMITS else "--"}
             axis.plot(part.index, part[name], marker="o", markersize=4, label=name, **style)
         axis.set(
             xscale="log", yscale="log", xlabel="tokens in the batch (m)", title=f"{count} thread{'s' * (count > 1)}"

@@ -82,9 +82,7 @@ void widen_activations(const Activation& x, const Walk& now, float (*out)[kChunk
 
 template <class Number>
 Operands<Number> operands(const Decoded<Number>& weights, const Walk& now, const Activation& x, Scratch& scratch) {
-  return {weights,     now.quads(),
-          scratch.x,   x.scales_of(now.chunk(), 0),
-          now.scale(), scratch.sums[now.panel()]};
+  return {weights, now.quads(), scratch.x, x.scales_of(now.chunk(), 0), now.scale(), scratch.sums[now.panel()]};
 }
 
 // All rows times one chunk, and `work` beside the first of them.
@@ -152,6 +150,7 @@ constexpr Kernels kAvx2Kernels = [] {
   kernels.max_rows = kMaxRows;
   kernels.register_rows = kMaxRegisterRows;
   kernels.paths_agree = true;
+  kernels.multiply_add = multiply_add;
   return kernels;
 }();
 

@@ -156,6 +156,9 @@ struct Kernels {
   std::int64_t register_rows;
   // Whether a row has the same bits on both paths, and so in every batch.
   bool paths_agree;
+  // At least `count` multiply-adds of the kind that `linear` does, from registers, as fast as the processor can: what
+  // a benchmark measures `linear` against. Null where nobody measures that.
+  void (*multiply_add)(std::int64_t count);
 };
 
 extern const Kernels kPortableKernels;

@@ -12,7 +12,9 @@ namespace {
 constexpr int kTileRows = 6;
 constexpr int kLine = 64;
 
-[[gnu::always_inline]] inline void prefetch(const std::uint8_t* codes) { _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T0); }
+[[gnu::always_inline]] inline void prefetch(const std::uint8_t* codes) {
+  _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T0);
+}
 
 // Two consecutive activations, repeated to match a group.
 inline __m256 repeat_pair(const float* x) {
@@ -148,6 +150,23 @@ std::int64_t multiply_tile(const Operands<Number>& o, std::int64_t rows, const W
     default: multiply_panel<kTileRows>(o, work); return kTileRows;
   }
   return rows;
+}
+
+// The multiplier's limit: as many chains as a tile has, and nothing else. 1 = 0.5 * 1 + 0.5 stays an ordinary number.
+inline void multiply_add(std::int64_t count) {
+  constexpr int kChains = 12;
+  constexpr int kLanes = 8;
+  const __m256 half = _mm256_set1_ps(0.5f);
+  __m256 chain[kChains];
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) chain[i] = _mm256_set1_ps(1.0f);
+  for (std::int64_t done = 0; done < count; done += kChains * kLanes) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) {
+      chain[i] = _mm256_fmadd_ps(chain[i], half, half);
+      asm volatile("" : "+x"(chain[i]));  // the result is wanted, as far as the compiler knows
+    }
+  }
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.experts import random_experts
 from qwen3_fp8_ascend.testing.judges import random_problem
-from tests.support.cpu_levels import needs_cpu_backend, same_bits
+from tests.support.cpu_levels import ISAS, instruction_set, needs_cpu_backend, same_bits
 
 pytestmark = needs_cpu_backend
 
@@ -355,6 +355,21 @@ def test_there_is_no_level_beyond_the_last() -> None:
         for level in (-1, len(cpu.ISAS), 2**62, -(2**63)):
             with pytest.raises(RuntimeError, match="instruction set"):
                 function(level)
+
+
+@pytest.mark.parametrize("name", ISAS)
+def test_bare_multiply_adds(name: str) -> None:
+    """The benchmark's loop: of a sensible length, and where a level has none, said so."""
+    with instruction_set(name):
+        if OPERATORS.cpu_has_multiply_add():
+            for count in (0, 1, 10**6):
+                OPERATORS.cpu_multiply_add(count)
+            for count in (-1, 2**62, -(2**63)):
+                with pytest.raises(RuntimeError, match="count must be within"):
+                    OPERATORS.cpu_multiply_add(count)
+        else:
+            with pytest.raises(RuntimeError, match="no such loop"):
+                OPERATORS.cpu_multiply_add(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
