@@ -39,6 +39,7 @@ NAMES = (
     ("qwen3_fp8_ascend", "block_fp8"),
     ("ascendc_block_", "block_fp8_"),
     ("ascendc: ", "block_fp8: "),
+    ("at::empty_symint({", "at::empty_symint(c10::SymDimVector{"),  # as tools/check_symbolic_meta.py wants it
     ("constexpr uint32_t kMaxGemvColumns = 16384;  // k that block_gemv keeps on chip\n", ""),
     (" from any row on (block_gemv: 1)", " from any row on"),
     ("AI cores, or vector cores (block_gemv)", "AI cores"),
