@@ -24,7 +24,7 @@ from qwen3_fp8_ascend.vllm_plugin import experts, linear
 from qwen3_fp8_ascend.vllm_plugin.ascend_schemes import NpuExpertsMethod, NpuLinearMethod
 
 from .conftest import BLOCK_FP8, FIGURES, NPU, PAIRS, Chip, engine_config, write_config
-from .test_npu_model import resident_bytes
+from .test_npu_model import of_all_layers, resident_bytes
 
 MODELS = {"Qwen3-30B-A3B-FP8": QWEN3_30B_A3B, "Qwen3-235B-A22B-FP8": QWEN3_235B_A22B}
 SERVED = [pair for pair in PAIRS if pair not in (("A2", "torch_npu"), ("A3", "torch_npu"))]
@@ -76,16 +76,6 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 def name(request: pytest.FixtureRequest) -> str:
     chosen: str = request.param
     return chosen
-
-
-def of_all_layers(bytes_of: Callable[[dict[str, Any]], tuple[int, ...]], shape: dict[str, Any]) -> list[int]:
-    """Layers are alike, so what all take follows from a few: each further one takes the same."""
-    few = (bytes_of(shape | {"num_hidden_layers": layers}) for layers in (1, 2, 3))
-    found = []
-    for one, two, three in zip(*few, strict=True):
-        assert three - two == two - one > 0
-        found.append(one + (shape["num_hidden_layers"] - 1) * (two - one))
-    return found
 
 
 @pytest.fixture(scope="module")

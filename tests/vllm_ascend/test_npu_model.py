@@ -56,28 +56,50 @@ def resident_bytes(model: torch.nn.Module) -> int:
     return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def of_all_layers(bytes_of: Callable[[dict[str, Any]], tuple[int, ...]], shape: dict[str, Any]) -> list[int]:
+    """Layers are alike, so what all take follows from a few: each further one takes the same."""
+    few = (bytes_of(shape | {"num_hidden_layers": layers}) for layers in (1, 2, 3))
+    found = []
+    for one, two, three in zip(*few, strict=True):
+        assert three - two == two - one > 0
+        found.append(one + (shape["num_hidden_layers"] - 1) * (two - one))
+    return found
+
+
 @pytest.fixture(scope="module")
 def bf16_bytes(tmp_path_factory: pytest.TempPathFactory, build: Callable[[Any], torch.nn.Module]) -> int:
     """What Qwen3-8B takes in BF16."""
-    folder = write_config(tmp_path_factory.mktemp("bf16"), **QWEN3_8B)
-    return resident_bytes(build(engine_config(folder, quantization=None)))
+
+    def bytes_of(shape: dict[str, Any]) -> tuple[int]:
+        folder = write_config(tmp_path_factory.mktemp("bf16"), **shape)
+        return (resident_bytes(build(engine_config(folder, quantization=None))),)
+
+    (everything,) = of_all_layers(bytes_of, QWEN3_8B)
+    return everything
 
 
 def test_memory_of_vllm_ascend_alone(tmp_path: Path, build: Callable[[Any], torch.nn.Module], bf16_bytes: int) -> None:
     """Its own way with the same checkpoint on A2, without the flag: 0.30.0rc2 expands it, 0.23.0 cannot build it."""
-    config = engine_config(write_config(tmp_path / "fp8", **QWEN3_8B, quantization_config=BLOCK_FP8), quantization=None)
     if importlib.metadata.version("vllm-ascend") == "0.23.0":
+        folder = write_config(tmp_path / "fp8", **QWEN3_8B, quantization_config=BLOCK_FP8)
+        config = engine_config(folder, quantization=None)
         with pytest.raises(AttributeError, match="o_groups") as refused:
             build(config)
         FIGURES.append(f"Qwen3-8B-FP8, vLLM-Ascend 0.23.0 alone, without the flag: {refused.value}")
         return
-    model = build(config)
-    methods = [module for module in model.modules() if hasattr(module, "quant_method")]
-    with set_current_vllm_config(config), model.fake_mode, NPU, torch.no_grad():
-        for module in methods:
-            module.quant_method.process_weights_after_loading(module)
-    assert {type(module.quant_method).__module__.partition(".")[0] for module in methods} <= {"vllm", "vllm_ascend"}
-    upstream = resident_bytes(model)
+
+    def bytes_of(shape: dict[str, Any]) -> tuple[int]:
+        folder = write_config(tmp_path / "fp8", **shape, quantization_config=BLOCK_FP8)
+        config = engine_config(folder, quantization=None)
+        model = build(config)
+        methods = [module for module in model.modules() if hasattr(module, "quant_method")]
+        with set_current_vllm_config(config), model.fake_mode, NPU, torch.no_grad():
+            for module in methods:
+                module.quant_method.process_weights_after_loading(module)
+        assert {type(module.quant_method).__module__.partition(".")[0] for module in methods} <= {"vllm", "vllm_ascend"}
+        return (resident_bytes(model),)
+
+    (upstream,) = of_all_layers(bytes_of, QWEN3_8B)
     FIGURES.append(f"Qwen3-8B-FP8, vLLM-Ascend alone on A2, after loading: all {upstream / 1e9:.2f} GB")
     assert upstream == bf16_bytes
 
@@ -89,28 +111,32 @@ def test_memory_of_qwen3_8b(
 
     What a linear of many rows takes while it runs, the scratch, is the largest for gate and up together.
     """
-    folder = write_config(tmp_path / "fp8", **QWEN3_8B, quantization_config=BLOCK_FP8)
-    config = engine_config(folder)
-    model = build(config)
-    layers = load(model, config)
-    linears = sum(layer.packed_weight.n * layer.packed_weight.k for layer in layers.values())
-    packed = sum(layer.packed_weight.nbytes for layer in layers.values())
-    shapes = [(layer.packed_weight.n, layer.packed_weight.k) for layer in layers.values()]
-    scratch = 0 if chip.native else max(prefill.scratch_bytes(*shape) for shape in shapes)
-    total = resident_bytes(model)
+    scratches = set()
+
+    def bytes_of(shape: dict[str, Any]) -> tuple[int, int, int]:
+        config = engine_config(write_config(tmp_path / "fp8", **shape, quantization_config=BLOCK_FP8))
+        model = build(config)
+        layers = load(model, config)
+        assert len(layers) == 4 * shape["num_hidden_layers"]
+        assert all(layer.packed_weight.device == NPU for layer in layers.values())
+        for layer in layers.values():  # the parameter that others look for is the packed weight itself
+            shared = layer.packed_weight.tensors[0].untyped_storage()
+            assert id(layer.weight.untyped_storage()) == id(shared) or layer.weight.untyped_storage() == shared
+        packed = [layer.packed_weight for layer in layers.values()]
+        scratches.add(max(prefill.scratch_bytes(p.n, p.k) for p in packed))
+        return sum(p.n * p.k for p in packed), sum(p.nbytes for p in packed), resident_bytes(model)
+
+    linears, packed, total = of_all_layers(bytes_of, QWEN3_8B)
+    (scratch,) = {0} if chip.native else scratches
     FIGURES.append(
         f"Qwen3-8B-FP8 on {chip.generation} with {chip.backend}: linears {packed / 1e9:.3f} GB "
         f"({packed / linears:.4f} bytes a weight), all {total / 1e9:.2f} GB, scratch in use {scratch / 1e9:.3f} GB; "
         f"in BF16 {bf16_bytes / 1e9:.2f} GB"
     )
-    assert len(layers) == 4 * 36 and linears == 36 * 192_937_984
+    assert linears == 36 * 192_937_984
     assert packed <= 1.04 * linears
     assert scratch == (0 if chip.native else 2 * 24576 * 4096)
     assert total - packed == bf16_bytes - 2 * linears, "something else than the linears changed its size"
-    assert all(layer.packed_weight.device == NPU for layer in layers.values())
-    for layer in layers.values():  # the parameter that others look for is the packed weight itself
-        shared = layer.packed_weight.tensors[0].untyped_storage()
-        assert id(layer.weight.untyped_storage()) == id(shared) or layer.weight.untyped_storage() == shared
 
 
 @pytest.mark.usefixtures("schemas")
