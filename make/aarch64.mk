@@ -55,4 +55,4 @@ $(AARCH64_PROCESSORS:%=test-aarch64-%): test-aarch64-%: $(AARCH64_BUILT)
 
 $(AARCH64_PROCESSORS:%=test-aarch64-long-%): test-aarch64-long-%: $(AARCH64_BUILT)
 	cd $(AARCH64_RUN) && CI=true AARCH64_PROCESSOR=$* ../bin/python-$* $(AARCH64_PYTEST) tests/aarch64 \
-		$(addprefix tests/backends/test_cpu_,backend.py determinism.py misuse.py) tests/test_ops.py
+		$(addprefix tests/backends/test_cpu_,backend.py determinism.py misuse.py odd_calls.py) tests/test_ops.py

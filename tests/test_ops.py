@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import load_backend, select_backend
-from qwen3_fp8_ascend.backends.registry import ENVIRONMENT_VARIABLE, LOADED
+from qwen3_fp8_ascend.backends.registry import LOADED
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.validate.checks import judge
 from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize
@@ -395,30 +395,3 @@ def test_compiles_whole(backend: str | None, operation: str, gradients: bool) ->
     f, operands = operations(backend)[operation]  # type: ignore[arg-type]
     with torch.set_grad_enabled(gradients):
         assert same(torch.compile(f, backend="aot_eager", fullgraph=True)(*operands), f(*operands))
-
-
-@pytest.mark.skipif(PLACE.type != "cpu", reason="it is about machines that have the CPU's library")
-def test_automatic_choice_is_logged_and_never_the_reference(caplog: pytest.LogCaptureFixture) -> None:
-    select_backend.cache_clear()
-    with caplog.at_level("INFO", logger="qwen3_fp8_ascend"):
-        assert select_backend(None, "cpu").name == "cpu"
-    assert any("backend cpu" in r.message for r in caplog.records)
-    with pytest.raises(BlockFp8Error, match="no backend can run block FP8 on meta"):
-        select_backend(None, "meta")
-
-
-def test_environment_chooses_and_is_strict(monkeypatch: pytest.MonkeyPatch) -> None:
-    select_backend.cache_clear()
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
-    assert select_backend(None, "cpu").name == "reference"
-    select_backend.cache_clear()
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "nonsense")
-    with pytest.raises(BlockFp8Error, match="unknown backend 'nonsense'"):
-        select_backend(None, "cpu")
-    select_backend.cache_clear()
-
-
-def test_a_backend_that_cannot_run_says_why() -> None:
-    with pytest.raises(BlockFp8Error, match="runs on cpu, not on cuda"):
-        select_backend("cpu", "cuda")
-    assert load_backend("reference").unusable() is None

@@ -24,6 +24,7 @@ DETERMINISM = "tests/backends/test_cpu_determinism.py"
 EXPERTS = "tests/backends/test_cpu_experts.py"
 PROPERTIES = (BACKEND, "tests/test_ops.py", DETERMINISM, EXPERTS)
 MISUSE = "tests/backends/test_cpu_misuse.py"
+ODD_CALLS = "tests/backends/test_cpu_odd_calls.py"
 THREADS = "tests/backends/test_cpu_threads.py"
 
 OURS = "(cpu or three_dimensions)"
@@ -90,7 +91,7 @@ def lack_of(outcome: Outcome) -> str | None:
 
 @pytest.mark.timeout(900)
 def test_short_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
-    arguments = [*PROPERTIES, MISUSE, THREADS, *select(OURS, NOT_OF_THE_KERNELS, SHORT)]
+    arguments = [*PROPERTIES, MISUSE, ODD_CALLS, THREADS, *select(OURS, NOT_OF_THE_KERNELS, SHORT)]
     assert_clean(run(ADDRESS, arguments, tmp_path, SHORT_EXAMPLES, capped=True), 600)
 
 
@@ -108,7 +109,7 @@ def test_short_under_thread_sanitizer(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", [ADDRESS, ADDRESS.optimized()], ids=lambda variant: variant.name)
 def test_long_under_address_and_undefined_behaviour_sanitizers(variant: Variant, tmp_path: Path) -> None:
-    arguments = [*PROPERTIES, MISUSE, THREADS, *select(OURS, NOT_OF_THE_KERNELS)]
+    arguments = [*PROPERTIES, MISUSE, ODD_CALLS, THREADS, *select(OURS, NOT_OF_THE_KERNELS)]
     assert_clean(run(variant, arguments, tmp_path, LONG_EXAMPLES, 3500), 1000)
 
 
@@ -116,7 +117,7 @@ def test_long_under_address_and_undefined_behaviour_sanitizers(variant: Variant,
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", [THREAD, THREAD.optimized()], ids=lambda variant: variant.name)
 def test_long_under_thread_sanitizer(variant: Variant, tmp_path: Path) -> None:
-    arguments = [*PROPERTIES, MISUSE, THREADS, *select(OURS, NOT_OF_THE_KERNELS, WITHOUT_FORKS)]
+    arguments = [*PROPERTIES, MISUSE, ODD_CALLS, THREADS, *select(OURS, NOT_OF_THE_KERNELS, WITHOUT_FORKS)]
     outcome = run(variant, arguments, tmp_path, LONG_EXAMPLES, 3500)
     assert_clean(outcome, 1000)
     assert_threads_met(outcome, 10)
