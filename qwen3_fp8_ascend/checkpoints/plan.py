@@ -255,7 +255,7 @@ def _notes(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:
         )
     if config.weights_only:
         yield Anomaly(
-            "config.json quantizes weights alone: activations are taken as they are (W8A16) unless the flag says otherwise",
+            "config.json quantizes weights alone: activations stay as they are (W8A16) unless a flag says otherwise",
             file="config.json",
             got="no input_activations",
             fix='set {"qwen3_fp8_ascend": {"activation": "w8a8"}} to quantize them all the same',

@@ -71,6 +71,12 @@ def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with other weights."""
+    return write_block_fp8_qwen3(tmp_path_factory.mktemp("models") / "qwen3", seed=1)
+
+
+@pytest.fixture(scope="session")
 def smollm2_server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """SmolLM2 in block FP8, W8A8 in bf16, with vLLM's developer endpoints; shared by all tests that leave it alive."""
     yield from shared_server(smollm2, tmp_path_factory)

