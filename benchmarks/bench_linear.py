@@ -12,6 +12,7 @@ thread count, all implementations in turn in one process (`testing.timing`); med
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,7 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.testing.contenders import Peer, Weights, able, framework, ours
-from qwen3_fp8_ascend.testing.devices import open_device
+from qwen3_fp8_ascend.testing.devices import Device, open_device
 from qwen3_fp8_ascend.testing.judges import CALC_DIFF, Problem, calc_diff, random_problem
 from qwen3_fp8_ascend.testing.timing import Timing, cache_bytes, interleave
 
@@ -65,20 +66,9 @@ def bench(
     counts = (threads or sorted({1, torch.get_num_threads()})) if device == "cpu" else [1]
     shapes = {name: size for name, size in MODELS[model].items() if not shape or name in shape}
     limit = "read" if device == "cpu" else "copy"
-    contenders = []
-    for contender in (*ours(here), *framework(here), *peers(here)):
-        # The backend that serves here needs no name of its own.
-        name = contender.name.removeprefix(f"{first} ")
-        if only and name not in (OURS, limit, PEAK, *only):
-            continue
-        if isa and name.startswith(f"{OURS}, "):  # the same at other instruction sets
-            continue
-        if reason := contender.unavailable():
-            console.print(f"[yellow]not measured:[/] {contender.name}: {reason}")
-        else:
-            contenders.append(dataclasses.replace(contender, name=name))
-    facts = provenance() | {"model": model, "device": here.name, "backend": first}
-    facts |= {"isa": cpu.isa()} if device == "cpu" else {}
+    contenders = _contenders(here, first, isa, only and {OURS, limit, PEAK, *only})
+    chosen = {"isa": cpu.isa()} if device == "cpu" else {}
+    facts = provenance() | {"model": model, "device": here.name, "backend": first} | chosen
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
     found: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as progress:
@@ -103,24 +93,47 @@ def bench(
                     progress.update(task, description=f"{name} m={m} threads={count}")
                     torch.set_num_threads(count)
                     timings = interleave(timed, seconds=seconds, device=here)
-                    found += [
-                        _row(c, timings, errors, limit) | {"layer": name, "n": n, "k": k, "m": m, "threads": count}
-                        for c in timed_here
-                    ]
+                    where = {"layer": name, "n": n, "k": k, "m": m, "threads": count}
+                    found += [_row(contender, timings, errors, limit) | where for contender in timed_here]
                     torch.set_num_threads(max(counts))
                     progress.advance(task)
             del prepared, weights
+    frame = _frame(found, facts)
+    kind = "linear" if device == "cpu" else f"linear-{device}"
+    path = output or RESULTS / f"{kind}-{model}-{datetime.now():%Y%m%d-%H%M}.csv"
+    _write(frame, path)
+    _print(frame)
+    console.print(f"wrote {path}", highlight=False)
+
+
+def _contenders(here: Device, first: str, isa: str | None, only: Collection[str] | None) -> list[Peer]:
+    """What can run here, of `only` if given; the backend that serves here, `first`, needs no name of its own."""
+    found = []
+    for peer in (*ours(here), *framework(here), *peers(here)):
+        name = peer.name.removeprefix(f"{first} ")
+        of_other_isas = isa is not None and name.startswith(f"{OURS}, ")
+        if of_other_isas or (only and name not in only):
+            continue
+        if reason := peer.unavailable():
+            console.print(f"[yellow]not measured:[/] {peer.name}: {reason}")
+        else:
+            found.append(dataclasses.replace(peer, name=name))
+    return found
+
+
+def _write(frame: pd.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(path, index=False, float_format="%.6g")
+
+
+def _frame(found: list[dict[str, Any]], facts: dict[str, str]) -> pd.DataFrame:
+    """The rows with speeds, and with what every published number has to name."""
     frame = pd.DataFrame(found)
     frame["gflops"] = 2 * frame.m * frame.n * frame.k / frame.median_ms / 1e6
     frame["gb_per_s"] = frame.bytes_per_weight * frame.n * frame.k / frame.median_ms / 1e6
     for key, value in facts.items():
         frame[key] = value
-    kind = "linear" if device == "cpu" else f"linear-{device}"
-    path = output or RESULTS / f"{kind}-{model}-{datetime.now():%Y%m%d-%H%M}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(path, index=False, float_format="%.6g")
-    _print(frame)
-    console.print(f"wrote {path}", highlight=False)
+    return frame
 
 
 def _row(peer: Peer, timings: dict[str, Timing], errors: dict[str, float], limit: str) -> dict[str, Any]:

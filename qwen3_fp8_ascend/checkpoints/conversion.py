@@ -83,8 +83,6 @@ class ConversionSummary:
     destination: Path
     converted: int
     kept: int
-    bytes_in: int
-    bytes_out: int
     reused: int
 
 
@@ -136,7 +134,6 @@ def convert_checkpoint(
             output.write_json(CONFIG, conversion.config(checkpoint.config))
             for name, path in carried:
                 output.copy(path, name)
-            bytes_out = sum(output.size(plan.file) for plan in plans)
             output.finish()
     except OSError as error:
         raise _explain(error, target) from error
@@ -146,8 +143,6 @@ def convert_checkpoint(
         destination=target,
         converted=sum(bool(outputs) for _, outputs in all_outputs) - kept,
         kept=kept,
-        bytes_in=sum(header.size for header in checkpoint.files),
-        bytes_out=bytes_out,
         reused=len(plans) - len(todo),
     )
 

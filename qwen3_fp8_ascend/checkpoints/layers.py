@@ -29,15 +29,6 @@ FUSED = (
 )
 """Linear layers that vLLM merges into one, so that they must agree on being quantized."""
 
-COMMON_LINEARS = frozenset(
-    {
-        *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj"),
-        *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "w1", "w2", "w3"),
-        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
-    }
-)
-"""Last names under which vLLM builds quantized linear layers in practically every model."""
-
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 PROJECTIONS = {GATE: GATE, UP: UP, DOWN: DOWN, "w1": GATE, "w3": UP, "w2": DOWN}
 """Names of an expert's three linears in checkpoints, and which one each is."""

@@ -60,10 +60,6 @@ class UnfinishedOutput:
         """Whether an earlier run finished this file."""
         return (self._finished / file).is_file()
 
-    def size(self, file: str) -> int:
-        """Bytes of a finished file."""
-        return (self._finished / file).stat().st_size
-
     @property
     def mode(self) -> int:
         """Permissions of what is written: everybody may read it, unless the user's mask says otherwise."""

@@ -7,6 +7,9 @@ import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+ROOT = "/models/Qwen3-8B-FP8"
+MODEL = {"object": "model", "created": 0, "owned_by": "vllm", "root": ROOT, "max_model_len": 4096}
+
 
 @contextlib.contextmanager
 def answering(
@@ -29,14 +32,14 @@ def answering(
             self.end_headers()
             self.wfile.write(data)
 
+        def send_event(self, data: str) -> None:
+            self.wfile.write(f"data: {data}\n\n".encode())
+
         def do_GET(self) -> None:
             if self.path == "/version":
                 self.reply({"version": "0.30.0"})
             elif self.path == "/v1/models":
-                entry = {"id": model, "object": "model", "created": 0, "owned_by": "vllm"}
-                self.reply(
-                    {"object": "list", "data": [entry | {"root": "/models/Qwen3-8B-FP8", "max_model_len": 4096}]}
-                )
+                self.reply({"object": "list", "data": [MODEL | {"id": model}]})
             else:
                 self.reply({}, 200 if self.path == "/health" else 404)
 
@@ -50,22 +53,14 @@ def answering(
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
             words = text.split(" ")
+            about = {"id": "1", "object": "text_completion", "created": 0, "model": model}
             for word in words:
                 time.sleep(pause)
                 choice = {"index": 0, "text": f" {word}", "finish_reason": None, "logprobs": None}
-                chunk = {"id": "1", "object": "text_completion", "created": 0, "model": model, "choices": [choice]}
-                self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
+                self.send_event(json.dumps(about | {"choices": [choice]}))
             usage = {"prompt_tokens": 1, "completion_tokens": len(words), "total_tokens": 1 + len(words)}
-            chunk = {
-                "id": "1",
-                "object": "text_completion",
-                "created": 0,
-                "model": model,
-                "choices": [],
-                "usage": usage,
-            }
-            self.wfile.write(f"data: {json.dumps(chunk)}\n\n".encode())
-            self.wfile.write(b"data: [DONE]\n\n")
+            self.send_event(json.dumps(about | {"choices": [], "usage": usage}))
+            self.send_event("[DONE]")
 
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
