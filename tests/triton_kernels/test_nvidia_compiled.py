@@ -118,14 +118,14 @@ def test_grouped_linear(rows, operand, capability, tmp_path):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize(("codes", "groups"), [(False, 1), (False, 8), (True, 8)])
 @pytest.mark.parametrize("x", ["*bf16", "*fp16", "*fp32"])
-def test_quantize_divides_exactly(x, codes, capability):
+def test_quantize_divides_exactly(x, codes, groups, capability):
     built = build(
         quantize.quantize_kernel,
         {"x_ptr": x, "out_ptr": "*u8" if codes else "*fp16", "scale_ptr": "*fp32"},
         ("m", "k", "x_stride", "out_stride", "k_blocks", "scale_token", "scale_block"),
-        {"CODES": codes, "UE8M0": False, "GROUPS": 8},
+        {"CODES": codes, "UE8M0": False, "GROUPS": groups},
         capability,
     )
     assert "div.rn.f32" in built.asm["ptx"] and "div.full.f32" not in built.asm["ptx"]

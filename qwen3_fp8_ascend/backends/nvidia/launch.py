@@ -55,9 +55,16 @@ def check_activation(x: torch.Tensor, device: torch.device) -> None:
 
 
 def spans_of(grid: BlockGrid, device: torch.device) -> torch.Tensor:
-    """First row and end of the rows of each scale row: (scale rows, 2) int32."""
-    spans = [(span.start, span.start + span.rows) for span in grid.spans()]
-    return torch.tensor(spans, dtype=torch.int32).view(-1, 2).to(device)
+    """First row and end of the rows of each scale row: (scale rows, 2) int32.
+
+    Made on the device: a copy from the host cannot be captured in a graph.
+    """
+    found, row = [], 0
+    for width in grid.widths:
+        first = torch.arange(row, row + width, BLOCK, dtype=torch.int32, device=device)
+        row += width
+        found.append(torch.stack((first, (first + BLOCK).clamp_(max=row)), 1))
+    return torch.cat(found)
 
 
 def is_whole(n: int, scale_rows: int) -> bool:

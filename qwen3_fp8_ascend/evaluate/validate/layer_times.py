@@ -171,7 +171,7 @@ def _bf16(expanded: list[tuple[PackedWeight, PackedWeight]], few: ExpertsProblem
         out: torch.Tensor = torch.nn.functional.grouped_mm(
             x.to(torch.bfloat16), packed.tensors[0].transpose(1, 2), offs=ends.to(torch.int32)
         )
-        return out
+        return out.to(x.dtype)
 
     return lambda number: grouped.block_experts(
         product, few.x, *expanded[number % len(expanded)], few.topk_weights, few.topk_ids, Activation.W8A16
