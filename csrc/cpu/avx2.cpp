@@ -1,8 +1,9 @@
 // The kernels for AVX2, FMA and F16C: any x86-64 server since 2013.
 //
-// A few panels are taken together, chunk by chunk: a chunk of activations is widened to fp32 once for all of them. Few
-// rows multiply a chunk as fp16, which F16C widens while it loads, and decode the next one beside it: the memory is
-// read all the time, and decoding takes what the multiplier leaves. More rows share a chunk that is decoded to fp32.
+// A few panels are taken together, chunk by chunk: a chunk of activations is widened to fp32 once for all of them, and
+// the memory has several places to read from. Few rows multiply a chunk as fp16, which F16C widens while it loads; more
+// rows share one that was widened before. The next chunk (with one row: the next quad) is decoded beside the products,
+// so that the memory is read all the time and decoding takes what the multiplier leaves.
 #include <algorithm>
 #include <cstring>
 
@@ -100,6 +101,24 @@ void multiply_chunk(const Problem& problem, const Walk& now, const Decoded<std::
   while (row < x.rows) row += multiply_tile(o.from_row(row), x.rows - row, Nothing{});
 }
 
+void multiply_one(const Problem& problem, Walk now, Scratch& scratch) {
+  if (now.ended()) return;
+  Walk next = now;
+  next.advance();
+  for (; !now.ended(); now.advance()) {
+    if (now.panel() == 0) widen_activations(problem.activation, now, scratch.x);
+    auto& half = scratch.half[0].weights;
+    const auto o = operands(half, now, problem.activation, scratch);
+    const Prefetch prefetch{next.ended() ? now.codes() : next.codes()};
+    if (now.has_nan()) {
+      multiply_row<true>(o, now.codes(), half, prefetch);
+    } else {
+      multiply_row<false>(o, now.codes(), half, prefetch);
+    }
+    if (!next.ended()) next.advance();
+  }
+}
+
 void multiply_panels(const Problem& problem, Walk now, Scratch& scratch) {
   if (now.ended()) return;
   decode_chunk(now.codes(), now.quads(), now.has_nan(), scratch.half[0].weights);
@@ -134,7 +153,12 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
     for (std::int64_t p = 0; p < panels; ++p) {
       std::memset(scratch.sums[p], 0, static_cast<std::size_t>(x.rows) * sizeof scratch.sums[p][0]);
     }
-    multiply_panels(problem, Walk(problem.weight, first, panels), scratch);
+    const Walk start(problem.weight, first, panels);
+    if (x.rows == 1) {
+      multiply_one(problem, start, scratch);
+    } else {
+      multiply_panels(problem, start, scratch);
+    }
     for (std::int64_t p = 0; p < panels; ++p) {
       store_panel(problem, first + p, scratch.sums[p][0], kPanelRows, 0, x.rows);
     }

@@ -68,14 +68,21 @@ inline __m256 load_group(const std::uint16_t* half) {
 
 inline __m256 load_group(const float* numbers) { return _mm256_load_ps(numbers); }
 
+// A quad, as two pairs of k.
+template <bool HasNan>
+inline void decode_quad(const std::uint8_t* codes, const DecodeMasks& masks,
+                        std::uint16_t (*out)[kGroups][2 * kGroupRows]) {
+#pragma GCC unroll 4
+  for (int group = 0; group < kGroups; group += 2) {
+    store_groups(decode<HasNan>(codes + group * kGroupBytes, masks), group, out);
+  }
+}
+
 template <bool HasNan>
 void decode_quads(const std::uint8_t* codes, std::int64_t quads, Decoded<std::uint16_t>& out) {
   const DecodeMasks masks;
   for (std::int64_t quad = 0; quad < quads; ++quad) {
-#pragma GCC unroll 4
-    for (int group = 0; group < kGroups; group += 2) {
-      store_groups(decode<HasNan>(codes + quad * kQuadBytes + group * kGroupBytes, masks), group, out + 2 * quad);
-    }
+    decode_quad<HasNan>(codes + quad * kQuadBytes, masks, out + 2 * quad);
   }
 }
 

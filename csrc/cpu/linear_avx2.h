@@ -103,6 +103,13 @@ void multiply_pair(const Number (*weights)[2 * kGroupRows], const float (*x)[kCh
   }
 }
 
+// sum += (partial * 2^8) * x_scale * w_scale for two groups.
+inline void scale_and_add(__m256 a, __m256 b, float x_scale, float w_scale, float* sum) {
+  const __m256 exact = _mm256_mul_ps(add_pairs(a, b), _mm256_set1_ps(kDecodeFactor));
+  const __m256 scaled = _mm256_mul_ps(exact, _mm256_set1_ps(x_scale));
+  _mm256_store_ps(sum, _mm256_fmadd_ps(scaled, _mm256_set1_ps(w_scale), _mm256_load_ps(sum)));
+}
+
 // `Rows` rows times `Groups` groups from `group` on, scaled and added to the sums.
 template <int Rows, int Groups, class Number, class Work>
 void multiply_groups(const Operands<Number>& o, int group, const Work& work) {
@@ -121,11 +128,8 @@ void multiply_groups(const Operands<Number>& o, int group, const Work& work) {
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
     for (int g = 0; g < Groups; g += 2) {
-      // sum += (partial * 2^8) * x_scale * w_scale
-      const __m256 exact = _mm256_mul_ps(add_pairs(partial[r][g], partial[r][g + 1]), _mm256_set1_ps(kDecodeFactor));
-      const __m256 scaled = _mm256_mul_ps(exact, _mm256_set1_ps(o.x_scale[r]));
       float* sum = o.sums[r] + (group + g) * kGroupRows;
-      _mm256_store_ps(sum, _mm256_fmadd_ps(scaled, _mm256_set1_ps(o.w_scale), _mm256_load_ps(sum)));
+      scale_and_add(partial[r][g], partial[r][g + 1], o.x_scale[r], o.w_scale, sum);
     }
   }
 }
@@ -150,6 +154,27 @@ std::int64_t multiply_tile(const Operands<Number>& o, std::int64_t rows, const W
     default: multiply_panel<kTileRows>(o, work); return kTileRows;
   }
   return rows;
+}
+
+// One row: each quad is decoded, into `half`, while the one before it is multiplied.
+template <bool HasNan>
+void multiply_row(const Operands<std::uint16_t>& o, const std::uint8_t* codes, Decoded<std::uint16_t>& half,
+                  const Prefetch& ahead) {
+  const DecodeMasks masks;
+  __m256 partial[1][kGroups];
+#pragma GCC unroll 8
+  for (int g = 0; g < kGroups; ++g) partial[0][g] = _mm256_setzero_ps();
+  decode_quad<HasNan>(codes, masks, half);
+  for (std::int64_t quad = 0; quad < o.quads; ++quad) {
+    ahead.beside<kGroups>(0, quad);
+    if (quad + 1 < o.quads) decode_quad<HasNan>(codes + (quad + 1) * kQuadBytes, masks, half + 2 * (quad + 1));
+    multiply_pair<1, kGroups>(half[2 * quad], o.x, 4 * quad, partial);
+    multiply_pair<1, kGroups>(half[2 * quad + 1], o.x, 4 * quad + 2, partial);
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; g += 2) {
+    scale_and_add(partial[0][g], partial[0][g + 1], o.x_scale[0], o.w_scale, o.sums[0] + g * kGroupRows);
+  }
 }
 
 // The multiplier's limit: as many chains as a tile has, and nothing else. 1 = 0.5 * 1 + 0.5 stays an ordinary number.
