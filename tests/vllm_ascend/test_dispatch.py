@@ -1,7 +1,7 @@
 """Experts behind vLLM-Ascend's all-to-all and MC2: its dispatchers whole, on two ranks, around this package's scheme.
 
-The ranks are threads. Of what an NPU or HCCL does there are stand-ins by documentation: the exchange of rows among ranks,
-sorting them by expert, and the two MC2 operators. What these really do on a machine of NPUs is not shown here.
+The ranks are threads. Of what an NPU or HCCL does there are stand-ins by documentation: the exchange of rows among
+ranks, sorting them by expert, and the two MC2 operators. What these really do on NPUs is not shown here.
 """
 
 import copy
@@ -119,8 +119,8 @@ def unpermute_all(
 class Mc2:
     """aclnnMoeDistributeDispatchV2 and CombineV2 without quantization, over a hub.
 
-    Rows of a rank's experts are sorted by expert, then by the rank they come from; the list is cumulative. The buffer is
-    larger than what comes, and the rest of it is not written (here NaN).
+    Rows of a rank's experts are sorted by expert, then by the rank they come from; the list is cumulative. The buffer
+    is larger than what comes, and the rest of it is not written (here NaN).
     """
 
     def __init__(self, hub: Hub) -> None:

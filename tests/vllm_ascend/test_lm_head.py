@@ -19,6 +19,7 @@ from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_weight
 from qwen3_fp8_ascend.format import Activation, BlockFp8Config
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
+from qwen3_fp8_ascend.vllm_plugin import linear
 from qwen3_fp8_ascend.vllm_plugin.ascend import BlockFp8NpuConfig
 from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8HeadMethod, BlockFp8LmHeadMethod
 
@@ -29,9 +30,7 @@ MODES = tuple(theirs.VocabParallelMode)
 
 
 @pytest.fixture
-def make_head(
-    rank: None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., theirs.AscendParallelLMHead]:
+def make_head(rank: None, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., theirs.AscendParallelLMHead]:
     """A head of a rank, as a model of vLLM-Ascend's makes it."""
 
     def make(
@@ -114,12 +113,13 @@ def test_their_logits_processor_takes_its_logits(make_head: Any, monkeypatch: py
 
 
 def test_shards_on_every_chip(make_head: Any, chip: Chip, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes and devices on FakeTensors: as the checkpoint's W8A8, which all three backends compute."""
+    """Shapes and devices on FakeTensors, with weights that nothing was loaded into: all three backends compute W8A8."""
     monkeypatch.setattr(ops, "count_nan_codes", lambda weight: 0)  # FakeTensors have no values to check
     monkeypatch.setattr(ops, "check_scale_values", lambda *scale, **limit: None)
+    monkeypatch.setattr(linear, "fill_with_small_values", lambda *tensors: None)
     with FakeTensorMode(allow_non_fake_inputs=True), NPU, torch.no_grad():
         head = make_head(theirs.VocabParallelMode.FINE_GRAINED, 1, 2, backend=chip.backend)
-        shape = VOCABULARY, HIDDEN
-        load(head, Problem(torch.empty(1), torch.empty(shape, dtype=torch.float8_e4m3fn), torch.empty(8, 2)))
+        assert type(head.quant_method) is BlockFp8HeadMethod
+        head.quant_method.process_weights_after_loading(head)
         logits = head.quant_method.apply(head, torch.empty(3, HIDDEN, dtype=torch.bfloat16))
     assert (logits.shape, logits.dtype, logits.device) == ((3, 512), torch.bfloat16, NPU)

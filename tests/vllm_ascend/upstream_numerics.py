@@ -1,7 +1,7 @@
 """Run by test_upstream.py where both pull requests are applied: their schemes against this project's specification.
 
-torch-npu is the real one here. Its shape functions see every call on FakeTensors (schemas); its arithmetic is what CANN's
-documentation says, as the pull request's own unit tests have it (`BlockOperators`).
+torch-npu is the real one here. Its shape functions see every call on FakeTensors (schemas); its arithmetic is what
+CANN's documentation says, as the pull request's own unit tests have it (`BlockOperators`).
 """
 
 import ctypes
@@ -23,12 +23,12 @@ importlib.import_module("torch_npu")  # which makes `npu` a kind of device
 ctypes.CDLL(os.environ["NPU_DEVICE_GUARD"])
 adapt_patch(is_global_patch=True)
 
-from tests.ut.quantization.methods.w8a8.test_fp8_block_native import BlockOperators  # noqa: E402
 from vllm_ascend.quantization.methods.w8a8 import fp8_block_fused, fp8_block_native  # noqa: E402
 
 from qwen3_fp8_ascend.backends import ascendc  # noqa: E402
 from qwen3_fp8_ascend.format import BlockGrid  # noqa: E402
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem  # noqa: E402
+from tests.ut.quantization.methods.w8a8.test_fp8_block_native import BlockOperators  # noqa: E402
 
 PARENT = "vllm_ascend.quantization.methods.w8a8.fp8_block"
 BLOCK = (128, 128)
@@ -52,8 +52,9 @@ def settings() -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def operators() -> Iterator[None]:
     """The custom operators with the schemas of the C++ that the pull request brings, and shapes alone."""
-    library = torch.library.Library("_C_ascend", "FRAGMENT")  # noqa: TOR901
-    schemas = ["".join(re.findall('"([^"]*)"', d)) for d in OPERATORS.findall(Path("csrc/block_fp8_meta.cpp").read_text())]
+    library = torch.library.Library("_C_ascend", "FRAGMENT")
+    source = Path("csrc/block_fp8_meta.cpp").read_text()
+    schemas = ["".join(re.findall('"([^"]*)"', definition)) for definition in OPERATORS.findall(source)]
     assert len(schemas) == 3
     shapes: dict[str, Callable[..., Any]] = {
         "block_fp8_dequantize_out": lambda packed, scale, spans, out: None,
@@ -148,7 +149,7 @@ def test_experts_are_packed_as_this_project_s_kernels_take_them() -> None:
     codes = torch.stack([p.weight.view(torch.uint8) for p in problems]).view(torch.float8_e4m3fn)
     scale = torch.stack([p.scale for p in problems])
     scheme = experts_scheme(fp8_block_fused.AscendFp8BlockFusedKernelMoEMethod, 3)
-    layer = a_layer(scheme, dict.fromkeys(("w13",), (codes.clone(), scale)) | {"w2": (codes.clone(), scale)})
+    layer = a_layer(scheme, {"w13": (codes.clone(), scale), "w2": (codes.clone(), scale)})
     packed = ascendc.pack_experts(iter(codes), scale, BlockGrid((256,), 384))
     for name in ("w13", "w2"):
         ours = [getattr(layer, f"{name}_weight{part}") for part in ("", "_scale", "_spans")]

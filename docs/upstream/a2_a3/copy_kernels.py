@@ -72,8 +72,8 @@ ONLY_WITH_KERNELS = "#ifdef VLLM_ENABLE_ATB_AND_DIRECT_KERNELS\n\n{}\n#endif  //
 
 def without_unused(text: str) -> str:
     """C++ as clang-format leaves it, without what is left out."""
+    body = r"(?:[^;{]*\{[^\n]*\}\n|[^;{]*?\{\n.*?^\}\n)\n?"  # on one line, or up to a brace that begins one
     for name in FUNCTIONS_LEFT_OUT:
-        body = rf"(?:[^;{{]*\{{[^\n]*\}}\n|[^;{{]*?\{{\n.*?^\}}\n)\n?"
         text = re.sub(rf"(?:^//[^\n]*\n)*^[^\s/#][^\n;{{(]* {name}\({body}", "", text, flags=re.M | re.S)
         text = re.sub(rf"^\S[^\n;{{(]* {name}\([^;{{]*\);\n", "", text, flags=re.M)
     for name in OPERATORS_LEFT_OUT:
