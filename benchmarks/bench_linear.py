@@ -29,7 +29,7 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.testing.contenders import Peer, Weights, able, framework, ours
-from qwen3_fp8_ascend.testing.devices import Device, open_device
+from qwen3_fp8_ascend.testing.devices import open_device
 from qwen3_fp8_ascend.testing.judges import CALC_DIFF, Problem, calc_diff, random_problem
 from qwen3_fp8_ascend.testing.timing import Timing, cache_bytes, interleave
 
@@ -58,9 +58,15 @@ def bench(
     batches = rows or list(ROWS)
     counts = (threads or sorted({1, torch.get_num_threads()})) if device == "cpu" else [1]
     shapes = {name: size for name, size in MODELS[model].items() if not shape or name in shape}
-    contenders = _contenders(here, first)
-    isa = {"isa": cpu.isa()} if device == "cpu" else {}
-    facts = provenance() | {"model": model, "device": here.name, "backend": first} | isa
+    contenders = []
+    for peer in (*ours(here), *framework(here), *peers(here)):
+        if reason := peer.unavailable():
+            console.print(f"[yellow]not measured:[/] {peer.name}: {reason}")
+        else:
+            # The backend that serves here needs no name of its own.
+            contenders.append(dataclasses.replace(peer, name=peer.name.removeprefix(f"{first} ")))
+    facts = provenance() | {"model": model, "device": here.name, "backend": first}
+    facts |= {"isa": cpu.isa()} if device == "cpu" else {}
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
     limit = "read" if device == "cpu" else "copy"
     found: list[dict[str, Any]] = []
@@ -86,43 +92,24 @@ def bench(
                     progress.update(task, description=f"{name} m={m} threads={count}")
                     torch.set_num_threads(count)
                     timings = interleave(timed, seconds=seconds, device=here)
-                    where = {"layer": name, "n": n, "k": k, "m": m, "threads": count}
-                    found += [_row(peer, timings, errors, limit) | where for peer in peers_here]
+                    found += [
+                        _row(peer, timings, errors, limit) | {"layer": name, "n": n, "k": k, "m": m, "threads": count}
+                        for peer in peers_here
+                    ]
                     torch.set_num_threads(max(counts))
                     progress.advance(task)
             del prepared, weights
-    frame = _frame(found, facts)
-    kind = "linear" if device == "cpu" else f"linear-{device}"
-    path = output or RESULTS / f"{kind}-{model}-{datetime.now():%Y%m%d-%H%M}.csv"
-    _write(frame, path)
-    _print(frame)
-    console.print(f"wrote {path}", highlight=False)
-
-
-def _contenders(here: Device, first: str) -> list[Peer]:
-    """What can run here; the backend that serves here, `first`, needs no name of its own."""
-    found = []
-    for peer in (*ours(here), *framework(here), *peers(here)):
-        if reason := peer.unavailable():
-            console.print(f"[yellow]not measured:[/] {peer.name}: {reason}")
-        else:
-            found.append(dataclasses.replace(peer, name=peer.name.removeprefix(f"{first} ")))
-    return found
-
-
-def _write(frame: pd.DataFrame, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(path, index=False, float_format="%.6g")
-
-
-def _frame(found: list[dict[str, Any]], facts: dict[str, str]) -> pd.DataFrame:
-    """The rows with speeds, and with what every published number has to name."""
     frame = pd.DataFrame(found)
     frame["gflops"] = 2 * frame.m * frame.n * frame.k / frame.median_ms / 1e6
     frame["gb_per_s"] = frame.bytes_per_weight * frame.n * frame.k / frame.median_ms / 1e6
     for key, value in facts.items():
         frame[key] = value
-    return frame
+    kind = "linear" if device == "cpu" else f"linear-{device}"
+    path = output or RESULTS / f"{kind}-{model}-{datetime.now():%Y%m%d-%H%M}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(path, index=False, float_format="%.6g")
+    _print(frame)
+    console.print(f"wrote {path}", highlight=False)
 
 
 def _row(peer: Peer, timings: dict[str, Timing], errors: dict[str, float], limit: str) -> dict[str, Any]:
