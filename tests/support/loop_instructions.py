@@ -27,6 +27,7 @@ class Kernel:
     architecture: as `ISA_FLAGS` of setup.py names it.
     decodes: the instructions that a decoding loop has, and the weights that each of them yields.
     product: the instruction that multiplies; products: the multiplications of a weight with a number of x in it.
+    unpacks: what a loop over packed codes has beside, where a loop over decoded weights has the first instructions too.
     """
 
     level: str
@@ -36,6 +37,7 @@ class Kernel:
     decodes: dict[str, int]
     product: str
     products: int
+    unpacks: str = ""
 
     @property
     def source(self) -> Path:
@@ -45,7 +47,7 @@ class Kernel:
 X86 = ("x86_64", "g++", "objdump")
 ARM = ("aarch64", "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump")
 KERNELS = {
-    "avx2": Kernel("avx2", *X86, {"vcvtph2ps": 8}, "vfmadd", 8),
+    "avx2": Kernel("avx2", *X86, {"vcvtph2ps": 8}, "vfmadd", 8, "vpsraw"),
     "neon": Kernel("neon", *ARM, {"fcvtl": 4, "fcvtl2": 4}, "fmla", 4),
     "neon_bf16": Kernel("neon_bf16", *ARM, {"tbx": 16}, "bfmmla", 16),
 }
@@ -61,6 +63,11 @@ class Loop:
     products: int
     stack: int
     """Accesses to the stack: registers that were spilled."""
+
+    @property
+    def loads(self) -> bool:
+        """Whether it touches memory."""
+        return any(re.search(r"[(\[]", text) for text in self.instructions)
 
     @property
     def per_weight(self) -> float:
@@ -82,17 +89,18 @@ def missing(kernel: Kernel) -> str | None:
 
 @functools.cache
 def loops(kernel: Kernel, *flags: str) -> list[Loop]:
-    """The innermost loops that multiply, compiled with the project's own flags and those given."""
+    """The innermost loops that multiply what they load, compiled with the project's own flags and those given."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "kernel.o"
         _run(kernel.compiler, *_flags(kernel), *flags, "-fPIC", "-c", str(kernel.source), "-o", str(target))
         text = _run(kernel.disassembler, "-d", "--no-show-raw-insn", str(target))
-    return [loop for loop in _innermost(text, kernel) if loop.products]
+    return [loop for loop in _innermost(text, kernel) if loop.products and loop.loads]
 
 
 def decoding_loop(kernel: Kernel, *flags: str) -> Loop:
     """The loop of one row of x: codes are decoded in registers and used once. Without NaN codes it is the shortest."""
-    found = [loop for loop in loops(kernel, *flags) if loop.weights]
+    decoding = [loop for loop in loops(kernel, *flags) if loop.weights]
+    found = [loop for loop in decoding if any(text.startswith(kernel.unpacks) for text in loop.instructions)]
     least = min(loop.products / loop.weights for loop in found)
     return min((loop for loop in found if loop.products / loop.weights == least), key=lambda loop: loop.per_weight)
 
