@@ -57,14 +57,10 @@ def test_forms_against_the_same_weights_dequantized(tmp_path: Path) -> None:
             "quantization": "ascend",
             "additional_config": {"qwen3_fp8_ascend": {"activation": "w8a16"}},
         }
-        runs += [Run(str(folder), ours), Run(str(twin), options)]
-    families = {form.family: form for form in forms}
-    runs += [Run(str(tmp_path / f"{family}-bf16"), _options(form)) for family, form in families.items()]
-    found = [answer.logprobs for answer in answers(runs, tmp_path)]
-    masters = dict(zip(families, found[2 * len(forms) :], strict=True))
+        runs += [Run(str(folder), ours), Run(str(twin), options), Run(str(tmp_path / f"{form.family}-bf16"), options)]
+    found = answers(runs, tmp_path)
     for number, form in enumerate(forms):
-        ours, twin = found[2 * number : 2 * number + 2]
-        master = masters[form.family]
+        ours, twin, master = (answer.logprobs for answer in found[3 * number : 3 * number + 3])
         near, fp8 = distance(ours, twin), distance(twin, master)
         print(f"\n{form.family}, {form.said}: {near:.7f} nats a token; block FP8 against bf16 {fp8:.4f}")
         assert fp8 > 0.04
