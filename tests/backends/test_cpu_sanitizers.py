@@ -51,7 +51,7 @@ def run(
     examples: int,
     timeout: float = 800,
     *,
-    capped: bool = False,
+    capped: bool = True,
 ) -> Outcome:
     library = sanitizers.build(variant)
     return sanitizers.run_tests(variant, library, arguments, folder, examples=examples, capped=capped, timeout=timeout)
@@ -92,7 +92,7 @@ def lack_of(outcome: Outcome) -> str | None:
 @pytest.mark.timeout(900)
 def test_short_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     arguments = [*PROPERTIES, MISUSE, ODD_CALLS, THREADS, *select(OURS, NOT_OF_THE_KERNELS, SHORT)]
-    assert_clean(run(ADDRESS, arguments, tmp_path, SHORT_EXAMPLES, capped=True), 600)
+    assert_clean(run(ADDRESS, arguments, tmp_path, SHORT_EXAMPLES), 600)
 
 
 @pytest.mark.timeout(900)
@@ -100,7 +100,7 @@ def test_short_under_thread_sanitizer(tmp_path: Path) -> None:
     threaded = "(test_linear or any_shape or several_python or instruction_set_may or depend_on_its_batch)"
     small = "not other_block_sizes and not ragged and not portable-3 and not portable-w8a16"
     arguments = [*PROPERTIES, THREADS, *select(OURS, NOT_OF_THE_KERNELS, WITHOUT_FORKS, threaded, small)]
-    outcome = run(THREAD, arguments, tmp_path, SHORT_EXAMPLES, capped=True)
+    outcome = run(THREAD, arguments, tmp_path, SHORT_EXAMPLES)
     assert_clean(outcome, 25)
     assert_threads_met(outcome, 10)
 
@@ -239,7 +239,7 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_planted_defects_are_found(defect: str, tmp_path: Path) -> None:
     variant, edit, test, said = DEFECTS[defect]
-    outcome = run(variant.with_edits(edit), [test], tmp_path, SHORT_EXAMPLES)
+    outcome = run(variant.with_edits(edit), [test], tmp_path, SHORT_EXAMPLES, capped=False)
     if reason := lack_of(outcome):
         pytest.skip(f"not looked for: its test is skipped here, since {reason}")
     assert outcome.status != 0 and said in outcome.output, outcome.output[-6000:]
@@ -248,7 +248,7 @@ def test_planted_defects_are_found(defect: str, tmp_path: Path) -> None:
 def test_planted_defects_are_all_that_fails(tmp_path: Path) -> None:
     for variant in (ADDRESS, THREAD):
         tests = list(dict.fromkeys(test for which, _, test, _ in DEFECTS.values() if which is variant))
-        assert_clean(run(variant, tests, tmp_path, SHORT_EXAMPLES), len(tests))
+        assert_clean(run(variant, tests, tmp_path, SHORT_EXAMPLES, capped=False), len(tests))
 
 
 def test_no_level_leaves_code_to_another() -> None:
