@@ -15,7 +15,7 @@ import torch
 
 from qwen3_fp8_ascend.backends import nvidia
 from qwen3_fp8_ascend.backends.nvidia import launch
-from qwen3_fp8_ascend.backends.nvidia.backend import check_packed
+from qwen3_fp8_ascend.backends.nvidia.backend import check_packed, fake_linear
 from qwen3_fp8_ascend.backends.operators import torch_operator
 from qwen3_fp8_ascend.backends.registry import PackedWeight
 from qwen3_fp8_ascend.format import Activation, ceil_div
@@ -67,18 +67,7 @@ def product(codes: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, w_sc
     return out
 
 
-def _fake_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    w_scale: torch.Tensor,
-    spans: torch.Tensor,
-    activation: str,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0])
-
-
-@torch_operator(_fake_linear)
+@torch_operator(fake_linear)
 def nvidia_scaled_mm_linear(
     x: torch.Tensor,
     codes: torch.Tensor,

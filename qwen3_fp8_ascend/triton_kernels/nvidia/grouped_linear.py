@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from qwen3_fp8_ascend.format import BlockGrid
-from qwen3_fp8_ascend.triton_kernels.nvidia.linear import linear_specification, tile_product
+from qwen3_fp8_ascend.triton_kernels.nvidia.linear import linear_specification, tile_product, weight_rows
 
 
 @triton.jit
@@ -73,14 +73,7 @@ def grouped_linear_kernel(
         end = tl.sum(tl.where(chosen, ends, 0), 0)
         token = tl.sum(tl.where(chosen, starts + (pass_ - passed + passes) * BLOCK_M, 0), 0) + tl.arange(0, BLOCK_M)
         span = n_tile // (128 // BLOCK_N)
-        if WHOLE:
-            n_row = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-            n_end = n
-            codes_row = n_row
-        else:
-            n_row = tl.load(spans_ptr + 2 * span) + n_tile % (128 // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-            n_end = tl.load(spans_ptr + 2 * span + 1)
-            codes_row = tl.minimum(n_row, n - 1)
+        n_row, n_end, codes_row = weight_rows(spans_ptr, n_tile, n, BLOCK_N, WHOLE)
         column = tl.arange(0, 128)
         of_group = codes_ptr + tl.cast(mine, tl.int64) * n * (k_blocks * 128)
         acc = tile_product(

@@ -110,6 +110,16 @@ def tile_product(
     return tl.trans(acc) if W_FIRST else acc
 
 
+@triton.jit
+def weight_rows(spans_ptr, n_tile, n, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile's rows of the weight, the end of those that it owns, and from where each is read: always from within."""
+    span = n_tile // (128 // BLOCK_N)
+    first = n_tile * BLOCK_N if WHOLE else tl.load(spans_ptr + 2 * span) + n_tile % (128 // BLOCK_N) * BLOCK_N
+    n_end = n if WHOLE else tl.load(spans_ptr + 2 * span + 1)
+    n_row = first + tl.arange(0, BLOCK_N)
+    return n_row, n_end, (n_row if WHOLE else tl.minimum(n_row, n - 1))
+
+
 @triton.jit(do_not_specialize=["m", "x_scale_step"])
 def linear_kernel(
     x_ptr,
@@ -159,14 +169,7 @@ def linear_kernel(
     split = tl.program_id(1)
     n_tile = tile // m_tiles
     span = n_tile // (128 // BLOCK_N)
-    if WHOLE:
-        n_row = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        n_end = n
-        codes_row = n_row
-    else:
-        n_row = tl.load(spans_ptr + 2 * span) + n_tile % (128 // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-        n_end = tl.load(spans_ptr + 2 * span + 1)
-        codes_row = tl.minimum(n_row, n - 1)
+    n_row, n_end, codes_row = weight_rows(spans_ptr, n_tile, n, BLOCK_N, WHOLE)
     token = tile % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, 128)
     per_split = tl.cdiv(k_blocks, SPLIT_K)
