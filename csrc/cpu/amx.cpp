@@ -21,10 +21,6 @@ constexpr int kFewRows = 2;
 constexpr int kRegisterPrefetchBytes = 2048;
 constexpr int kTilePrefetchBytes = 768;
 
-// Turns of a visit (one a B tile) that pass before the last visit's sums are scaled: its C tiles have then been stored.
-// A load that follows the store of a tile at once waits for all of it.
-constexpr std::int64_t kTurnsBeforeScaling = 4;
-
 constexpr DecodeTables kScaledTables = make_decode_tables(ArithmeticDecoder::kExponent);
 
 // A B tile: 32 k (as 16 pairs) of half a panel.
@@ -40,12 +36,16 @@ using PartialSums = float[kVisitRows / kTile][2][kTile][kHalf];
 // written over and over stays in L1, since it is cache lines on their way out of L1 that are dear. Two panels share the
 // activations of a chunk while they are in L1. Longer batches use a chunk of a panel many times, so that the ring holds
 // it and the next one, and eight panels share the activations of a chunk, which come from L3, while they are in L2.
+//
+// A load that follows the store of a tile at once waits for all of it, so that scaling does not begin at once. In
+// longer batches the sums come from L2, and it takes more turns to load them.
 struct Schedule {
   explicit Schedule(std::int64_t rows)
       : visits(ceil_div(rows, kVisitRows)),
         panels(visits == 1 ? 2 : kMostPanels),
         ring(visits == 1 ? kChunkTiles : 2 * kChunkTiles),
-        lead(ring / 2) {}
+        lead(ring / 2),
+        wait(visits == 1 ? 4 : 2) {}
 
   static constexpr std::int64_t kMostPanels = 8;
 
@@ -53,6 +53,7 @@ struct Schedule {
   std::int64_t panels;  // of a group
   std::int64_t ring;    // decoded tiles, a power of two
   std::int64_t lead;    // tiles that decoding is ahead of their first use
+  std::int64_t wait;    // turns of a visit (one a B tile) before it scales the last one's sums
 };
 
 struct AmxScratch {
@@ -220,12 +221,13 @@ class Scaling {
 // A visit: partial sums of 16 * RowTiles activation rows (A tiles 4, 5) times a panel (C tiles 0, 1 and 2, 3: its
 // halves) over `steps` * 32 k, while the weights to come are decoded and the last visit's sums are scaled.
 template <int RowTiles>
-inline void visit(const std::uint16_t* x, std::int64_t steps, WeightStream& weights, Scaling& last, PartialSums& out) {
-  const std::int64_t turns = 2 * steps - kTurnsBeforeScaling;
+inline void visit(const std::uint16_t* x, std::int64_t steps, std::int64_t wait, WeightStream& weights, Scaling& last,
+                  PartialSums& out) {
+  const std::int64_t turns = 2 * steps - wait;
   const std::int64_t rows_a_turn = turns > 0 ? ceil_div(last.rows_left(), turns) : 0;
   const auto take_turn = [&](std::int64_t turn) {
     weights.advance();
-    if (turn >= kTurnsBeforeScaling) last.advance(rows_a_turn);
+    if (turn >= wait) last.advance(rows_a_turn);
   };
   _tile_zero(0);
   _tile_zero(1);
@@ -291,9 +293,9 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
           PartialSums& partial = scratch.partial[buffer];
           buffer ^= 1;
           if (rows > kTile) {
-            visit<2>(x.values_of(chunk, row), steps, weights, last, partial);
+            visit<2>(x.values_of(chunk, row), steps, schedule.wait, weights, last, partial);
           } else {
-            visit<1>(x.values_of(chunk, row), steps, weights, last, partial);
+            visit<1>(x.values_of(chunk, row), steps, schedule.wait, weights, last, partial);
           }
           last = Scaling(partial, rows, x.scales_of(chunk, row), w_scale, scratch.sums[p] + row);
         }
