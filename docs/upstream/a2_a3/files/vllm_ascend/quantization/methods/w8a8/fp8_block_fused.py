@@ -24,17 +24,15 @@ the model dtype and the ordinary product runs, as it does without the option. Ac
 
 import torch
 import torch_npu
-from vllm.logger import logger
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from vllm_ascend.ops.fused_moe.dataclass.moe_mlp import MoEMlpComputeInput
 from vllm_ascend.ops.fused_moe.moe_utils import cumsum_group_list
 from vllm_ascend.utils import FP8_METHOD, enable_custom_op
 
-from ..base import PreparedLinearInput, WeightSwitchConfig
+from ..base import PreparedLinearInput
 from ..registry import register_scheme
-from .fp8_block import AscendFp8BlockLinearMethod, _is_absorbed_by_attention
-from .fp8_block_native import AscendFp8BlockNativeFusedMoEMethod
+from .fp8_block_native import AscendFp8BlockNativeFusedMoEMethod, AscendFp8BlockNativeLinearMethod
 
 # Block that the kernels work on, and the columns of a strip in the cube's operand format.
 KERNEL_BLOCK = 128
@@ -141,52 +139,23 @@ direct_register_custom_op(
 
 
 @register_scheme(FP8_METHOD, "linear_fused")
-class AscendFp8BlockFusedLinearMethod(AscendFp8BlockLinearMethod):
+class AscendFp8BlockFusedLinearMethod(AscendFp8BlockNativeLinearMethod):
     """Linear method that decodes a block-wise FP8 weight while it multiplies.
 
-    A layer that the kernels cannot take, see ``_why_not_fused``, is expanded as by the parent class.
+    Which layers can keep their blocks is decided as on Ascend 950; others are expanded to the model dtype.
     """
 
-    def __init__(self, weight_block_size: tuple[int, int]):
-        super().__init__(weight_block_size)
-        self.fused = True
-
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        reason = self._why_not_fused(layer)
-        if reason is not None:
-            self.fused = False
-            if not _is_absorbed_by_attention(layer):
-                name = getattr(layer, "prefix", "the linear layer")
-                logger.warning_once("%s is expanded to %s: %s.", name, self.model_dtype, reason)
-            super().process_weights_after_loading(layer)
-            return
-        weight, scale = layer.weight.data, layer.weight_scale_inv.data
-        expected = (-(-weight.shape[0] // KERNEL_BLOCK), -(-weight.shape[1] // KERNEL_BLOCK))
-        if tuple(scale.shape) != expected:
-            raise ValueError(
-                f"Block-wise FP8 weight of shape {tuple(weight.shape)} needs scales of shape {expected}, "
-                f"but the checkpoint provided {tuple(scale.shape)}."
-            )
-        self.output_size = weight.shape[0]
+    def _keep_blocks(self, layer: torch.nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> None:
         del layer.weight_scale_inv
         # As bytes, since casts and copies of FP8 tensors are not supported on these devices.
         layer.weight = torch.nn.Parameter(pack_codes(weight.view(torch.uint8)), requires_grad=False)
         layer.weight_scale = torch.nn.Parameter(pack_scales(scale), requires_grad=False)
         layer.weight_spans = torch.nn.Parameter(make_spans(self.output_size, weight.device), requires_grad=False)
 
-    def _why_not_fused(self, layer: torch.nn.Module) -> str | None:
-        if _is_absorbed_by_attention(layer):
-            return "its weight is folded into the attention's"
-        if any(size % KERNEL_BLOCK for size in getattr(layer, "output_partition_sizes", [0])[:-1]):
-            return "a merged shard ends inside a block"
+    def _why_not_kept(self, layer: torch.nn.Module) -> str | None:
         if layer.weight.shape[1] > MAX_COLUMNS:
             return f"it has more than {MAX_COLUMNS} columns"
-        return None
-
-    def _get_weight_switch_specs(self, layer: torch.nn.Module, config: WeightSwitchConfig):
-        if self.fused:
-            raise NotImplementedError("Weight switch does not support additional_config.keep_block_fp8 yet.")
-        return super()._get_weight_switch_specs(layer, config)
+        return super()._why_not_kept(layer)
 
     def apply(
         self,
@@ -195,7 +164,7 @@ class AscendFp8BlockFusedLinearMethod(AscendFp8BlockLinearMethod):
         bias: torch.Tensor | None = None,
         tp_rank: int | None = 0,
     ) -> torch.Tensor:
-        if not self.fused:
+        if not self.keeps_blocks:
             return super().apply(layer, x, bias, tp_rank)
         rows = x.reshape(-1, x.shape[-1])
         output = torch.ops.vllm.block_fp8_fused_linear(

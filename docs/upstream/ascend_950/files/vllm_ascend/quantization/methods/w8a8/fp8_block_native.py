@@ -76,17 +76,17 @@ def _pad_to_blocks(tensor: torch.Tensor, pad_rows: bool) -> torch.Tensor:
 class AscendFp8BlockNativeLinearMethod(AscendFp8BlockLinearMethod):
     """Linear method that multiplies a block-wise FP8 weight with its own scales.
 
-    A layer that has no such product, see ``_why_not_native``, is served as by the parent class.
+    A layer whose blocks cannot be kept, see ``_why_not_kept``, is served as by the parent class.
     """
 
     def __init__(self, weight_block_size: tuple[int, int]):
         super().__init__(weight_block_size)
-        self.native = True
+        self.keeps_blocks = True
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        reason = self._why_not_native(layer)
+        reason = self._why_not_kept(layer)
         if reason is not None:
-            self.native = False
+            self.keeps_blocks = False
             if not _is_absorbed_by_attention(layer):
                 name = getattr(layer, "prefix", "the linear layer")
                 logger.warning_once("%s does not keep its FP8 blocks: %s.", name, reason)
@@ -100,12 +100,16 @@ class AscendFp8BlockNativeLinearMethod(AscendFp8BlockLinearMethod):
                 f"but the checkpoint provided {tuple(scale.shape)}."
             )
         self.output_size = weight.shape[0]
+        self._keep_blocks(layer, weight, scale)
+
+    def _keep_blocks(self, layer: torch.nn.Module, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        """Make of what was loaded what ``apply`` takes."""
         layer.weight_scale_inv = torch.nn.Parameter(scale, requires_grad=False)
         if any(size % NATIVE_BLOCK for size in weight.shape):
             padded = _pad_to_blocks(weight.view(torch.uint8), pad_rows=True).view(BLOCK_FP8_WEIGHT_DTYPE)
             layer.weight = torch.nn.Parameter(padded, requires_grad=False)
 
-    def _why_not_native(self, layer: torch.nn.Module) -> str | None:
+    def _why_not_kept(self, layer: torch.nn.Module) -> str | None:
         if _is_absorbed_by_attention(layer):
             return "its weight is folded into the attention's"
         if any(size % NATIVE_BLOCK for size in getattr(layer, "output_partition_sizes", [0])[:-1]):
@@ -113,10 +117,10 @@ class AscendFp8BlockNativeLinearMethod(AscendFp8BlockLinearMethod):
         return None
 
     def prepare_input_for_overlap(self, layer: torch.nn.Module, x: torch.Tensor) -> PreparedLinearInput | None:
-        return None if self.native else super().prepare_input_for_overlap(layer, x)
+        return None if self.keeps_blocks else super().prepare_input_for_overlap(layer, x)
 
     def _get_weight_switch_specs(self, layer: torch.nn.Module, config: WeightSwitchConfig):
-        if self.native:
+        if self.keeps_blocks:
             # The scales would have to be switched along, split at whole blocks.
             raise NotImplementedError("Weight switch does not support additional_config.keep_block_fp8 yet.")
         return super()._get_weight_switch_specs(layer, config)
@@ -128,7 +132,7 @@ class AscendFp8BlockNativeLinearMethod(AscendFp8BlockLinearMethod):
         bias: torch.Tensor | None = None,
         tp_rank: int | None = 0,
     ) -> torch.Tensor:
-        if not self.native:
+        if not self.keeps_blocks:
             return super().apply(layer, x, bias, tp_rank)
         codes, scale = quantize_activation(_pad_to_blocks(x.reshape(-1, x.shape[-1]), pad_rows=False))
         output = torch_npu.npu_quant_matmul(

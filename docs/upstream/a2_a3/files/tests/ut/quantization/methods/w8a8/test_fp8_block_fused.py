@@ -22,6 +22,12 @@ import torch
 
 from tests.ut.base import TestBase
 from tests.ut.quantization.conftest_quantization import create_mock_vllm_config
+from tests.ut.quantization.methods.w8a8.test_fp8_block_native import (
+    make_experts_layer,
+    make_linear_layer,
+    make_weight,
+    relative_error,
+)
 from vllm_ascend.quantization.methods import get_scheme_class
 from vllm_ascend.quantization.methods.w8a8 import fp8_block_fused
 from vllm_ascend.quantization.methods.w8a8.fp8_block_fused import (
@@ -99,20 +105,6 @@ def grouped_matmul(*, x, weight, split_item, group_list_type, group_type, group_
     return [out]
 
 
-def make_weight(*shape, seed=0):
-    """A weight, its scales, and the dense matrix they stand for in float64."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(*shape, generator=generator).to(torch.float8_e4m3fn)
-    *experts, n, k = shape
-    scale = torch.rand(*experts, -(-n // BLOCK), -(-k // BLOCK), generator=generator) + 0.5
-    expanded = scale.repeat_interleave(BLOCK, -2)[..., :n, :].repeat_interleave(BLOCK, -1)[..., :k]
-    return weight, scale, weight.double() * expanded.double()
-
-
-def relative_error(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm()).item()
-
-
 class KernelTest(TestBase):
     """With the operators in place of those of vllm_ascend_C."""
 
@@ -156,14 +148,8 @@ class TestFusedLinear(KernelTest):
         super().setUp()
         self.scheme = AscendFp8BlockFusedLinearMethod((BLOCK, BLOCK))
 
-    def load(self, n, k, prefix="model.layers.0.mlp.down_proj", **attributes):
-        weight, scale, self.dense = make_weight(n, k)
-        layer = torch.nn.Module()
-        layer.prefix = prefix
-        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-        layer.weight_scale_inv = torch.nn.Parameter(scale, requires_grad=False)
-        for name, value in attributes.items():
-            setattr(layer, name, value)
+    def load(self, n, k, **attributes):
+        layer, self.dense = make_linear_layer(n, k, **attributes)
         return layer
 
     def test_is_registered(self):
@@ -224,13 +210,7 @@ class TestFusedKernelMoE(KernelTest):
         return AscendFp8BlockFusedKernelMoEMethod((BLOCK, BLOCK), moe_config)
 
     def load(self):
-        layer = torch.nn.Module()
-        self.dense = {}
-        shapes = {"w13": (2 * self.INTERMEDIATE, self.HIDDEN), "w2": (self.HIDDEN, self.INTERMEDIATE)}
-        for name, shape in shapes.items():
-            weight, scale, self.dense[name] = make_weight(self.EXPERTS, *shape)
-            layer.register_parameter(f"{name}_weight", torch.nn.Parameter(weight, requires_grad=False))
-            layer.register_parameter(f"{name}_weight_scale_inv", torch.nn.Parameter(scale, requires_grad=False))
+        layer, self.dense = make_experts_layer(self.EXPERTS, self.HIDDEN, self.INTERMEDIATE)
         return layer
 
     def run_stages(self, scheme, layer, counts, bound):

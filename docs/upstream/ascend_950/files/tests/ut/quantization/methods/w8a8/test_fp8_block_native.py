@@ -92,6 +92,28 @@ def make_weight(*shape, seed=0):
     return weight, scale, weight.double() * expanded.double()
 
 
+def make_linear_layer(n, k, prefix="model.layers.0.mlp.down_proj", **attributes):
+    """A layer as it is loaded, and its dense weight."""
+    weight, scale, dense = make_weight(n, k)
+    layer = torch.nn.Module()
+    layer.prefix = prefix
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer.weight_scale_inv = torch.nn.Parameter(scale, requires_grad=False)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
+    return layer, dense
+
+
+def make_experts_layer(experts, hidden, intermediate):
+    """A layer of experts as it is loaded, and its dense weights by name."""
+    layer, dense = torch.nn.Module(), {}
+    for name, shape in {"w13": (2 * intermediate, hidden), "w2": (hidden, intermediate)}.items():
+        weight, scale, dense[name] = make_weight(experts, *shape)
+        layer.register_parameter(f"{name}_weight", torch.nn.Parameter(weight, requires_grad=False))
+        layer.register_parameter(f"{name}_weight_scale_inv", torch.nn.Parameter(scale, requires_grad=False))
+    return layer, dense
+
+
 def quantized(x):
     """What block quantization leaves of an activation, in float64."""
     k = x.shape[1]
@@ -120,14 +142,8 @@ class TestNativeLinear(TestBase):
             self.addCleanup(patcher.stop)
         self.scheme = AscendFp8BlockNativeLinearMethod((BLOCK, BLOCK))
 
-    def load(self, n, k, prefix="model.layers.0.mlp.down_proj", **attributes):
-        weight, scale, self.dense = make_weight(n, k)
-        layer = torch.nn.Module()
-        layer.prefix = prefix
-        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-        layer.weight_scale_inv = torch.nn.Parameter(scale, requires_grad=False)
-        for name, value in attributes.items():
-            setattr(layer, name, value)
+    def load(self, n, k, **attributes):
+        layer, self.dense = make_linear_layer(n, k, **attributes)
         return layer
 
     def test_is_registered(self):
@@ -175,7 +191,7 @@ class TestNativeLinear(TestBase):
             with patch(f"{PARENT}.AscendFp8BlockLinearMethod.process_weights_after_loading") as parent:
                 scheme.process_weights_after_loading(layer)
             parent.assert_called_once_with(layer)
-            self.assertFalse(scheme.native)
+            self.assertFalse(scheme.keeps_blocks)
             scheme.mxfp8_method.apply.return_value = "parent"
             self.assertEqual(scheme.apply(layer, torch.zeros(1, 128)), "parent")
 
@@ -200,13 +216,7 @@ class TestNativeFusedMoE(TestBase):
         return AscendFp8BlockNativeFusedMoEMethod((BLOCK, BLOCK), SimpleNamespace(**(settings | changes)))
 
     def load(self):
-        layer = torch.nn.Module()
-        self.dense = {}
-        shapes = {"w13": (2 * self.INTERMEDIATE, self.HIDDEN), "w2": (self.HIDDEN, self.INTERMEDIATE)}
-        for name, shape in shapes.items():
-            weight, scale, self.dense[name] = make_weight(self.EXPERTS, *shape)
-            layer.register_parameter(f"{name}_weight", torch.nn.Parameter(weight, requires_grad=False))
-            layer.register_parameter(f"{name}_weight_scale_inv", torch.nn.Parameter(scale, requires_grad=False))
+        layer, self.dense = make_experts_layer(self.EXPERTS, self.HIDDEN, self.INTERMEDIATE)
         return layer
 
     def compute_input(self, layer, hidden_states, counts, group_list_type=1, topk_scales=None):
