@@ -261,12 +261,6 @@ def plan() -> tuple[tuple[str, str], ...]:
     )
 
 
-def by_name_only() -> str | None:
-    if not INTERPRETED and torch.cuda.is_available():
-        return "only when asked for by name on a GPU: its layout is made for Ascend's vector cores; see `nvidia`"
-    return None
-
-
 BACKEND = Backend(
     name="triton",
     summary="Triton kernels for Ascend A2/A3/A5, which run on NVIDIA too; never run on an NPU so far",
@@ -281,6 +275,5 @@ BACKEND = Backend(
     grouped_linear=grouped_linear,
     unrounded=unrounded,
     unsupported=unsupported,
-    by_name_only=by_name_only,
     plan=plan,
 )
