@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # No test may reach for a model hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+# What a shell starts in the background ignores Ctrl-C, and so does all that it starts; some tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("default", deadline=None, max_examples=60, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("default")

@@ -22,5 +22,5 @@ def test_the_table_is_what_inspect_says(tmp_path: Path) -> None:
     served = [(form.family, form.said) for form, folder in forms.items() if verdict(folder).startswith("served")]
     assert recorded == set(served), "python -m tests.support.measured_forms"
     assert len(verdicts) == len(FORMS)
-    assert sum(said.startswith("refused") for said in verdicts) >= 7
-    assert sum(said.startswith("served") for said in verdicts) >= 35
+    assert sum(said.startswith("refused") for said in verdicts) >= 6
+    assert sum(said.startswith("served") for said in verdicts) >= 40

@@ -69,7 +69,7 @@ def hungry(folder: Path) -> None:
 
 
 def hungry_outside_python(folder: Path) -> None:
-    torch.ones(40 << 20)  # 160 MB: a long test process may have given back some tens of MB since the peak was reset
+    torch.ones(120 << 20)  # 480 MB: a long test process may have given back some of its pages since the peak was reset
 
 
 def bomb(folder: Path) -> None:
