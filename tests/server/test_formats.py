@@ -44,7 +44,7 @@ AGAIN = (
 """Forms that are measured again in every run of the tests, by what is said of them."""
 
 
-NOT_RUN = {"mistral3", "deepseek_v3, dense", "deepseek_v3, dense, q_lora"}
+NOT_RUN = {"mistral3"}
 """Models that vLLM did not start where the record was made; the table has its error."""
 
 
