@@ -12,8 +12,15 @@ from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.folder import CONFIG, INDEX, SINGLE
 from qwen3_fp8_ascend.checkpoints.weight_file import DTYPE_BITS, METADATA
-from qwen3_fp8_ascend.containers import COMPRESSED_TENSORS, FP8, SCALE_ENDINGS
-from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize, scale_shape
+from qwen3_fp8_ascend.containers import COMPRESSED_TENSORS, FP8, MODELOPT, SCALE_ENDINGS
+from qwen3_fp8_ascend.format import (
+    DEFAULT_BLOCK,
+    FP32_SCALES,
+    UE8M0_SCALES,
+    BlockFp8Config,
+    BlockSize,
+    scale_shape,
+)
 from tests.fuzz.folders import Content
 
 BLOCK = BlockSize(32, 4)
@@ -32,11 +39,34 @@ LINEARS: Mapping[str, tuple[int, int]] = {
 """The sound checkpoint's linear layers: merged when served, ragged in blocks of `BLOCK`."""
 
 EXPERTS, EXPERT_INNER = 2, 32
-FORMS = (None, "one by one", "fused")
+EXPERT_FORMS = (None, "one by one", "fused")
 """How a draft has experts, which are in the layer that has no other MLP; fused: all of a layer in one tensor."""
 
-CONTAINERS = (FP8, FP8, COMPRESSED_TENSORS)
-"""In whose words a draft's config is; ModelOpt has no other blocks than 128 x 128, and comes by a damage."""
+
+@dataclass(frozen=True)
+class Form:
+    """In whose words a draft's config is, what it says of scales, and their dtype in the files."""
+
+    container: str = FP8
+    scale_fmt: str = FP32_SCALES
+    scales: str = "F32"
+
+    @property
+    def block(self) -> BlockSize:
+        """ModelOpt has no other blocks than 128 x 128: each of the draft's weights is then one ragged block."""
+        return DEFAULT_BLOCK if self.container == MODELOPT else BLOCK
+
+
+FORMS = (
+    Form(),
+    Form(scales="BF16"),
+    Form(COMPRESSED_TENSORS),
+    Form(COMPRESSED_TENSORS, scales="BF16"),
+    Form(MODELOPT),
+    Form(scale_fmt=UE8M0_SCALES),
+    Form(scale_fmt=UE8M0_SCALES, scales="F8_E8M0"),
+    Form(),
+)
 
 TWO_FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -133,14 +163,21 @@ CODES = bytes(byte if byte & 0x7F != 0x7F else byte - 1 for byte in _NOISE)
 _BF16 = b"".join(struct.pack("<H", (0x3C00 + (i * 37) % 0x400) | (0x8000 * (i & 1))) for i in range(4096))
 
 
-def _weights(name: str, shape: tuple[int, ...], quantized: bool, container: str = FP8) -> list[Tensor]:
-    """A weight (n, k), or those of several experts, with its scales if it is quantized."""
+def _power_of_two(exponent: int, dtype: str) -> bytes:
+    """2 ** exponent, which every dtype of scales has."""
+    biased = 127 + exponent
+    return {"F32": struct.pack("<I", biased << 23), "BF16": struct.pack("<H", biased << 7)}.get(dtype, bytes([biased]))
+
+
+def _weights(name: str, shape: tuple[int, ...], form: Form | None) -> list[Tensor]:
+    """A weight (n, k), or those of several experts, with its scales unless it is bf16 (no form)."""
     size = math.prod(shape)
-    if not quantized:
+    if form is None:
         return [Tensor(name, "BF16", shape, _BF16[: 2 * size])]
-    scales = (*shape[:-2], *scale_shape(shape[-2], shape[-1], BLOCK))
-    scale = b"".join(struct.pack("<f", 2.0 ** -(i % 9)) for i in range(math.prod(scales)))
-    return [Tensor(name, "F8_E4M3", shape, CODES[:size]), Tensor(name + SCALE_ENDINGS[container], "F32", scales, scale)]
+    scales = (*shape[:-2], *scale_shape(shape[-2], shape[-1], form.block))
+    scale = b"".join(_power_of_two(-(i % 9), form.scales) for i in range(math.prod(scales)))
+    codes = Tensor(name, "F8_E4M3", shape, CODES[:size])
+    return [codes, Tensor(name + SCALE_ENDINGS[form.container], form.scales, scales, scale)]
 
 
 def _experts(form: str) -> dict[str, tuple[int, ...]]:
@@ -155,16 +192,19 @@ def _experts(form: str) -> dict[str, tuple[int, ...]]:
 
 
 def sound_checkpoint(
-    *, quantized: bool = True, files: int = 1, experts: str | None = None, container: str = FP8
+    *, quantized: bool = True, files: int = 1, experts: str | None = None, form: Form = FORMS[0]
 ) -> Draft:
-    """A small decoder that `inspect` and the conversions accept, in block FP8 or in bf16; experts: one of `FORMS`."""
+    """A small decoder that `inspect` and the conversions accept, in block FP8 or in bf16.
+
+    experts: one of `EXPERT_FORMS`. form: one of `FORMS`, how it is quantized.
+    """
     tensors: list[Tensor] = []
     for module, linear in LINEARS.items():
-        tensors += _weights(f"{module}.weight", linear, quantized, container)
+        tensors += _weights(f"{module}.weight", linear, form if quantized else None)
     if experts is not None:
         for name, matrices in _experts(experts).items():
-            tensors += _weights(name, matrices, quantized, container)
-        tensors += _weights("model.layers.0.mlp.gate.weight", (EXPERTS, HIDDEN), False)
+            tensors += _weights(name, matrices, form if quantized else None)
+        tensors += _weights("model.layers.0.mlp.gate.weight", (EXPERTS, HIDDEN), None)
     for name, shape in (("model.norm.weight", (HIDDEN,)), ("lm_head.weight", (3, HIDDEN))):
         tensors.append(Tensor(name, "BF16", shape, _BF16[: 2 * math.prod(shape)]))
     config: dict[str, Any] = {
@@ -177,7 +217,8 @@ def sound_checkpoint(
         config |= {"num_experts": EXPERTS, "moe_intermediate_size": EXPERT_INNER, "hidden_act": "silu"}
     if quantized:
         ignored = ("lm_head", "model.layers.0.mlp.gate")
-        config["quantization_config"] = BlockFp8Config(BLOCK, ignored, container=container).to_dict()
+        said = BlockFp8Config(form.block, ignored, form.scale_fmt, form.container)
+        config["quantization_config"] = said.to_dict()
     if files == 1:
         return Draft(quantized, {SINGLE: tensors}, config)
     half = len(tensors) // 2

@@ -17,7 +17,7 @@ from tests.fuzz.damages.files import BYTES
 from tests.fuzz.damages.folders import FOLDERS
 from tests.fuzz.damages.headers import HEADERS
 from tests.fuzz.damages.tensors import TENSORS
-from tests.fuzz.drafts import CONTAINERS, FORMS, sound_checkpoint
+from tests.fuzz.drafts import EXPERT_FORMS, FORMS, sound_checkpoint
 from tests.fuzz.folders import HostileFolder
 
 STAGES = (TENSORS, HEADERS, CONFIGS, BYTES, FOLDERS)
@@ -38,8 +38,8 @@ def hostile_folder(
     draft = sound_checkpoint(
         quantized=is_quantized,
         files=1 + choices.below(2),
-        experts=FORMS[choices.below(3)],
-        container=choices.pick(CONTAINERS),
+        experts=choices.pick(EXPERT_FORMS),
+        form=choices.pick(FORMS),
     )
     wanted = [choices.pick(choices.pick(stages)) for _ in range(choices.pick((0, 1, 1, 2, 3, 1, 2, 1)))]
     damages: list[str] = []

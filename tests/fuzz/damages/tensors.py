@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from qwen3_fp8_ascend.checkpoints.weight_file import DTYPE_BITS
+from qwen3_fp8_ascend.containers import SCALE_ENDINGS
 from qwen3_fp8_ascend.format import scale_shape
 from tests.fuzz.choices import Choices
 from tests.fuzz.damages import Damage
@@ -23,8 +24,11 @@ def _tensor(draft: Draft, choices: Choices) -> Tensor:
     return choices.pick(tensors)
 
 
-def _tensor_with(draft: Draft, choices: Choices, suffix: str) -> Tensor:
-    found = [t for tensors in draft.tensors.values() for t in tensors if t.name.endswith(suffix)]
+SCALES = tuple(set(SCALE_ENDINGS.values()))
+
+
+def _tensor_with(draft: Draft, choices: Choices, *suffixes: str) -> Tensor:
+    found = [t for tensors in draft.tensors.values() for t in tensors if t.name.endswith(suffixes)]
     return choices.pick(found) if found else _tensor(draft, choices)
 
 
@@ -41,7 +45,7 @@ def change_shape(draft: Draft, choices: Choices) -> None:
 
 
 def transpose(draft: Draft, choices: Choices) -> None:
-    tensor = _tensor_with(draft, choices, choices.pick((".weight", "_inv")))
+    tensor = _tensor_with(draft, choices, *choices.pick(((".weight",), SCALES)))
     tensor.shape = tensor.shape[::-1]
 
 
@@ -85,7 +89,7 @@ def copy_between_files(draft: Draft, choices: Choices) -> None:
 
 
 def poison_scales(draft: Draft, choices: Choices) -> None:
-    tensor = _tensor_with(draft, choices, "_inv")
+    tensor = _tensor_with(draft, choices, *SCALES)
     position = 4 * choices.below(max(1, len(tensor.data) // 4))
     bits = struct.pack("<I", choices.pick(SCALE_BITS))
     tensor.data = (tensor.data[:position] + bits + tensor.data[position + 4 :])[: len(tensor.data)]
