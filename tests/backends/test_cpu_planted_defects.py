@@ -36,7 +36,7 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
     "a read behind the codes": (
         ADDRESS,
         Edit("portable.cpp", "quad < (length + 3) / 4; ++quad", "quad < (length + 3) / 4 + 1; ++quad"),
-        f"{BACKEND}::test_linear_of_ragged_edges[portable-widths3-1030-6-w8a16]",
+        f"{BACKEND}::test_linear_of_ragged_edges[portable-widths3-390-6-w8a16]",
         "AddressSanitizer: heap-buffer-overflow",
     ),
     "a write behind the result": (
