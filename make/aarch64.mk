@@ -22,7 +22,7 @@ AARCH64_LEVEL_neoverse-n1 := neon and not neon_bf16
 # Every kind of test of the kernels, and of those with many sizes a few.
 AARCH64_SHORT := decodes_every or nan_codes or dequantizes_every or quantizes or halfway or infinities or magnitudes
 AARCH64_SHORT += or (bias_is and (1-dtype or 9-dtype)) or rows_may or empty_sizes
-AARCH64_SHORT += or (ragged_edges and (1-19- or 5-1- or 131-6- or 1030-40-))
+AARCH64_SHORT += or (ragged_edges and (1-19- or 5-1- or 131-6- or 390-40-))
 AARCH64_SHORT += or (other_block_sizes and (block0-33 or block1-1 or block2-5 or block3-33))
 AARCH64_SHORT += or (batch_and_threads and w8a8 and not ue8m0) or (merged_ragged and (dtype0-9- or dtype2-1-w8a16 or dtype2-9-w8a8))
 

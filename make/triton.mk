@@ -3,6 +3,7 @@
 #
 #   make test-triton-ascend   compiles every kernel for every chip through BiShengIR and executes it on x86
 #   make test-triton          upstream Triton's interpreter, and compiles for sm_80, sm_89, sm_90 and sm_100
+#   make test-triton-long     what these two leave out: the whole products of what they try one of each of
 #   make triton-tables        the tables in docs/triton.md and benchmarks/results/triton_hivm.csv
 
 TRITON_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -42,18 +43,30 @@ $(TRITON_STAMP):
 	.venv-triton/bin/python -m pip install -qq --no-compile triton==$(TRITON_VERSION) numpy $(TRITON_TEST_PACKAGES)
 	touch $@
 
-.PHONY: test-triton-ascend test-triton triton-tables
+.PHONY: test-triton-ascend test-triton test-triton-long triton-tables
+
+TRITON_INTERPRETED := $(patsubst %,tests/triton_kernels/test_%.py,configuration interpreter grouped_interpreter \
+	nvidia_interpreter nvidia_shapes)
+TRITON_COMPILED := $(patsubst %,tests/triton_kernels/test_%.py,sm90 nvidia_compiled)
+
+# The tests that a mark chooses.
+define test_triton_ascend
+	.venv-triton-ascend/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_ascend tests/triton_ascend
+endef
+define test_triton
+	TRITON_INTERPRET=1 .venv-triton/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_kernels $(TRITON_INTERPRETED)
+	.venv-triton/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_kernels $(TRITON_COMPILED)
+endef
 
 test-triton-ascend: $(TRITON_ASCEND_STAMP)  ## compile the Triton kernels for every Ascend chip and execute them on x86
-	.venv-triton-ascend/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_ascend tests/triton_ascend
+	$(call test_triton_ascend,not long)
 
 test-triton: $(TRITON_STAMP)  ## the Triton kernels in the interpreter, and for NVIDIA GPUs
-	TRITON_INTERPRET=1 .venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels \
-		tests/triton_kernels/test_configuration.py tests/triton_kernels/test_interpreter.py \
-		tests/triton_kernels/test_grouped_interpreter.py tests/triton_kernels/test_nvidia_interpreter.py \
-		tests/triton_kernels/test_nvidia_shapes.py
-	.venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels tests/triton_kernels/test_sm90.py \
-		tests/triton_kernels/test_nvidia_compiled.py
+	$(call test_triton,not long)
+
+test-triton-long: $(TRITON_ASCEND_STAMP) $(TRITON_STAMP)  ## the rest of these two
+	$(call test_triton_ascend,long)
+	$(call test_triton,long)
 
 triton-tables: $(TRITON_ASCEND_STAMP)
 	.venv-triton-ascend/bin/python -m benchmarks.triton_hivm

@@ -11,7 +11,8 @@ import pytest
 
 from qwen3_fp8_ascend.vllm_plugin import versions
 from tests.support import cann_stand_in
-from tests.test_packaging import ROOT, copy_sources, environment, files_in, install_metadata
+from tests.support.wheels import ROOT, copy_sources
+from tests.test_packaging import environment, files_in, install_metadata
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 SET_ENV = "/usr/local/Ascend/ascend-toolkit/set_env.sh"

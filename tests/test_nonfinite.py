@@ -1,7 +1,7 @@
 """NaN of any payload and infinities, in every implementation that runs on a CPU.
 
 The same cases run on the device kernels where those are executed (tests/triton_kernels/test_interpreter.py,
-tests/triton_ascend/test_execute.py) and on the scratch of many rows (tests/backends/test_prefill.py).
+tests/triton_ascend/test_execute_quantize.py) and on the scratch of many rows (tests/backends/test_prefill.py).
 """
 
 from collections.abc import Iterator

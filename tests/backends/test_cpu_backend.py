@@ -130,7 +130,7 @@ def test_linear_of_merged_ragged_shards(isa: str, dtype: torch.dtype, m: int, ac
 
 @pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize("m", [1, 2, 6, 19, 40])
-@pytest.mark.parametrize(("widths", "k"), [((1,), 1), ((33,), 5), ((100, 7), 131), ((130,), 1030)])
+@pytest.mark.parametrize(("widths", "k"), [((1,), 1), ((33,), 5), ((100, 7), 131), ((130,), 390)])
 def test_linear_of_ragged_edges(isa: str, widths: tuple[int, ...], k: int, m: int, activation: Activation) -> None:
     for dtype in DTYPES:
         problem = random_problem(m, widths, k, dtype=dtype, bias=True, seed=k)
@@ -140,7 +140,8 @@ def test_linear_of_ragged_edges(isa: str, widths: tuple[int, ...], k: int, m: in
 @pytest.mark.parametrize("m", [1, 5, 33])
 @pytest.mark.parametrize("block", [BlockSize(32, 4), BlockSize(64, 64), BlockSize(100, 200), BlockSize(256, 1024)])
 def test_linear_of_other_block_sizes(isa: str, block: BlockSize, m: int) -> None:
-    problem = random_problem(m, (250, 90), 500, dtype=torch.float32, block=block)
+    k = min(500, 17 * block.k)  # the oracle goes block by block
+    problem = random_problem(m, (250, 90), k, dtype=torch.float32, block=block)
     for activation in Activation:
         assert_exact(linear(problem, activation), problem, activation)
 
@@ -154,7 +155,8 @@ def test_bias_is_added_to_the_fp32_sums(isa: str, m: int, dtype: torch.dtype, ac
     if dtype != torch.float32:
         assert_bias_before_rounding(lambda bias: ops.block_linear(problem.x, packed, bias, activation))
     assert problem.bias is not None
-    for bias_dtype in (*DTYPES, torch.float64):  # of any dtype, and not rounded to that of x
+    # Of any dtype, and not rounded to that of x. It is read in one place, whatever m and the path are.
+    for bias_dtype in (*DTYPES, torch.float64) if m == 9 else (torch.float32,):
         bias = (problem.bias.double() * 1.001).to(bias_dtype)
         got = ops.block_linear(problem.x, packed, bias, activation)
         assert_exact(got, dataclasses.replace(problem, bias=bias), activation)

@@ -12,6 +12,7 @@ from tests.support.triton_ascend.cases import (
     all_cases,
     compile_case,
     linear_case,
+    one_of_each,
     quantize_case,
 )
 from tests.support.triton_ascend.compiler import (
@@ -32,15 +33,25 @@ def lowered(architecture_name: str, index: int) -> str:
     return lower_to_linalg(all_cases(architecture_name)[index], architecture_name)
 
 
+WHOLE = ("Ascend910B3", "Ascend950PR_9589")
+"""One chip of each configuration: all variants in the short form. The others, which differ in their number of cores,
+compile one variant of each kernel there."""
+
+
+def compilations():
+    for name in ASCEND_ARCHITECTURES:
+        short = {case.name for case in (all_cases(name) if name in WHOLE else one_of_each(name))}
+        for index, case in enumerate(all_cases(name)):
+            marks = [] if case.name in short else pytest.mark.long
+            yield pytest.param(name, index, id=f"{name}-{case.name}", marks=marks)
+
+
+def test_a_chip_of_every_configuration_compiles_every_variant():
+    assert {architecture(name) for name in WHOLE} == {architecture(name) for name in ASCEND_ARCHITECTURES}
+
+
 @pytest.mark.parametrize("ir_version", IR_VERSIONS)
-@pytest.mark.parametrize(
-    ("architecture_name", "index"),
-    [
-        pytest.param(name, index, id=f"{name}-{case.name}")
-        for name in ASCEND_ARCHITECTURES
-        for index, case in enumerate(all_cases(name))
-    ],
-)
+@pytest.mark.parametrize(("architecture_name", "index"), compilations())
 def test_reaches_hivmc(architecture_name, index, ir_version, record_property):
     chip = architecture(architecture_name)
     hivm = compile_to_hivm(

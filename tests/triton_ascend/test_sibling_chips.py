@@ -3,7 +3,7 @@
 import pytest
 
 from qwen3_fp8_ascend.triton_kernels.configuration import architecture
-from tests.support.triton_ascend.cases import all_cases
+from tests.support.triton_ascend.cases import one_of_each
 from tests.support.triton_ascend.compiler import IR_VERSIONS, KernelCase, compile_to_hivm, lower_to_linalg
 from tests.support.triton_ascend.hivm_report import read_hivm
 
@@ -13,11 +13,6 @@ SIBLINGS = {
     "Ascend950DT_9582": "Ascend950PR_9589",
 }
 """A chip, and the one of the table whose configuration and variants it has."""
-
-
-def one_of_each(chip: str) -> list[KernelCase]:
-    """The last variant of each kernel for a chip of the table."""
-    return list({case.name.partition("[")[0]: case for case in all_cases(chip)}.values())
 
 
 @pytest.mark.parametrize("ir_version", IR_VERSIONS)

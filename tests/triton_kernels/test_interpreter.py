@@ -1,6 +1,7 @@
 """The kernels and the backend in upstream Triton's interpreter, against the specification."""
 
 import dataclasses
+import itertools
 import os
 
 import pytest
@@ -38,7 +39,10 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["subnormals", "no-subnormals"])
+FORMS = ("subnormals", "no-subnormals")
+
+
+@pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
     """Both forms of decoding."""
     monkeypatch.setenv(launch.KEEPS_SUBNORMALS_VARIABLE, "1" if request.param == "subnormals" else "0")
@@ -185,11 +189,29 @@ def test_dequantize_is_bit_exact_nan_codes_included(widths, k, dtype, form):
     assert torch.equal(out.nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("m", "widths", "k"), [(0, (128,), 128), (1, (200, 72), 300), (17, (64,), 640), (70, (96,), 1)]
+LINEARS = ((0, (128,), 128), (1, (200, 72), 300), (17, (64,), 640), (70, (96,), 1))
+"""(m, widths, k): no token, merged ragged shards, two rows of tiles, and a K that is nearly all padding."""
+
+ONE_OF_EACH = (
+    (torch.bfloat16, Activation.W8A8),
+    (torch.float16, Activation.W8A8_UE8M0),
+    (torch.float32, Activation.W8A16),
 )
+
+
+def linears():
+    """Every shape in both forms of decoding, the whole product in the long form.
+
+    x is quantized by another kernel: every dtype and activation meets one shape in one form, the others one of each.
+    """
+    for form, shape, dtype, activation in itertools.product(FORMS, LINEARS, DTYPES, Activation):
+        whole = form == FORMS[0] and shape == LINEARS[1]
+        short = shape[0] == 0 or whole or (dtype, activation) in ONE_OF_EACH
+        name = "-".join((form, *map(str, shape[::2]), str(dtype).removeprefix("torch."), activation))
+        yield pytest.param(form, *shape, dtype, activation, id=name, marks=[] if short else pytest.mark.long)
+
+
+@pytest.mark.parametrize(("form", "m", "widths", "k", "dtype", "activation"), linears(), indirect=["form"])
 def test_linear(m, widths, k, dtype, activation, form):
     weight, scale = random_weight(widths, k)
     x = torch.randn(m, k).to(dtype)
@@ -208,7 +230,7 @@ def test_linear(m, widths, k, dtype, activation, form):
     biased = ops.block_linear(x, packed, bias, activation)
     assert_exact(biased, Problem(x, weight, scale, bias, grid), activation)
     if dtype != torch.float32:
-        assert_bias_before_rounding(lambda bias: ops.block_linear(x, packed, bias, activation))
+        assert_bias_before_rounding(lambda bias: out if bias is None else ops.block_linear(x, packed, bias, activation))
 
 
 def test_linear_survives_extreme_scales(form):
@@ -269,9 +291,19 @@ def test_packed_weight_is_one_byte_a_weight_and_a_scale_per_row():
         )
 
 
-@pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "widths", "k"), [(65, (256,), 512), (65, (130, 62), 300), (512, (60, 100), 260)])
+RAGGED_PREFILL = (65, (130, 62), 300)
+
+
+def prefills():
+    """Every dtype and activation on ragged shards, one of each on whole blocks and on many rows; all of it is long."""
+    shapes = ((65, (256,), 512), RAGGED_PREFILL, (512, (60, 100), 260))
+    for shape, dtype, activation in itertools.product(shapes, DTYPES, Activation):
+        short = shape == RAGGED_PREFILL or (dtype, activation) in ONE_OF_EACH
+        name = "-".join((*map(str, shape[::2]), str(dtype).removeprefix("torch."), activation))
+        yield pytest.param(*shape, dtype, activation, id=name, marks=[] if short else pytest.mark.long)
+
+
+@pytest.mark.parametrize(("m", "widths", "k", "dtype", "activation"), prefills())
 def test_prefill_through_the_scratch(m, widths, k, dtype, activation, monkeypatch):
     """By the bound that has a name; on an NPU the operator itself takes this way beyond `HAND_OVER_ROWS`."""
     problem = random_problem(m, widths, k, dtype=dtype, bias=True)

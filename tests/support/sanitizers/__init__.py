@@ -261,6 +261,40 @@ class Outcome:
     report: dict[str, Any] | None
 
 
+def _process_environment(variant: Variant) -> dict[str, str]:
+    """Of a process that the sanitizer's run-time library is loaded into."""
+    preload = f"{runtime_library(variant.runtime)} {runtime_library('libstdc++.so')}"
+    # More threads than cores must not spin.
+    return os.environ | dict(variant.options) | {"LD_PRELOAD": preload, "OMP_WAIT_POLICY": "passive"}
+
+
+def _plugin_environment(library: Path, folder: Path, examples: int, capped: bool) -> dict[str, str]:
+    return {
+        "SANITIZED_LIBRARY": str(library),
+        "SANITIZED_REPORT": str(folder / REPORT),
+        "SANITIZED_EXAMPLES": str(examples),
+        "SANITIZED_CAPPED": "1" if capped else "",
+    }
+
+
+REPORT = "report.json"
+PYTEST = (
+    "-p",
+    "tests.support.sanitizers.plugin",
+    "-p",
+    "no:cacheprovider",
+    "-q",
+    "-x",
+    "--capture=sys",
+    "--durations=5",
+)
+
+
+def _outcome(status: int, output: str, seconds: float, folder: Path) -> Outcome:
+    report = folder / REPORT
+    return Outcome(status, output, seconds, json.loads(report.read_text()) if report.is_file() else None)
+
+
 def run_tests(
     variant: Variant,
     library: Path,
@@ -275,27 +309,12 @@ def run_tests(
 
     A property test draws `examples` inputs; if `capped`, also one that asks for more.
     """
-    report = folder / "report.json"
-    report.unlink(missing_ok=True)
-    preload = f"{runtime_library(variant.runtime)} {runtime_library('libstdc++.so')}"
-    environment = (
-        os.environ
-        | dict(variant.options)
-        | {
-            "LD_PRELOAD": preload,
-            "SANITIZED_LIBRARY": str(library),
-            "SANITIZED_REPORT": str(report),
-            "SANITIZED_EXAMPLES": str(examples),
-            "SANITIZED_CAPPED": "1" if capped else "",
-            "OMP_WAIT_POLICY": "passive",  # more threads than cores must not spin
-        }
-    )
-    command = [sys.executable, "-m", "pytest", "-p", "tests.support.sanitizers.plugin", "-p", "no:cacheprovider"]
+    (folder / REPORT).unlink(missing_ok=True)
     start = time.monotonic()
     done = subprocess.run(
-        [*command, "-q", "-x", "--capture=sys", "--durations=5", *arguments],
+        [sys.executable, "-m", "pytest", *PYTEST, *arguments],
         cwd=ROOT,
-        env=environment,
+        env=_process_environment(variant) | _plugin_environment(library, folder, examples, capped),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -303,5 +322,53 @@ def run_tests(
         timeout=timeout,
         check=False,
     )
-    seconds = time.monotonic() - start
-    return Outcome(done.returncode, done.stdout, seconds, json.loads(report.read_text()) if report.is_file() else None)
+    return _outcome(done.returncode, done.stdout, time.monotonic() - start, folder)
+
+
+class Preloaded:
+    """A process under the sanitizer of a variant that has imported torch: short tests run in forks of it.
+
+    Variants that differ in their edits alone can share it.
+    """
+
+    def __init__(self, variant: Variant) -> None:
+        # numpy's threads would be there when it forks.
+        environment = _process_environment(variant) | {"OPENBLAS_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.sanitizers.preloaded"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run_tests(
+        self, library: Path, arguments: Sequence[str], folder: Path, *, examples: int, capped: bool, timeout: float
+    ) -> Outcome:
+        """As the function of this name.
+
+        Raises:
+            subprocess.TimeoutExpired: the tests took longer than `timeout` seconds, and were ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        (folder / REPORT).unlink(missing_ok=True)
+        output, command = folder / "output.txt", [*PYTEST, *arguments]
+        request = {
+            "arguments": command,
+            "environment": _plugin_environment(library, folder, examples, capped),
+            "output": str(output),
+            "timeout": timeout,
+        }
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        assert answer, f"the process that waits for tests has ended: {self._process.wait()}"
+        status, seconds = (json.loads(answer)[key] for key in ("status", "seconds"))
+        if status is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return _outcome(status, output.read_text(errors="replace"), seconds, folder)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()

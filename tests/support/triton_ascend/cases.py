@@ -170,6 +170,11 @@ def all_cases(architecture_name: str) -> list[KernelCase]:
     return cases
 
 
+def one_of_each(architecture_name: str) -> list[KernelCase]:
+    """The last variant of each kernel for a chip."""
+    return list({case.name.partition("[")[0]: case for case in all_cases(architecture_name)}.values())
+
+
 def compile_case(case: KernelCase, architecture_name: str, ir_version: str) -> str:
     """HIVM of a case with the options its architecture is configured for."""
     return compile_to_hivm(

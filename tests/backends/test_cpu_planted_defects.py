@@ -1,0 +1,176 @@
+"""Defects planted in the CPU kernels, one at a time: a sanitizer or a test finds each, and nothing without it.
+
+Only the file that holds a defect is compiled again (tests/support/sanitizers).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import sanitizers
+from tests.support.cpu_levels import needs_cpu_backend
+from tests.support.sanitizers import ADDRESS, THREAD, Edit, Outcome, Preloaded, Variant
+from tests.support.sanitizers.judging import assert_clean, lack_of
+
+REASON = sanitizers.missing()
+pytestmark = [needs_cpu_backend, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+EXAMPLES = 8
+TIMEOUT = 300
+
+BACKEND = "tests/backends/test_cpu_backend.py"
+DETERMINISM = "tests/backends/test_cpu_determinism.py"
+EXPERTS = "tests/backends/test_cpu_experts.py"
+MISUSE = "tests/backends/test_cpu_misuse.py"
+THREADS = "tests/backends/test_cpu_threads.py"
+
+LINEAR = "tests/test_ops.py::test_linear[{}-cpu]"
+EXPERTS_THREADS = f"{EXPERTS}::test_bits_do_not_depend_on_the_number_of_threads[avx2-w8a8-torch.bfloat16]"
+TWO_THREADS = f"{THREADS}::test_several_python_threads_share_a_weight[avx2]"
+
+DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
+    "a read behind the codes": (
+        ADDRESS,
+        Edit("portable.cpp", "quad < (length + 3) / 4; ++quad", "quad < (length + 3) / 4 + 1; ++quad"),
+        f"{BACKEND}::test_linear_of_ragged_edges[portable-widths3-390-6-w8a16]",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "a write behind the result": (
+        ADDRESS,
+        Edit("linear.cpp", "group_value, codes + row * k + start);", "group_value, codes + row * k + start + 1);"),
+        f"{BACKEND}::test_quantizes_halfway_cases[avx2-dtype0]",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "a tile load behind the activations": (
+        ADDRESS,
+        Edit(
+            "prepare.cpp",
+            "rows < kTileRows ? rows : round_up(rows, kTileRows)",
+            "rows",
+        ),
+        f"{BACKEND}::test_linear_of_ragged_edges[amx-widths0-1-19-w8a16]",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "a signed overflow": (
+        ADDRESS,
+        Edit(
+            "operators.cpp",
+            "const std::int64_t blocks = ceil_div(k, block_k);",
+            "const std::int64_t blocks = (k + block_k - 1) / block_k;",
+        ),
+        f"{MISUSE}::test_sizes_that_overflow",
+        "runtime error: signed integer overflow",
+    ),
+    "a misaligned load": (
+        ADDRESS,
+        Edit(
+            "pack.cpp",
+            "std::uint32_t quad;\n  std::memcpy(&quad, row, sizeof quad);\n  return quad;",
+            "return *reinterpret_cast<const std::uint32_t*>(row);",
+        ),
+        f"{MISUSE}::test_addresses_need_not_be_multiples_of_anything",
+        "runtime error: load of misaligned address",
+    ),
+    "scratch memory shared by the threads of a call": (
+        THREAD,
+        Edit("linear.cpp", "thread_local Scratch kernel_memory;", "Scratch kernel_memory;"),
+        LINEAR.format("w8a8"),
+        "ThreadSanitizer: data race",
+    ),
+    "scratch memory shared by callers": (
+        THREAD,
+        Edit("linear.cpp", "thread_local Scratch prepared_memory;", "Scratch prepared_memory;"),
+        TWO_THREADS,
+        "ThreadSanitizer: data race",
+    ),
+    "a sum without its atomic": (
+        THREAD,
+        Edit(
+            "read.cpp",
+            "all.fetch_xor(sum, std::memory_order_relaxed);",
+            "reinterpret_cast<std::uint64_t&>(all) ^= sum;",
+        ),
+        f"{MISUSE}::test_good_arguments_are_accepted[cpu_read]",
+        "ThreadSanitizer: data race",
+    ),
+    "rows of experts beyond their share": (
+        ADDRESS,
+        Edit("experts.cpp", "capacity_of(share.rows * terms)", "capacity_of(share.rows * terms) - 1"),
+        f"{EXPERTS}::test_layer_of_any_shape[avx2-w8a8]",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "panels of experts that nobody looked at": (
+        ADDRESS,
+        Edit("expert_operators.cpp", '    require_same_panels(w2, expert, "w2_");\n', ""),
+        f"{MISUSE}::test_panel_tables_of_experts_that_lie[{2**31 - 1}-0-w2_panels]",
+        "AddressSanitizer",
+    ),
+    "memory of a task shared by the threads of a layer": (
+        THREAD,
+        Edit("experts.cpp", "thread_local Scratch task_memory;", "Scratch task_memory;"),
+        EXPERTS_THREADS,
+        "ThreadSanitizer: data race",
+    ),
+    "a task taken by two threads": (
+        THREAD,
+        Edit("experts.cpp", "next.fetch_add(1, std::memory_order_relaxed)", "reinterpret_cast<std::int64_t&>(next)++"),
+        EXPERTS_THREADS,
+        "ThreadSanitizer: data race",
+    ),
+    "a path chosen for each expert": (
+        ADDRESS,
+        Edit("experts.cpp", "    if (!kernels.paths_agree) return batch_path;\n", ""),
+        f"{EXPERTS}::test_bits_change_at_the_stated_limit_and_nowhere_else[amx-w8a8]",
+        "AssertionError",
+    ),
+    "a path chosen for each pass of a batch": (
+        ADDRESS,
+        Edit(
+            "linear.cpp",
+            "linear_pass(kernels, path, part,",
+            "linear_pass(kernels, part.rows * terms <= kernels.register_rows ? Path::registers : path, part,",
+        ),
+        f"{DETERMINISM}::test_bits_change_at_the_stated_limit_and_nowhere_else[amx-w8a8-torch.bfloat16]",
+        "AssertionError: first and last row of 513",
+    ),
+}
+"""Each with a test that passes without it, and what the sanitizer or the test must say with it."""
+
+
+Run = Callable[[Variant, list[str], Path], Outcome]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Builds a variant and runs tests against it; those of one sanitizer in forks of one process."""
+    with contextlib.ExitStack() as ended:
+        waiting: dict[str, Preloaded] = {}
+
+        def of(variant: Variant, tests: list[str], folder: Path) -> Outcome:
+            library = sanitizers.build(variant)
+            if variant.runtime not in waiting:
+                waiting[variant.runtime] = Preloaded(variant)
+                ended.callback(waiting[variant.runtime].close)
+            process = waiting[variant.runtime]
+            return process.run_tests(library, tests, folder, examples=EXAMPLES, capped=False, timeout=TIMEOUT)
+
+        yield of
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_planted_defects_are_found(run: Run, defect: str, tmp_path: Path) -> None:
+    variant, edit, test, said = DEFECTS[defect]
+    outcome = run(variant.with_edits(edit), [test], tmp_path)
+    if reason := lack_of(outcome):
+        pytest.skip(f"not looked for: its test is skipped here, since {reason}")
+    assert outcome.status != 0 and said in outcome.output, outcome.output[-6000:]
+
+
+@pytest.mark.parametrize("variant", [ADDRESS, THREAD], ids=lambda variant: variant.name)
+def test_planted_defects_are_all_that_fails(run: Run, variant: Variant, tmp_path: Path) -> None:
+    tests = list(dict.fromkeys(test for which, _, test, _ in DEFECTS.values() if which is variant))
+    assert_clean(run(variant, tests, tmp_path), len(tests))
