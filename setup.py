@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import setuptools
@@ -75,7 +76,9 @@ def native_libraries() -> list[Extension]:
 
 
 def cpu_library() -> Extension:
-    sources = sorted(str(path) for path in CPU.glob("*.cpp") if is_compiled(path.name))
+    paths = (path for path in CPU.glob("*.cpp") if is_compiled(path.name))
+    # Files of an instruction set take longest, and are begun first.
+    sources = [str(path) for path in sorted(paths, key=lambda path: (path.name not in of_one_isa(), path.name))]
     return Extension("qwen3_fp8_ascend._cpu", sources, depends=sorted(str(path) for path in CPU.glob("*.h")))
 
 
@@ -84,8 +87,13 @@ def is_compiled(name: str) -> bool:
     return all(name not in files for machine, files in ISA_FLAGS.items() if machine != target_architecture())
 
 
+def of_one_isa() -> dict[str, list[str]]:
+    """The files of the target's instruction sets, with the flags that each needs."""
+    return ISA_FLAGS.get(target_architecture(), {})
+
+
 def flags_of(source: str) -> list[str]:
-    return [*COMMON_FLAGS, *ISA_FLAGS.get(target_architecture(), {}).get(Path(source).name, [])]
+    return [*COMMON_FLAGS, *of_one_isa().get(Path(source).name, [])]
 
 
 def architecture_of(machine: str) -> str:
@@ -108,6 +116,12 @@ def target_architecture() -> str:
 
 def is_cross_compiling() -> bool:
     return target_architecture() != architecture_of(platform.machine())
+
+
+def compile_jobs() -> int:
+    """How many files are compiled at a time: MAX_JOBS, as for torch's and vLLM's own builds, or a file each core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(os.environ.get("MAX_JOBS") or cores)
 
 
 def torch_folder() -> Path:
@@ -183,9 +197,9 @@ class BuildLibraries(build_ext):
                 compiler_so_cxx=[*cxx(), "-fPIC", *shlex.split(os.environ.get("CXXFLAGS", ""))],
                 linker_so_cxx=[*cxx(), "-shared", *shlex.split(os.environ.get("LDFLAGS", ""))],
             )
-        objects = []
-        for source in ext.sources:
-            objects += compiler.compile(
+
+        def compiled(source: str) -> list[str]:
+            return compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 include_dirs=[],
@@ -193,6 +207,10 @@ class BuildLibraries(build_ext):
                 extra_postargs=["-isystem", str(torch / "include"), *flags_of(source)],
                 depends=ext.depends,
             )
+
+        os.makedirs(os.path.join(self.build_temp, CPU), exist_ok=True)  # older setuptools: two threads may not
+        with ThreadPoolExecutor(self.parallel or compile_jobs()) as pool:  # after an error no further file is begun
+            objects = [one for made in pool.map(compiled, ext.sources) for one in made]
         library = self.get_ext_fullpath(ext.name)
         linked = os.path.join(self.build_temp, os.path.basename(library))
         compiler.link_shared_object(

@@ -134,11 +134,6 @@ def distances(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:
     return np.array([distance(one, other) for one, other in zip(a, b, strict=True)])
 
 
-def test_heads_that_cannot_be_divided_stop_the_server_with_the_reason(start: Start, smollm2: Path) -> None:
-    with pytest.raises(BlockFp8Error, match=r"attention heads \(9\) must be divisible by tensor parallel size \(2\)"):
-        start(smollm2, *ASCEND, EAGER, "--tensor-parallel-size", "2", **TWO_CORES)
-
-
 @pytest.mark.long
 def test_eager_pipeline_stages_stop_the_server_with_the_reason(start: Start, tiny_qwen3: Path) -> None:
     """Otherwise vLLM says that it is healthy and dies of the first request."""

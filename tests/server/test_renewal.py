@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
-from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.serving import Server, serve, serving_environment
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
 from tests.support.logprobs import distance, prompt_logprobs
@@ -110,11 +109,6 @@ def test_bad_weights_are_refused_by_name_and_never_served(server: Server, other_
     assert name in refused.text
     body = {"model": server.model, "prompt": "Hello", "max_tokens": 1}
     assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 500
-
-
-def test_sleep_mode_is_refused_at_the_start(start: Start, tiny_qwen3: Path) -> None:
-    with pytest.raises(BlockFp8Error, match="Sleep mode is not supported on current platform"):
-        start(tiny_qwen3, *ASCEND, EAGER, "--enable-sleep-mode")
 
 
 @pytest.mark.long

@@ -1,6 +1,6 @@
-"""Several models through vLLM's offline engine, one after the other in one process: no server, vLLM imported once.
+"""Several models through vLLM's offline engine, one after the other in one process: no server.
 
-`python -m tests.support.offline RUNS.json OUTPUT.json` is the process; `answers` starts it.
+`python -m tests.support.offline RUNS.json OUTPUT.json` is the process; `answers` forks it from one that has vLLM.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import functools
 import gc
 import hashlib
 import json
-import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from qwen3_fp8_ascend.serving import serving_environment
+from tests.support import preloaded
 from tests.support.cpu_speculation import use_native_kernels
 from tests.support.logprobs import TEXTS
 
-ROOT = Path(__file__).parent.parent.parent
 BUCKET = 7
 """Tensors that are pushed together."""
 TOKENS = 12
@@ -78,13 +77,9 @@ def answers(runs: Sequence[Run], folder: Path, timeout: float = 600, **environme
     """
     given, made, log = (folder / name for name in ("runs.json", "answers.json", "offline.log"))
     given.write_text(json.dumps([asdict(run) for run in runs]))
-    command = [sys.executable, "-m", "tests.support.offline", str(given), str(made)]
     inherited = serving_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", **environment)
-    with log.open("w") as file:
-        done = subprocess.run(
-            command, cwd=ROOT, env=inherited, stdout=file, stderr=subprocess.STDOUT, timeout=timeout, check=False
-        )
-    assert done.returncode == 0, log.read_text()[-4000:]
+    status = preloaded.run(__name__, str(given), str(made), environment=inherited, log=log, timeout=timeout)
+    assert status == 0, log.read_text()[-4000:]
     return [Answer(**one | {"logprobs": np.array(one["logprobs"])}) for one in json.loads(made.read_text())]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -35,6 +36,13 @@ MOE = {
     "mlp_only_layers": [],
 }
 
+
+ONE_RELEASE = "0.30.0rc2"
+once = pytest.mark.skipif(
+    MISSING is None and importlib.metadata.version("vllm-ascend") != ONE_RELEASE,
+    reason=f"torch-npu and this package alone, whatever the release: run beside vLLM-Ascend {ONE_RELEASE}",
+)
+"""For what has nothing of vLLM-Ascend in it: beside one of the releases that `make test-vllm-ascend` goes through."""
 
 FIGURES: list[str] = []
 """Lines that tests have to show, printed at the end whether output is captured or not."""

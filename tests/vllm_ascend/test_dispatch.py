@@ -29,7 +29,7 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.testing.experts import ExpertsProblem, random_experts
 from qwen3_fp8_ascend.vllm_plugin import ascend_schemes
 
-from .test_experts import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, Layer, layer, unpermute  # noqa: F401
+from .expert_layer import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, Layer, loaded_layer, unpermute  # noqa: F401
 
 RANKS = 2
 LOCAL = EXPERTS // RANKS
@@ -202,7 +202,7 @@ class Served:
 
 
 @pytest.fixture
-def served(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:  # noqa: F811
+def served(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     hub = Hub()
     problems = tuple(random_experts(m, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE, seed=m) for m in TOKENS)
     mc2 = Mc2(hub)

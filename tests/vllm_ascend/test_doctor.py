@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from .conftest import once
+
+pytestmark = once
+
 
 def doctor(*options: str, **variables: str) -> tuple[int, dict[str, Any]]:
     """Exit code and report of a process that finds none of the stand-ins for CANN's libraries."""

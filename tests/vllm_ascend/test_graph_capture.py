@@ -21,7 +21,9 @@ from qwen3_fp8_ascend.format import Activation, BlockGrid
 from tests.ascendc.test_backend import schemas  # noqa: F401
 from tests.support.npu_graph import FP8_VIEWS, Capture, GraphFault, falls_back_to_the_host
 
-from .conftest import NPU, Chip
+from .conftest import NPU, Chip, once
+
+pytestmark = once
 
 ROWS = (1, 16, 64, 65, 512)
 """On both sides of the hand-over from the fused kernels to the scratch."""

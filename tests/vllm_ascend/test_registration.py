@@ -70,42 +70,61 @@ def test_our_config_extends_theirs() -> None:
     assert issubclass(AscendConfig, AscendModelSlimConfig)
 
 
-def report_from_process(order: str, ours_first: bool, pickled: bytes, sender: Any) -> None:
-    """What a fresh process thinks `ascend` is: a spawned process inherits nothing but its arguments."""
+ORDERS = ("plugins, platform, plugins", "platform, plugins, platform")
+
+
+def report_from_process(pickled: bytes, sender: Any) -> None:
+    """What fresh processes think `ascend` is: a spawned process inherits nothing but its arguments.
+
+    It has imported vLLM and registered nothing; a fork of it stands for a process of each order.
+    """
+    fork = multiprocessing.get_context("fork")
+    for order in ORDERS:
+        for ours_first in (True, False):
+            arguments = (order, ours_first, pickled, sender)
+            process = fork.Process(target=report_from_order, args=arguments, daemon=True)
+            process.start()
+            process.join(120)
+            if process.exitcode != 0:
+                sys.exit(f"{order}, ours {'first' if ours_first else 'last'}: exit code {process.exitcode}")
+
+
+def report_from_order(order: str, ours_first: bool, pickled: bytes, sender: Any) -> None:
     found = importlib.metadata.entry_points
 
     def ordered(**selection: str) -> list[importlib.metadata.EntryPoint]:
         return sorted(found(**selection), key=lambda entry: (entry.name == "qwen3_fp8_ascend") != ours_first)
 
     importlib.metadata.entry_points = ordered  # type: ignore[assignment]
+    from vllm import plugins
     from vllm.platforms import current_platform
-    from vllm.plugins import load_general_plugins
 
-    steps = {"plugins": load_general_plugins, "platform": current_platform.pre_register_and_update}
+    assert not plugins.plugins_loaded
+    steps = {"plugins": plugins.load_general_plugins, "platform": current_platform.pre_register_and_update}
     for step in order.split(", "):
         steps[step]()
     registered = get_quantization_config("ascend")
-    sender.send((f"{registered.__module__}.{registered.__name__}", repr(pickle.loads(pickled))))
+    sender.send((order, ours_first, f"{registered.__module__}.{registered.__name__}", repr(pickle.loads(pickled))))
 
 
-@pytest.mark.parametrize("ours_first", [True, False], ids=["ours first", "ours last"])
-@pytest.mark.parametrize("order", ["plugins, platform, plugins", "platform, plugins, platform"])
-def test_it_survives_in_spawned_processes(tmp_path: Path, order: str, ours_first: bool) -> None:
+def test_it_survives_in_spawned_processes(tmp_path: Path) -> None:
     """Whatever comes first, vLLM-Ascend's platform or the plugins, and whatever the order of their entry points."""
     folder = write_config(tmp_path / "model", quantization_config=BLOCK_FP8 | {"modules_to_not_convert": ["lm_head"]})
     config = engine_config(folder).quant_config
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=report_from_process, args=(order, ours_first, pickle.dumps(config), sender))
+    process = context.Process(target=report_from_process, args=(pickle.dumps(config), sender))
     process.start()
     sender.close()
     try:
-        registered, described = receiver.recv()
+        reports = [receiver.recv() for _ in range(2 * len(ORDERS))]
     finally:
-        process.join(120)
+        process.join(300)
     assert process.exitcode == 0
-    assert registered == "qwen3_fp8_ascend.vllm_plugin.ascend.AscendConfig"
-    assert described == repr(config) == "BlockFp8NpuConfig(block=128x128, 1 names excluded)"
+    ours = "qwen3_fp8_ascend.vllm_plugin.ascend.AscendConfig"
+    described = "BlockFp8NpuConfig(block=128x128, 1 names excluded)"
+    assert repr(config) == described
+    assert reports == [(order, first, ours, described) for order in ORDERS for first in (True, False)]
 
 
 WITNESS = """

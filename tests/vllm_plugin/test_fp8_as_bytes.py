@@ -17,7 +17,7 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.testing.judges import random_problem
 from tests.support.npu_graph import FP8_VIEWS, Watch
 
-from .test_linear_method import config, finish, load, loaded_qkv, split
+from .linear_layers import config, finish, load, loaded_qkv, split
 
 
 @pytest.fixture(params=["A2", "A3"], autouse=True)

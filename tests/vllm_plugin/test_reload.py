@@ -15,7 +15,7 @@ from vllm.model_executor.model_loader.reload import (
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem
 
-from .test_linear_method import config, finish, load, qkv_layer, split
+from .linear_layers import config, finish, load, qkv_layer, split
 
 MODEL = SimpleNamespace(dtype=torch.bfloat16)
 
