@@ -12,7 +12,7 @@ thread count, all implementations in turn in one process (`testing.timing`); med
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,48 +62,75 @@ def bench(
         raise typer.Exit(2) from error
     if isa is not None:
         cpu.set_isa(isa)
-    batches = rows or list(ROWS)
     counts = (threads or sorted({1, torch.get_num_threads()})) if device == "cpu" else [1]
-    shapes = {name: size for name, size in MODELS[model].items() if not shape or name in shape}
     limit = "read" if device == "cpu" else "copy"
     contenders = _contenders(here, first, isa, only and {OURS, limit, PEAK, *only})
+    sweep = Sweep(here, contenders, rows or list(ROWS), counts, seconds, limit)
     chosen = {"isa": cpu.isa()} if device == "cpu" else {}
     facts = provenance() | {"model": model, "device": here.name, "backend": first} | chosen
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
-    found: list[dict[str, Any]] = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(shapes) * len(batches) * len(counts))
-        for name, (n, k) in shapes.items():
-            problem = random_problem(max(batches), (n,), k)
-            there = problem.to(here.place)
-            rotated = max(140_000_000, 2 * cache_bytes(here))
-            weights = Weights(there.weight, there.scale, rotated, here)
-            prepared = {}
-            for contender in contenders:
-                progress.update(task, description=f"{name}: laying out {contender.name}")
-                prepared[contender.name] = contender.prepare(weights)
-            for m in batches:
-                x = there.x[:m].contiguous()
-                timed, reasons = able(prepared, x, {c.name for c in contenders if c.backend})
-                for peer_name, reason in reasons.items():
-                    progress.console.print(f"{name}, m = {m}: {peer_name} is left out: {reason}", markup=False)
-                timed_here = [c for c in contenders if c.name in timed]
-                errors = {c.name: _error(problem, x, timed[c.name], c) for c in timed_here if c.backend}
-                for count in counts:
-                    progress.update(task, description=f"{name} m={m} threads={count}")
-                    torch.set_num_threads(count)
-                    timings = interleave(timed, seconds=seconds, device=here)
-                    where = {"layer": name, "n": n, "k": k, "m": m, "threads": count}
-                    found += [_row(contender, timings, errors, limit) | where for contender in timed_here]
-                    torch.set_num_threads(max(counts))
-                    progress.advance(task)
-            del prepared, weights
-    frame = _frame(found, facts)
+    shapes = {name: size for name, size in MODELS[model].items() if not shape or name in shape}
+    frame = _frame(_measure(sweep, shapes), facts)
     kind = "linear" if device == "cpu" else f"linear-{device}"
     path = output or RESULTS / f"{kind}-{model}-{datetime.now():%Y%m%d-%H%M}.csv"
     _write(frame, path)
     _print(frame)
     console.print(f"wrote {path}", highlight=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What is timed for each layer: every contender, at each batch and thread count, `seconds` a round."""
+
+    device: Device
+    contenders: list[Peer]
+    batches: list[int]
+    threads: list[int]
+    seconds: float
+    limit: str
+
+
+def _measure(sweep: Sweep, shapes: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    """Rows of all layers."""
+    found: list[dict[str, Any]] = []
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(shapes) * len(sweep.batches) * len(sweep.threads))
+
+        def say(doing: str, advance: int = 0) -> None:
+            progress.update(task, description=doing, advance=advance)
+
+        for name, (n, k) in shapes.items():
+            found += _measure_layer(sweep, name, n, k, say)
+    return found
+
+
+def _measure_layer(sweep: Sweep, name: str, n: int, k: int, say: Callable[..., None]) -> list[dict[str, Any]]:
+    """Rows of one layer; its packed weights are gone when this returns."""
+    here = sweep.device
+    problem = random_problem(max(sweep.batches), (n,), k)
+    there = problem.to(here.place)
+    weights = Weights(there.weight, there.scale, max(140_000_000, 2 * cache_bytes(here)), here)
+    prepared = {}
+    for contender in sweep.contenders:
+        say(f"{name}: laying out {contender.name}")
+        prepared[contender.name] = contender.prepare(weights)
+    found = []
+    for m in sweep.batches:
+        x = there.x[:m].contiguous()
+        timed, reasons = able(prepared, x, {c.name for c in sweep.contenders if c.backend})
+        for left_out, reason in reasons.items():
+            console.print(f"{name}, m = {m}: {left_out} is left out: {reason}", markup=False)
+        timed_here = [c for c in sweep.contenders if c.name in timed]
+        errors = {c.name: _error(problem, x, timed[c.name], c) for c in timed_here if c.backend}
+        for count in sweep.threads:
+            say(f"{name} m={m} threads={count}")
+            torch.set_num_threads(count)
+            timings = interleave(timed, seconds=sweep.seconds, device=here)
+            where = {"layer": name, "n": n, "k": k, "m": m, "threads": count}
+            found += [_row(contender, timings, errors, sweep.limit) | where for contender in timed_here]
+            torch.set_num_threads(max(sweep.threads))
+            say(f"{name} m={m} threads={count}", advance=1)
+    return found
 
 
 def _contenders(here: Device, first: str, isa: str | None, only: Collection[str] | None) -> list[Peer]:

@@ -17,9 +17,9 @@ import torch
 
 from qwen3_fp8_ascend.backends import e4m3, grouped, prefill, soc
 from qwen3_fp8_ascend.backends.operators import torch_operator
-from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
+from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight, default_block_only
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize, ceil_div
+from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, ceil_div
 
 LIBRARY = Path(__file__).parent.parent / "libqwen3_fp8_ascendc.so"
 SUPPORTED_GENERATIONS = ("A2", "A3")
@@ -133,12 +133,10 @@ def ascendc_linear(
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
-def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
-    return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, ACTIVATIONS[activation], x.dtype)
-
-
-def unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
-    return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, ACTIVATIONS[activation], torch.float32)
+def grouped_linear(
+    x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation, dtype: torch.dtype
+) -> torch.Tensor:
+    return ascendc_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, ACTIVATIONS[activation], dtype)
 
 
 @torch_operator(lambda x, codes, scales, spans, ends, n, activation, dtype: x.new_empty(x.shape[0], n, dtype=dtype))
@@ -276,12 +274,6 @@ def _decode_fault(device: torch.device) -> str | None:
     return None
 
 
-def unsupported(block: BlockSize) -> str | None:
-    if block != DEFAULT_BLOCK:
-        return f"works on blocks of {DEFAULT_BLOCK}, not of {block}"
-    return None
-
-
 def plan() -> tuple[tuple[str, str], ...]:
     return (
         ("m = 1", f"{_single_row_kernel()} kernel, exact"),
@@ -302,8 +294,7 @@ BACKEND = Backend(
     dequantize_weight=dequantize_weight,
     pack_experts=pack_experts,
     grouped_linear=grouped_linear,
-    unrounded=unrounded,
-    unsupported=unsupported,
+    unsupported=default_block_only,
     detail=lambda: soc.device_name() or "",
     plan=plan,
     max_scale=torch.finfo(torch.float32).max / DECODE_BIAS,

@@ -188,9 +188,12 @@ def pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: Bl
     return codes, scales.clone(), panels
 
 
-def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+def grouped_linear(
+    x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation, dtype: torch.dtype
+) -> torch.Tensor:
     grid = packed.grid
     quantization = QUANTIZATIONS[activation]
+    x = x.to(dtype)  # the kernel's results have x's dtype; as fp32, x has the same codes
     return _OPS.cpu_grouped_linear(x, *packed.grouped_tensors, ends, grid.n, grid.k, grid.block.k, quantization)
 
 

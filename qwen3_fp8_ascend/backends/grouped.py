@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch.nn.functional import silu
 
-from qwen3_fp8_ascend.backends.registry import PackedWeight
+from qwen3_fp8_ascend.backends.registry import GroupedLinear, PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid
 
-GroupedLinear = Callable[[torch.Tensor, PackedWeight, torch.Tensor, Activation], torch.Tensor]
 Pack = Callable[[torch.Tensor, torch.Tensor, BlockGrid], tuple[torch.Tensor, ...]]
 
 
@@ -47,20 +46,6 @@ def check_ends(ends: torch.Tensor, rows: int) -> None:
         )
 
 
-def to_fp32(
-    grouped_linear: GroupedLinear,
-    unrounded: GroupedLinear | None,
-    x: torch.Tensor,
-    packed: PackedWeight,
-    ends: torch.Tensor,
-    activation: Activation,
-) -> torch.Tensor:
-    """A grouped linear whose sums are not rounded to x.dtype: (m, n) fp32."""
-    if unrounded:
-        return unrounded(x, packed, ends, activation)
-    return grouped_linear(x.float(), packed, ends, activation)  # as fp32, x has the same codes
-
-
 def block_experts(
     grouped_linear: GroupedLinear,
     x: torch.Tensor,
@@ -69,21 +54,17 @@ def block_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: Activation,
-    unrounded: GroupedLinear | None = None,
 ) -> torch.Tensor:
-    """`reference.block_experts`. An id outside 0..E-1 adds nothing, whatever it is: to look would be to wait.
-
-    unrounded: as `Backend.unrounded`.
-    """
+    """`reference.block_experts`. An id outside 0..E-1 adds nothing, whatever it is: to look would be to wait."""
     (m, top_k), experts = topk_ids.shape, w13.groups
     flat = topk_ids.reshape(-1).long()
     chosen = (flat >= 0) & (flat < experts)
     sorted_ids, order = flat.clone().masked_fill_(~chosen, experts).sort(stable=True)
     ends = torch.searchsorted(sorted_ids, torch.arange(experts, device=x.device), right=True)
-    h = grouped_linear(x.index_select(0, order // top_k), w13, ends, activation)
+    h = grouped_linear(x.index_select(0, order // top_k), w13, ends, activation, x.dtype)
     gate, up = h.float().split(w2.k, dim=1)
     a = (silu(gate) * up).to(x.dtype)
-    down = to_fp32(grouped_linear, unrounded, a, w2, ends, activation)
+    down = grouped_linear(a, w2, ends, activation, torch.float32)
     y = torch.empty(m * top_k, w2.n, device=x.device, dtype=torch.float32)
     y.index_copy_(0, order, down)
     y = (y * topk_weights.reshape(-1, 1)).masked_fill_(~chosen[:, None], 0).view(m, top_k, w2.n)

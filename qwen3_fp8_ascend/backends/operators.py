@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from qwen3_fp8_ascend.errors import BlockFp8Error
+
 NAMESPACE = "qwen3_fp8_ascend"
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
@@ -37,3 +39,21 @@ def torch_operator(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], A
         return getattr(getattr(torch.ops, NAMESPACE), name)
 
     return register
+
+
+def check_packed(where: str, backend: str, **operands: tuple[torch.Tensor, torch.dtype, tuple[int, ...]]) -> None:
+    """Refuse operands of an operator that its backend's `pack` or `pack_experts` did not make.
+
+    operands: each tensor with the dtype and the shape that it has to have.
+    Raises:
+        BlockFp8Error: names the operand, its form and the expected one.
+    """
+    for name, (tensor, dtype, shape) in operands.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise BlockFp8Error(
+                f"{name} is not a packed weight's",
+                where=where,
+                expected=f"contiguous {dtype} {shape}",
+                got=f"{'' if tensor.is_contiguous() else 'strided '}{tensor.dtype} {tuple(tensor.shape)}",
+                fix=f"pass the tensors that ops.pack_weight(..., backend={backend!r}) made for this k",
+            )

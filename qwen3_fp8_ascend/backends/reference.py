@@ -28,10 +28,12 @@ def pack_experts(
     return torch.stack([weight.view(torch.uint8) for weight in weights]).view(torch.float8_e4m3fn), scales.clone()
 
 
-def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+def grouped_linear(
+    x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation, dtype: torch.dtype
+) -> torch.Tensor:
     weights, scales = packed.grouped_tensors
     grouped.check_ends(ends, x.shape[0])
-    return reference.grouped_linear(x, weights, scales, ends, activation=activation, grid=packed.grid)
+    return reference.grouped_linear(x.to(dtype), weights, scales, ends, activation=activation, grid=packed.grid)
 
 
 def block_experts(

@@ -67,6 +67,10 @@ class PackedWeight:
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
 
+GroupedLinear = Callable[[torch.Tensor, PackedWeight, torch.Tensor, Activation, torch.dtype], torch.Tensor]
+"""x, packed, ends, activation, dtype -> (m, n) `dtype`; as `ops.grouped_linear`."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of the block-FP8 operations.
@@ -79,7 +83,7 @@ class Backend:
     `pack_experts`, `grouped_linear` and `block_experts` are `ops`' too. A backend may have none of the three, or
     `pack_experts` with either of the others: `grouped.block_experts` makes a layer of a grouped linear.
     `pack_experts` gets the experts' weights one by one, and gives tensors with a leading dimension of experts.
-    `unrounded` is a `grouped_linear` with fp32 results for x of any dtype; without, fp32 activations ask for them.
+    `grouped_linear` is told the dtype of its results: x's, or fp32.
 
     unusable: the reason why this backend cannot run on this machine, or None.
     unsupported: the reason why it cannot serve this block size, or None.
@@ -102,12 +106,11 @@ class Backend:
     quantize_activation: Callable[[torch.Tensor, int, Activation], tuple[torch.Tensor, torch.Tensor]]
     dequantize_weight: Callable[[torch.Tensor, torch.Tensor, BlockGrid, torch.dtype], torch.Tensor]
     pack_experts: Callable[[Iterable[torch.Tensor], torch.Tensor, BlockGrid], tuple[torch.Tensor, ...]] | None = None
-    grouped_linear: Callable[[torch.Tensor, PackedWeight, torch.Tensor, Activation], torch.Tensor] | None = None
+    grouped_linear: GroupedLinear | None = None
     block_experts: (
         Callable[[torch.Tensor, PackedWeight, PackedWeight, torch.Tensor, torch.Tensor, Activation], torch.Tensor]
         | None
     ) = None
-    unrounded: Callable[[torch.Tensor, PackedWeight, torch.Tensor, Activation], torch.Tensor] | None = None
     unsupported: Callable[[BlockSize], str | None] = lambda block: None
     detail: Callable[[], str] | None = None
     by_name_only: Callable[[], str | None] = lambda: None
@@ -190,6 +193,11 @@ def usable_backends(device_type: str, slow: bool = True) -> list[Backend]:
 
 def _described(backend: Backend) -> str:
     return f"{backend.name} ({backend.detail()})" if backend.detail else backend.name
+
+
+def default_block_only(block: BlockSize) -> str | None:
+    """`Backend.unsupported` of kernels that are written for one block size."""
+    return None if block == DEFAULT_BLOCK else f"its kernels are written for blocks of {DEFAULT_BLOCK}, not {block}"
 
 
 def _objection(

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from qwen3_fp8_ascend.backends import e4m3, prefill, soc
-from qwen3_fp8_ascend.backends.operators import torch_operator
-from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
+from qwen3_fp8_ascend.backends.operators import check_packed, torch_operator
+from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight, default_block_only
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, Activation, BlockGrid, BlockSize, ceil_div
+from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, Activation, BlockGrid, ceil_div
 from qwen3_fp8_ascend.reference import row_scales
 
 _BLOCK = DEFAULT_BLOCK.k
@@ -116,7 +116,7 @@ def torch_npu_native_linear(
     Source: CANN's documentation of aclnnQuantMatmulV5, constraints of G-B quantization on Ascend 950.
     """
     _check_activation(x)
-    _check_packed(codes, scale, x.shape[1], rows=_BLOCK, where="npu_quant_matmul")
+    _check_packed("npu_quant_matmul", codes, scale, x.shape[1], _BLOCK)
     x_codes, x_scale = _native_quantize(x, codes.shape[1], activation)
     out = _operators().npu_quant_matmul(
         x_codes,
@@ -184,15 +184,11 @@ def _shards(padded: torch.Tensor, widths: Sequence[int], dim: int) -> list[torch
     return out
 
 
-def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
+def grouped_linear(
+    x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation, dtype: torch.dtype
+) -> torch.Tensor:
     return torch_npu_native_grouped_linear(
-        x, *packed.grouped_tensors, ends, list(packed.grid.widths), x.dtype, activation.value
-    )
-
-
-def unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
-    return torch_npu_native_grouped_linear(
-        x, *packed.grouped_tensors, ends, list(packed.grid.widths), torch.float32, activation.value
+        x, *packed.grouped_tensors, ends, list(packed.grid.widths), dtype, activation.value
     )
 
 
@@ -218,7 +214,7 @@ def torch_npu_native_grouped_linear(
     Source: CANN's documentation of aclnnGroupedMatmulV5, constraints of G-B quantization on Ascend 950.
     """
     _check_activation(x)
-    _check_packed(codes[0], scale[0], x.shape[1], rows=_BLOCK, where="npu_grouped_matmul")
+    _check_packed("npu_grouped_matmul", codes[0], scale[0], x.shape[1], _BLOCK)
     blocks = sum(ceil_div(width, _BLOCK) for width in widths)
     if codes.shape[:2] != (scale.shape[0], blocks * _BLOCK) or ends.shape != scale.shape[:1]:
         raise BlockFp8Error(
@@ -261,7 +257,7 @@ def torch_npu_scratch_linear(
         BlockFp8Error: operands that do not fit each other.
     Semantics: both operands are rounded to fp16 once, after normalisation (`prefill`).
     """
-    _check_packed(codes, scales, x.shape[1], rows=1, where="torch_npu_scratch_linear")
+    _check_packed("torch_npu_scratch_linear", codes, scales, x.shape[1], 1)
     rows, columns = codes.shape
     weight = prefill.scratch(rows, columns, x)
     step = max(1, DECODE_PIECE // columns)
@@ -284,19 +280,15 @@ def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid
     return (e4m3.decode(weight.view(torch.uint8)) * scales).to(dtype)
 
 
-def _check_packed(codes: torch.Tensor, scale: torch.Tensor, k: int, *, rows: int, where: str) -> None:
+def _check_packed(where: str, codes: torch.Tensor, scale: torch.Tensor, k: int, rows: int) -> None:
     """Refuse operands that `pack` did not make for this k, by shapes and dtypes alone; a scale covers `rows` rows."""
     blocks = ceil_div(k, _BLOCK)
-    shapes = {"codes": (scale.shape[0] * rows, blocks * _BLOCK), "scale": (scale.shape[0], blocks)}
-    for (what, shape), tensor, dtype in zip(shapes.items(), (codes, scale), (torch.uint8, torch.float32), strict=True):
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
-            raise BlockFp8Error(
-                f"the {what} are not a packed weight's",
-                where=where,
-                expected=f"contiguous {dtype} {shape}",
-                got=f"{'' if tensor.is_contiguous() else 'strided '}{tensor.dtype} {tuple(tensor.shape)}",
-                fix=f"pass the tensors of ops.pack_weight(..., backend='torch_npu') for k = {k}",
-            )
+    check_packed(
+        where,
+        "torch_npu",
+        codes=(codes, torch.uint8, (scale.shape[0] * rows, blocks * _BLOCK)),
+        scale=(scale, torch.float32, (scale.shape[0], blocks)),
+    )
 
 
 def _check_activation(x: torch.Tensor) -> None:
@@ -307,12 +299,6 @@ def _check_activation(x: torch.Tensor) -> None:
             got=x.dtype,
             fix="serve with --dtype bfloat16, or choose the backend `triton`",
         )
-
-
-def unsupported(block: BlockSize) -> str | None:
-    if block != DEFAULT_BLOCK:
-        return f"torch_npu's operators are used with blocks of {DEFAULT_BLOCK}, not of {block}"
-    return None
 
 
 def by_name_only() -> str | None:
@@ -339,8 +325,7 @@ BACKEND = Backend(
     dequantize_weight=dequantize_weight,
     pack_experts=pack_experts,
     grouped_linear=grouped_linear,
-    unrounded=unrounded,
-    unsupported=unsupported,
+    unsupported=default_block_only,
     detail=lambda: soc.device_name() or "",
     by_name_only=by_name_only,
     layout=lambda: NATIVE if _has_fp8_matmul() else SCRATCH,

@@ -127,12 +127,10 @@ def grouped_linear(
     if backend.grouped_linear is None:
         raise BlockFp8Error(f"the backend {packed.backend!r} has no grouped linear", fix="use block_experts")
     refuse_gradients("grouped_linear", x)
+    dtype = torch.float32 if unrounded else x.dtype
     if not (x.shape[0] and packed.n and packed.k):
-        return x.new_zeros(x.shape[0], packed.n, dtype=torch.float32 if unrounded else x.dtype)
-    operands = as_rows(x), packed, ends.contiguous(), activation
-    if unrounded:
-        return grouped.to_fp32(backend.grouped_linear, backend.unrounded, *operands)
-    return backend.grouped_linear(*operands)
+        return x.new_zeros(x.shape[0], packed.n, dtype=dtype)
+    return backend.grouped_linear(as_rows(x), packed, ends.contiguous(), activation, dtype)
 
 
 def block_experts(
@@ -183,4 +181,4 @@ def block_experts(
     if backend.block_experts is not None:
         return backend.block_experts(*operands)
     assert backend.grouped_linear is not None
-    return grouped.block_experts(backend.grouped_linear, *operands, backend.unrounded)
+    return grouped.block_experts(backend.grouped_linear, *operands)

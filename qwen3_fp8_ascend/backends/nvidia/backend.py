@@ -6,20 +6,14 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from qwen3_fp8_ascend.backends import grouped
+from qwen3_fp8_ascend.backends import grouped, operators
 from qwen3_fp8_ascend.backends.nvidia import launch
 from qwen3_fp8_ascend.backends.nvidia.device import INTERPRETED, check_current, chip_of, unusable
 from qwen3_fp8_ascend.backends.nvidia.launch import BLOCK
 from qwen3_fp8_ascend.backends.operators import torch_operator
-from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
+from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight, default_block_only
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize, ceil_div
-
-
-def unsupported(block: BlockSize) -> str | None:
-    if block != DEFAULT_BLOCK:
-        return f"its kernels are written for blocks of {DEFAULT_BLOCK}, not {block}"
-    return None
+from qwen3_fp8_ascend.format import Activation, BlockGrid, ceil_div
 
 
 def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
@@ -45,20 +39,13 @@ def check_packed(
         BlockFp8Error: names the tensor, its form and the expected one.
     """
     n, scale_rows, k_blocks = codes.shape[-2], w_scale.shape[-2], ceil_div(k, BLOCK)
-    expected = {
-        "codes": (codes, torch.uint8, (*groups, n, k_blocks * BLOCK)),
-        "w_scale": (w_scale, torch.float32, (*groups, scale_rows, k_blocks)),
-        "spans": (spans, torch.int32, (scale_rows, 2)),
-    }
-    for what, (tensor, dtype, shape) in expected.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise BlockFp8Error(
-                f"{what} is not a packed weight's",
-                where=where,
-                expected=f"contiguous {dtype} {shape}",
-                got=f"{'' if tensor.is_contiguous() else 'strided '}{tensor.dtype} {tuple(tensor.shape)}",
-                fix="pass the tensors of ops.pack_weight(..., backend='nvidia') for this k",
-            )
+    operators.check_packed(
+        where,
+        "nvidia",
+        codes=(codes, torch.uint8, (*groups, n, k_blocks * BLOCK)),
+        w_scale=(w_scale, torch.float32, (*groups, scale_rows, k_blocks)),
+        spans=(spans, torch.int32, (scale_rows, 2)),
+    )
 
 
 def _fake_quantize(x: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,7 +87,7 @@ def nvidia_dequantize_weight(
 
 
 def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid, dtype: torch.dtype) -> torch.Tensor:
-    if reason := unsupported(grid.block):
+    if reason := default_block_only(grid.block):
         raise BlockFp8Error("the backend 'nvidia' cannot dequantize this weight", got=reason)
     out: torch.Tensor = nvidia_dequantize_weight(weight.view(torch.uint8), scale, grid.widths, dtype)
     return out
@@ -175,19 +162,11 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, act
     return nvidia_block_linear(x, *packed.tensors, activation.value, bias)
 
 
-def _grouped(
+def grouped_linear(
     x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation, dtype: torch.dtype
 ) -> torch.Tensor:
     codes, w_scale, spans = packed.grouped_tensors
     return nvidia_block_grouped_linear(x, codes, w_scale, spans[0], ends, activation.value, dtype)
-
-
-def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
-    return _grouped(x, packed, ends, activation, x.dtype)
-
-
-def unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
-    return _grouped(x, packed, ends, activation, torch.float32)
 
 
 def detail() -> str:
@@ -208,8 +187,7 @@ BACKEND = Backend(
     dequantize_weight=dequantize_weight,
     pack_experts=pack_experts,
     grouped_linear=grouped_linear,
-    unrounded=unrounded,
-    unsupported=unsupported,
+    unsupported=default_block_only,
     detail=detail,
     plan=lambda: (("any", "fused kernel, exact"),),
 )

@@ -8,8 +8,8 @@ import torch
 
 from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.backends import grouped, prefill
-from qwen3_fp8_ascend.backends.operators import torch_operator
-from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
+from qwen3_fp8_ascend.backends.operators import check_packed, torch_operator
+from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight, default_block_only
 from qwen3_fp8_ascend.backends.triton.device import (
     INTERPRETED,
     chip_of,
@@ -35,8 +35,7 @@ from qwen3_fp8_ascend.backends.triton.launch import (
     launch_packed_dequantize,
     quantize_activation,
 )
-from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize, ceil_div
+from qwen3_fp8_ascend.format import Activation, BlockGrid, ceil_div
 from qwen3_fp8_ascend.triton_kernels.configuration import (
     N_ALIGNMENT,
     check_index_range,
@@ -51,12 +50,6 @@ HAND_OVER_ROWS = 64
 """On an NPU, most rows of x for the fused kernel. From 64 rows on the prediction for it is slower than the stock BF16
 product (docs/triton.md), since partial products cross L2 with the rows, while the scratch costs one decode. Of
 experts, so many on average."""
-
-
-def unsupported(block: BlockSize) -> str | None:
-    if block != DEFAULT_BLOCK:
-        return f"its kernels are written for blocks of {DEFAULT_BLOCK}, not {block}"
-    return None
 
 
 def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
@@ -86,20 +79,13 @@ def _check_packed(
     lanes: torch.Tensor, w_scale: torch.Tensor, k: int, groups: tuple[int, ...] = (), where: str = "triton_block_linear"
 ) -> None:
     """Refuse operands of the operator that `pack`, or `pack_experts` for so many groups, did not make."""
-    pairs = ceil_div(k, 2 * BLOCK)
-    n = w_scale.shape[-1]
-    shapes = {"lanes": (*groups, pairs, n, BLOCK), "w_scale": (*groups, 2 * pairs, n)}
-    for (what, shape), tensor, dtype in zip(
-        shapes.items(), (lanes, w_scale), (torch.int16, torch.float32), strict=True
-    ):
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous() or n % N_ALIGNMENT:
-            raise BlockFp8Error(
-                f"{what} is not a packed weight's",
-                where=where,
-                expected=f"contiguous {dtype} {shape}, rows a multiple of {N_ALIGNMENT}",
-                got=f"{'' if tensor.is_contiguous() else 'strided '}{tensor.dtype} {tuple(tensor.shape)}",
-                fix="pass the tensors of ops.pack_weight(..., backend='triton') for this k",
-            )
+    pairs, n = ceil_div(k, 2 * BLOCK), ceil_div(w_scale.shape[-1], N_ALIGNMENT) * N_ALIGNMENT
+    check_packed(
+        where,
+        "triton",
+        lanes=(lanes, torch.int16, (*groups, pairs, n, BLOCK)),
+        w_scale=(w_scale, torch.float32, (*groups, 2 * pairs, n)),
+    )
 
 
 def through_scratch(
@@ -244,12 +230,10 @@ def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, act
     return triton_block_linear(x, *packed.tensors, packed.n, activation.value, bias)
 
 
-def grouped_linear(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
-    return triton_block_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, activation.value, x.dtype)
-
-
-def unrounded(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation) -> torch.Tensor:
-    return triton_block_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, activation.value, torch.float32)
+def grouped_linear(
+    x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, activation: Activation, dtype: torch.dtype
+) -> torch.Tensor:
+    return triton_block_grouped_linear(x, *packed.grouped_tensors, ends, packed.n, activation.value, dtype)
 
 
 def plan() -> tuple[tuple[str, str], ...]:
@@ -273,7 +257,6 @@ BACKEND = Backend(
     dequantize_weight=dequantize_weight,
     pack_experts=pack_experts,
     grouped_linear=grouped_linear,
-    unrounded=unrounded,
-    unsupported=unsupported,
+    unsupported=default_block_only,
     plan=plan,
 )

@@ -167,11 +167,13 @@ def _in_bf16(problem: ExpertsProblem) -> tuple[PackedWeight, PackedWeight]:
 def _bf16(expanded: list[tuple[PackedWeight, PackedWeight]], few: ExpertsProblem) -> Contender:
     """The same layer around torch's grouped product."""
 
-    def product(x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, _: Activation) -> torch.Tensor:
+    def product(
+        x: torch.Tensor, packed: PackedWeight, ends: torch.Tensor, _: Activation, dtype: torch.dtype
+    ) -> torch.Tensor:
         out: torch.Tensor = torch.nn.functional.grouped_mm(
             x.to(torch.bfloat16), packed.tensors[0].transpose(1, 2), offs=ends.to(torch.int32)
         )
-        return out.to(x.dtype)
+        return out.to(dtype)
 
     return lambda number: grouped.block_experts(
         product, few.x, *expanded[number % len(expanded)], few.topk_weights, few.topk_ids, Activation.W8A16
