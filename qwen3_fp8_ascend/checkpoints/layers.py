@@ -16,6 +16,12 @@ ENCODER_WORDS = ("vision", "visual", "audio", "image", "encoder")
 UNQUANTIZED_WORDS = ("norm", "embed", "router", "conv")
 """Part of the names of modules whose 2-D weights are no linear layers, or too delicate for 8 bits."""
 
+MTP_WORDS = ("eh_proj", "shared_head")
+"""Modules around the decoder layer for multi-token prediction, which releases keep in bf16 and vLLM unquantized."""
+
+MTP_NAME = re.compile(r"(?:^|\.)mtp(?:_layers)?\.")
+"""Where that layer is no number among the others: ``mtp.layers.0``, ``model.mtp_layers.0``."""
+
 ROUTER_GATES = ("gate", "shared_expert_gate")
 """Whole last names of expert routers; ``gate_proj`` is none of them."""
 
@@ -72,7 +78,7 @@ def is_decoder_linear(tensor: str, shape: tuple[int, ...]) -> bool:
     module = module_of(tensor)
     match = LAYER.match(module)
     within = match["rest"] if match else ""
-    return module.rpartition(".")[2] not in ROUTER_GATES and not _has_word(within, UNQUANTIZED_WORDS)
+    return module.rpartition(".")[2] not in ROUTER_GATES and not _has_word(within, UNQUANTIZED_WORDS + MTP_WORDS)
 
 
 def is_fused_experts(tensor: str, shape: tuple[int, ...]) -> bool:

@@ -27,6 +27,7 @@ from qwen3_fp8_ascend.checkpoints.rules import (
     find_anomalies,
     find_unused,
     is_cache_scale,
+    of_token_prediction,
 )
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
 from qwen3_fp8_ascend.errors import describe, printable
@@ -251,6 +252,16 @@ def _notes(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:
             cached[0].file,
             cached[0].name,
             got=f"{len(cached)} tensors",
+            severity="note",
+        )
+    predicting = of_token_prediction(checkpoint)
+    if predicting:
+        yield Anomaly(
+            "layers for multi-token prediction (MTP) are loaded only to speculate with them",
+            predicting[0].file,
+            predicting[0].name,
+            got=f"{len(predicting)} tensors",
+            fix="""--speculative-config '{"method": "mtp", "num_speculative_tokens": 1}'""",
             severity="note",
         )
     if config.weights_only:

@@ -9,6 +9,7 @@ from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
 from qwen3_fp8_ascend.checkpoints.folder import INDEX, SINGLE, WEIGHTS_SUFFIX, Checkpoint
 from qwen3_fp8_ascend.checkpoints.layers import (
     FUSED_SCALES,
+    MTP_NAME,
     is_decoder_linear,
     is_fused_experts,
     is_linear_weight,
@@ -164,11 +165,8 @@ def find_unused(checkpoint: Checkpoint) -> Iterator[Anomaly]:
 
 def _check_layers_present(checkpoint: Checkpoint) -> Iterator[Anomaly]:
     """Decoder layers without any tensor: what a lost file looks like when there is no index."""
-    text_config = checkpoint.config.get("text_config")
-    count = checkpoint.config.get("num_hidden_layers")
-    if count is None and isinstance(text_config, Mapping):
-        count = text_config.get("num_hidden_layers")
-    if not isinstance(count, int) or isinstance(count, bool) or len(checkpoint.files) == 0:
+    count = _layer_count(checkpoint, "num_hidden_layers")
+    if count is None or len(checkpoint.files) == 0:
         return
     present = {index for name in checkpoint.tensors if (index := layer_index(name)) is not None and index < count}
     missing = count - len(present)
@@ -181,6 +179,31 @@ def _check_layers_present(checkpoint: Checkpoint) -> Iterator[Anomaly]:
             got=f"{missing} missing, the first is layer {first}",
             fix=DOWNLOAD_AGAIN,
         )
+
+
+def _layer_count(checkpoint: Checkpoint, key: str) -> int | None:
+    """A number of layers that config.json says of the model, or of the language model within it."""
+    text_config = checkpoint.config.get("text_config")
+    count = checkpoint.config.get(key)
+    if count is None and isinstance(text_config, Mapping):
+        count = text_config.get(key)
+    return count if isinstance(count, int) and not isinstance(count, bool) else None
+
+
+def of_token_prediction(checkpoint: Checkpoint) -> list[TensorEntry]:
+    """The tensors of layers for multi-token prediction (MTP), which are loaded by who speculates with them.
+
+    Source: vLLM's ``get_spec_layer_idx_from_weight_name``; other models name them ``mtp.*`` or ``mtp_layers.*``.
+    """
+    first = _layer_count(checkpoint, "num_hidden_layers")
+    count = _layer_count(checkpoint, "num_nextn_predict_layers") or 0
+    found = []
+    for tensor in checkpoint.tensors.values():
+        index = layer_index(tensor.name)
+        beyond = first is not None and index is not None and first <= index < first + count
+        if beyond or MTP_NAME.search(tensor.name) is not None:
+            found.append(tensor)
+    return found
 
 
 def find_undeclared(checkpoint: Checkpoint) -> Iterator[Anomaly]:

@@ -23,6 +23,7 @@ from qwen3_fp8_ascend.containers import holds_fp8
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockFp8Config
 from qwen3_fp8_ascend.vllm_plugin import logger
+from qwen3_fp8_ascend.vllm_plugin.choice import serves_unasked
 from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod, projection_names
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8HeadMethod, BlockFp8LmHeadMethod
@@ -155,8 +156,10 @@ class BlockFp8AscendConfig(QuantizationConfig):
         """Accept a checkpoint with FP8 weights for ``ascend``, in any of the containers that block FP8 comes in.
 
         Per-tensor and other FP8 checkpoints are accepted too, only so that `from_config` can refuse them with
-        a reason instead of vLLM's "does not match".
+        a reason instead of vLLM's "does not match". If no method was named, what vLLM would refuse is accepted.
         """
+        if user_quant is None:
+            return "ascend" if serves_unasked(hf_quant_cfg) else None
         return "ascend" if user_quant == "ascend" and holds_fp8(hf_quant_cfg) else None
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

@@ -28,6 +28,8 @@ BUCKET = 7
 TOKENS = 12
 """How many tokens are generated after each text."""
 LOGPROBS, EMBEDDINGS, SCORES = "logprobs", "embeddings", "scores"
+MTP = "mtp"
+"""vLLM's word for speculating with a layer of the checkpoint itself."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ class Answer:
 
     logprobs: the embeddings of the texts, or the scores of all but the first for the first, of a model that is asked
         for these; it generates no tokens.
-    packed: a digest of every packed weight, by layer, on the first rank.
+    packed: a digest of every packed weight, by layer, on the first rank; of a draft model as `draft.<layer>`.
     drafted, accepted: tokens that were guessed, and that were right, where the run speculates.
+    guesses: log-probabilities under the draft model of what it guessed, where it is a part of the checkpoint (MTP).
     error: why a run that may fail has failed.
     """
 
@@ -66,6 +69,7 @@ class Answer:
     packed: dict[str, str]
     drafted: int = 0
     accepted: int = 0
+    guesses: np.ndarray = field(default_factory=lambda: np.zeros(0))
     error: str = ""
 
 
@@ -80,7 +84,10 @@ def answers(runs: Sequence[Run], folder: Path, timeout: float = 600, **environme
     inherited = serving_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", **environment)
     status = preloaded.run(__name__, str(given), str(made), environment=inherited, log=log, timeout=timeout)
     assert status == 0, log.read_text()[-4000:]
-    return [Answer(**one | {"logprobs": np.array(one["logprobs"])}) for one in json.loads(made.read_text())]
+    return [
+        Answer(**one | {key: np.array(one.get(key, [])) for key in ("logprobs", "guesses")})
+        for one in json.loads(made.read_text())
+    ]
 
 
 def main(given: str, made: str) -> None:
@@ -112,9 +119,35 @@ def ask(run: Run) -> dict[str, Any]:
     llm = LLM(run.model, **options)
     if run.push is not None:
         llm.apply_model(functools.partial(_push, run.push))
+    speculation = run.options.get("speculative_config", {})
+    if speculation.get("method") == MTP:
+        llm.collective_rpc(_watch_draft)
     made = ASK[run.asked](llm, run)
     packed, *_ = llm.apply_model(_digests)  # the first rank's
+    if speculation:
+        ((draft, guesses), *_) = llm.collective_rpc(_draft)
+        packed |= {f"draft.{name}": digest for name, digest in draft.items()}
+        made |= {"guesses": guesses}
     return made | {"packed": packed}
+
+
+def _watch_draft(worker: Any) -> None:
+    """Keep what a draft model says of each of its guesses."""
+    draft = worker.model_runner.drafter.model
+    compute, draft.guesses = draft.compute_logits, []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        logits = compute(*arguments, **options)
+        draft.guesses += logits.double().log_softmax(-1).amax(-1).tolist()
+        return logits
+
+    draft.compute_logits = watched
+
+
+def _draft(worker: Any) -> tuple[dict[str, str], list[float]]:
+    """Digests of a draft model's packed weights, and its guesses' log-probabilities if they were kept."""
+    draft = getattr(worker.model_runner.drafter, "model", None)
+    return ({}, []) if draft is None else (_digests(draft), getattr(draft, "guesses", []))
 
 
 def _ask_for_logprobs(llm: Any, run: Run) -> dict[str, Any]:

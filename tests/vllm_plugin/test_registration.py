@@ -5,7 +5,7 @@ import logging
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,47 @@ def test_a_block_fp8_checkpoint_is_accepted(tmp_path: Path) -> None:
     assert quantization.ignored_layers == ["lm_head"]
 
 
-def test_without_the_flag_vllm_behaves_as_before(tmp_path: Path) -> None:
+@pytest.fixture
+def vllm_serves(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Whether this processor has what vLLM's own kernel for block FP8 needs, whatever it is."""
+    monkeypatch.setattr("vllm._custom_ops._supports_cpu_fp8_w8a16", True)  # not in vLLM's library for AVX2
+    return lambda does: monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: does)
+
+
+Serves = Callable[[bool], None]
+
+
+def test_what_vllm_serves_itself_is_left_to_it(tmp_path: Path, vllm_serves: Serves) -> None:
+    vllm_serves(True)
     assert model_config(tmp_path, quantization=None).quantization == "fp8"
+
+
+def test_what_vllm_would_refuse_is_served_without_the_flag(
+    tmp_path: Path, vllm_serves: Serves, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm_serves(False)
+    monkeypatch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
+    caplog.set_level("INFO")
+    assert model_config(tmp_path, quantization=None).quantization == "ascend"
+    assert "as with --quantization ascend: vLLM's own kernel for it says: requires AMX tile support" in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"weight_block_size": None}, {"activation_scheme": "static"}])
+def test_other_fp8_is_left_to_vllm_without_the_flag(tmp_path: Path, vllm_serves: Serves, change: dict) -> None:
+    vllm_serves(False)
+    assert model_config(tmp_path, quantization=None, **change).quantization == "fp8"
+
+
+def test_who_names_another_method_gets_it(tmp_path: Path, vllm_serves: Serves) -> None:
+    vllm_serves(False)
+    assert model_config(tmp_path, quantization="fp8").quantization == "fp8"
+
+
+def test_a_vllm_that_cannot_be_asked_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
+
+    monkeypatch.delattr("vllm.model_executor.kernels.linear.CPUFp8BlockScaledMMKernel")
+    assert BlockFp8AscendConfig.override_quantization_method(BLOCK_FP8, None) is None
 
 
 @pytest.mark.parametrize(
@@ -84,7 +123,7 @@ def test_other_methods_are_not_taken_over(tmp_path: Path, method: str) -> None:
     from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
 
     assert BlockFp8AscendConfig.override_quantization_method({"quant_method": method}, "ascend") is None
-    assert BlockFp8AscendConfig.override_quantization_method(BLOCK_FP8, None) is None
+    assert BlockFp8AscendConfig.override_quantization_method({"quant_method": method}, None) is None
     assert BlockFp8AscendConfig.override_quantization_method(BLOCK_FP8, "fp8") is None
 
 
