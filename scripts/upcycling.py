@@ -55,23 +55,29 @@ def write_copied_experts(source: Path, folder: Path, experts: int = 4, top_k: in
     return _write(source, folder, convert, changes)
 
 
-def write_sliced_experts(source: Path, folder: Path, experts: int = 4, size: int = 256, seed: int = 0) -> Path:
-    """Write the second form of a dense bf16 checkpoint of Llama's form, as a Qwen2-MoE.
+def write_sliced_experts(
+    source: Path, folder: Path, experts: int = 4, size: int = 256, seed: int = 0, family: str = "qwen2_moe"
+) -> Path:
+    """Write the second form of a dense bf16 checkpoint of Llama's form, as a Qwen2-MoE or as a GLM-4.5.
 
     `experts` slices of `size` channels each, all of them chosen for every token; the shared expert has the rest. A
-    slice counts 1/experts and the shared expert sigmoid(0) = 1/2, so their down projections are multiplied back.
+    slice counts 1/experts and Qwen2-MoE's shared expert sigmoid(0) = 1/2, so their down projections are multiplied
+    back. GLM-4.5 ("glm4_moe") adds its shared expert as it is, and lets attention have any number of heads.
     Raises:
-        BlockFp8Error: the slices are not whole blocks, their number is no power of two, or nothing is left to share.
+        BlockFp8Error: the slices are not whole blocks, their number is no power of two, nothing is left to share, or
+            what is left is not what the family's shared expert can be.
     """
     generator = torch.Generator().manual_seed(seed)
     names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     config = json.loads((source / "config.json").read_text())
     inner = config["intermediate_size"]
     shared = inner - experts * size
-    if size % DEFAULT_BLOCK.n or experts & (experts - 1) or shared <= 0:
+    glm = family == "glm4_moe"
+    if size % DEFAULT_BLOCK.n or experts & (experts - 1) or shared <= 0 or (glm and shared % size):
         raise BlockFp8Error(
-            "these slices do not compute the dense model exactly",
-            expected=f"a power of two of them, in multiples of {DEFAULT_BLOCK.n}, below {inner} channels together",
+            f"these slices do not compute the dense model exactly as a {family}",
+            expected=f"a power of two of them, in multiples of {DEFAULT_BLOCK.n}, below {inner} channels together"
+            + ("; of GLM-4.5 the rest is some slices too" if glm else ""),
             got=f"{experts} of {size}",
         )
 
@@ -81,26 +87,44 @@ def write_sliced_experts(source: Path, folder: Path, experts: int = 4, size: int
         for expert in range(experts):
             slice_ = order[expert * size : (expert + 1) * size]
             yield from _expert(f"{layer}.mlp.experts.{expert}", names, _channels(mlp, slice_, experts))
-        yield from _expert(f"{layer}.mlp.shared_expert", names, _channels(mlp, order[experts * size :], 2))
+        rest = order[experts * size :]
         yield f"{layer}.mlp.gate.weight", torch.zeros(experts, hidden, dtype=dtype)
+        if glm:
+            yield from _expert(f"{layer}.mlp.shared_experts", names, _channels(mlp, rest))
+            yield f"{layer}.mlp.gate.e_score_correction_bias", torch.zeros(experts)
+            return
+        yield from _expert(f"{layer}.mlp.shared_expert", names, _channels(mlp, rest, 2))
         yield f"{layer}.mlp.shared_expert_gate.weight", torch.zeros(1, hidden, dtype=dtype)
         heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
         for projection, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
             yield f"{layer}.self_attn.{projection}_proj.bias", torch.zeros(count * hidden // heads, dtype=dtype)
 
-    changes = {
-        "architectures": ["Qwen2MoeForCausalLM"],
-        "model_type": "qwen2_moe",
-        "num_experts": experts,
-        "num_experts_per_tok": experts,
-        "norm_topk_prob": True,
-        "moe_intermediate_size": size,
-        "shared_expert_intermediate_size": shared,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "use_sliding_window": False,
-        "qkv_bias": True,
-    }
+    changes: dict[str, Any] = {"num_experts_per_tok": experts, "norm_topk_prob": True, "moe_intermediate_size": size}
+    if glm:
+        changes |= {
+            "architectures": ["Glm4MoeForCausalLM"],
+            "model_type": "glm4_moe",
+            "n_routed_experts": experts,
+            "n_shared_experts": shared // size,
+            "n_group": 1,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.0,
+            "first_k_dense_replace": 0,
+            "use_qk_norm": False,
+            "partial_rotary_factor": 1.0,
+            "rope_parameters": config["rope_parameters"] | {"partial_rotary_factor": 1.0},
+        }
+    else:
+        changes |= {
+            "architectures": ["Qwen2MoeForCausalLM"],
+            "model_type": "qwen2_moe",
+            "num_experts": experts,
+            "shared_expert_intermediate_size": shared,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "use_sliding_window": False,
+            "qkv_bias": True,
+        }
     return _write(source, folder, convert, changes)
 
 

@@ -5,6 +5,7 @@ Weights only (W8A16) and in fp32 unless said otherwise: quantized activations am
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,18 +16,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qwen3_fp8_ascend.backends import cpu
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
 from qwen3_fp8_ascend.evaluate.precision.prompts import all_prompts
-from scripts.upcycling import write_copied_experts
+from scripts.upcycling import write_copied_experts, write_sliced_experts
+from tests.support.cpu_levels import lacking
 from tests.support.expert_models import FAMILIES, write_experts
 from tests.support.logprobs import TEXTS, distance, prompt_logprobs
 from tests.support.noise import FALSE_ALARMS, rank_sum_probability
-from tests.support.offline import Run, answers
+from tests.support.offline import Answer, Run, answers
 from tests.support.padded_heads import write_with_more_heads
 
 from .conftest import ASCEND, EAGER, Start
-from .test_ranks import DRAWS, TWO_CORES, distances
+from .test_ranks import TWO_CORES, distances
 from .test_renewal import DEVELOPER, reload
 
 pytestmark = pytest.mark.server
@@ -146,33 +149,53 @@ def test_expert_parallel_ranks_give_what_one_process_gives(start: Start, tmp_pat
     assert refused.status_code == 500 and "holds NaN codes" in refused.text and name in refused.text
 
 
+WRITE_DIVISIBLE = {"copied": write_copied_experts, "sliced": functools.partial(write_sliced_experts, family="glm4_moe")}
+"""Each form in a family that lets attention have any number of heads; Qwen2-MoE's head size follows from it."""
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("form", WRITE_DIVISIBLE)
 def test_upcycled_smollm2_in_two_processes(
-    smollm2: Path, tmp_path: Path, logprobs_of: Callable[..., np.ndarray], mode: str
+    smollm2: Path, tmp_path: Path, logprobs_of: Callable[..., np.ndarray], form: str, mode: str
 ) -> None:
     """Experts divided among two ranks against the dense model in one; its nine heads are made twelve first."""
     original = smollm2.with_name("SmolLM2-135M-Instruct")
     padded = write_with_more_heads(original, tmp_path / "padded", heads=12, kv_heads=4)
     experts = tmp_path / "fp8"
-    quantize_checkpoint(write_copied_experts(padded, tmp_path / "experts"), experts, progress=False)
+    quantize_checkpoint(WRITE_DIVISIBLE[form](padded, tmp_path / "experts"), experts, progress=False)
     options = (*ASCEND, "--additional-config", json.dumps(SETTINGS), *((EAGER,) if mode == "eager" else ()))
     dense = logprobs_of(smollm2, *options)
     two = logprobs_of(experts, *options, *EXPERT_PARALLEL, **TWO_CORES)
-    print(f"\n{mode}, nats a token, two ranks of experts against one dense process: {distance(two, dense):.7f}")
+    print(f"\n{form}, {mode}, nats a token, two ranks of experts against one dense process: {distance(two, dense):.7f}")
     assert distance(two, dense) < NEAR
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("form", ["copied", "sliced"])
-def test_upcycled_smollm2_at_the_noise_floor(
-    smollm2: Path, smollm2_experts: dict[str, Path], text_logprobs_of: Callable[..., list[np.ndarray]], form: str
-) -> None:
-    """W8A8, where only the noise tells: how far the dense model moves when its sums are added up in other orders."""
+def test_upcycled_smollm2_at_the_noise_floor(smollm2: Path, smollm2_experts: dict[str, Path], tmp_path: Path) -> None:
+    """W8A8, where only the noise tells: how far the dense model moves when its sums are added up in other orders.
+
+    Another model stands for a fault: the dense one without quantized activations is told from noise.
+    """
     texts = all_prompts()
-    dense = text_logprobs_of(smollm2, *ASCEND, EAGER, texts=texts)
-    draws = [text_logprobs_of(smollm2, *ASCEND, EAGER, texts=texts, **change) for change in DRAWS.values()]
-    noise = np.stack([distances(draw, dense) for draw in draws], axis=1)
-    moved = distances(text_logprobs_of(smollm2_experts[form], *ASCEND, EAGER, texts=texts), dense)
-    print(f"\n{form}, nats a token: {moved.mean():.4f}; noise {noise.mean(axis=0)}")
-    assert rank_sum_probability(moved, noise) > FALSE_ALARMS
+
+    def run(model: Path, options: dict[str, Any] = W8A8, **changes: Any) -> Run:
+        return Run(str(model), options, texts=texts, **changes)
+
+    isas = [isa for isa in cpu.ISAS if lacking(isa) is None and isa != cpu.isa()]
+    runs = [run(smollm2), run(smollm2, W8A16), *(run(model) for model in smollm2_experts.values())]
+    dense, fault, *moved = answers([*runs, *(run(smollm2, isa=isa) for isa in isas)], tmp_path, timeout=1500)
+    draws = moved[len(smollm2_experts) :] + answers(
+        [run(smollm2)], tmp_path, timeout=1500, QWEN3_FP8_ASCEND_BACKEND="reference"
+    )
+
+    def from_dense(answer: Answer) -> np.ndarray:
+        return distances(*(np.split(a.logprobs, np.cumsum(a.counts)[:-1]) for a in (answer, dense)))
+
+    noise = np.stack([from_dense(draw) for draw in draws], axis=1)
+    print(f"\nnats a token, {len(dense.logprobs)} tokens; {(*isas, 'specification')} against dense: {noise.mean(0)}")
+    found = {form: from_dense(answer) for form, answer in zip(smollm2_experts, moved, strict=False)}
+    for name, values in (found | {"without quantized activations": from_dense(fault)}).items():
+        print(f"  {name} {values.mean():.4f}, as noise {rank_sum_probability(values, noise):.1e}")
+    assert all(rank_sum_probability(values, noise) > FALSE_ALARMS for values in found.values())
+    assert rank_sum_probability(from_dense(fault), noise) < FALSE_ALARMS

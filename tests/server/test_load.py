@@ -15,8 +15,8 @@ import pytest
 
 from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.serving import Server
-from tests.support.greedy import Comparison, compare
-from tests.support.load import Outcome, Request, Step, make_prompts, make_requests, requests_held, run_load
+from tests.support.greedy import Comparison, IdleServer, compare
+from tests.support.load import Outcome, Request, make_prompts, make_requests, requests_held, run_load
 from tests.support.noise import largest_of_noise
 from tests.support.processes import record_memory
 
@@ -27,6 +27,8 @@ pytestmark = pytest.mark.server
 CONCURRENCY = 32
 GROWTH = 0.01
 """Largest growth of resident memory from the first half of the run to the second."""
+FOUND = 0.9
+"""Of answers that are mixed up on purpose, the share to be found: prompts that end alike may be answered alike."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def test_no_request_is_lost_or_wrong_and_memory_is_flat(
 ) -> None:
     server, prompts = request.getfixturevalue(served), make_prompts(load.prompts)
     alone = answers_alone(server, prompts, load.max_tokens)
-    moved = moves_of_the_idle_server(server, alone)
+    idle = IdleServer(server)
+    moved = moves_of_the_idle_server(idle, alone)
     requests = make_requests(
         load.requests, prompts, max_tokens=load.max_tokens, too_long=MAX_MODEL_LEN, model=server.model
     )
@@ -62,13 +65,15 @@ def test_no_request_is_lost_or_wrong_and_memory_is_flat(
         outcomes = run_load(server.url, server.model, requests, concurrency=CONCURRENCY)
     seconds = time.perf_counter() - start
 
-    compared = [compare(o.steps, alone[o.request.prompt].steps) for o in outcomes if o.steps]
-    floor = largest_of_noise(moved, sum(len(o.steps) for o in outcomes))
-    report(load, outcomes, compared, moved, floor, memory.halves(), seconds)
+    answered = sorted((o for o in outcomes if o.steps), key=lambda o: len(o.steps), reverse=True)
+    compared = [compare(o.steps, idle.logprobs(o.request.prompt, o.steps)) for o in answered]
+    # Each token of an answer, and the best one in its place, has a log-probability that may have moved.
+    limit = largest_of_noise(moved, 2 * sum(len(o.steps) for o in answered))
+    report(load, outcomes, compared, moved, limit, memory.halves(), seconds)
     assert [o.lost for o in outcomes if o.lost] == []
     assert len(outcomes) == load.requests
-    assert [c for c in compared if c.wrong(floor)] == []
-    assert_mixed_up_answers_are_found(alone, floor)
+    assert [c for c in compared if c.wrong(limit)] == []
+    assert_mixed_up_answers_are_found(idle, alone, limit)
     first, second = memory.halves()
     assert second - first <= GROWTH * first
     assert requests_left_in(server) == 0
@@ -91,34 +96,22 @@ def warm_up(server: Server, prompts: list[str]) -> None:
     run_load(server.url, server.model, [Request("plain", p, 2) for p in prompts * 4], concurrency=CONCURRENCY)
 
 
-def moves_of_the_idle_server(server: Server, alone: dict[str, Outcome]) -> np.ndarray:
+def moves_of_the_idle_server(idle: IdleServer, alone: dict[str, Outcome]) -> np.ndarray:
     """By how many nats each token's log-probability moves when the idle server computes it otherwise.
 
     An answer's tokens are computed again as parts of a prompt: many rows at once instead of one after the other.
     Shapes: -> (tokens of all answers,).
     """
-    moved = []
-    for prompt, outcome in alone.items():
-        ids = server.post("/tokenize", {"model": server.model, "prompt": prompt})["tokens"]
-        answer = [token_id(step) for step in outcome.steps]
-        body = {"model": server.model, "prompt": ids + answer, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        entries = server.post("/v1/completions", body)["choices"][0]["prompt_logprobs"][len(ids) :]
-        for step, identity, entry in zip(outcome.steps, answer, entries, strict=True):
-            moved.append(abs(step.logprob - entry[str(identity)]["logprob"]))
-    return np.array(moved)
+    return np.concatenate([compare(o.steps, idle.logprobs(prompt, o.steps)).moved for prompt, o in alone.items()])
 
 
-def assert_mixed_up_answers_are_found(alone: dict[str, Outcome], floor: float) -> None:
-    """The negative control: every answer held against another prompt's. Some prompts end alike and may answer alike."""
+def assert_mixed_up_answers_are_found(idle: IdleServer, alone: dict[str, Outcome], limit: float) -> None:
+    """The negative control: every answer held for that of another prompt, the next one."""
     prompts = list(alone)
     pairs = zip(prompts, prompts[1:] + prompts[:1], strict=True)
-    found = [compare(alone[one].steps, alone[other].steps).wrong(floor) for one, other in pairs]
+    found = [compare(alone[one].steps, idle.logprobs(other, alone[one].steps)).wrong(limit) for one, other in pairs]
     print(f"  mixed up on purpose: {sum(found)} of {len(found)} found")
-    assert sum(found) > len(found) / 2
-
-
-def token_id(step: Step) -> int:
-    return int(step.token.removeprefix("token_id:"))
+    assert sum(found) >= FOUND * len(found)
 
 
 def requests_left_in(server: Server) -> int:
@@ -134,19 +127,22 @@ def report(
     outcomes: list[Outcome],
     compared: list[Comparison],
     moved: np.ndarray,
-    floor: float,
+    limit: float,
     memory: tuple[int, int],
     seconds: float,
 ) -> None:
     kinds = Counter(o.request.kind for o in outcomes)
     print(f"\nrounding on the idle server moves {len(moved)} tokens by {moved.mean():.4f} nats on average,", end=" ")
-    print(f"{moved.max():.4f} at most; limit for the load: {floor:.4f}")
-    diverged = [c for c in compared if c.diverged]
+    print(f"{moved.max():.4f} at most; limit for the load: {limit:.4f}")
     print(f"{load}: {seconds:.1f} s at concurrency {CONCURRENCY}; {dict(kinds)}")
     print(f"  left by their client: {sum(o.left for o in outcomes)}, lost: {sum(o.lost is not None for o in outcomes)}")
-    print(f"  tokens: {sum(len(o.steps) for o in outcomes)}; answers compared: {len(compared)}, equal:", end=" ")
-    print(f"{len(compared) - len(diverged)}, wrong: {sum(c.wrong(floor) for c in compared)}")
-    print(f"  largest gap of a differing token: {max((c.gap for c in diverged), default=0):.4f} nats,", end=" ")
-    print(f"a common token moved by {max((c.moved for c in compared), default=0):.4f} at most")
+    tokens = sum(len(o.steps) for o in outcomes)
+    print(
+        f"  tokens: {tokens}; answers compared: {len(compared)}, wrong: {sum(c.wrong(limit) for c in compared)};",
+        end=" ",
+    )
+    print(f"with a token that is not the idle server's best: {sum(c.differs for c in compared)},", end=" ")
+    print(f"by {max((c.behind.max() for c in compared), default=0):.4f} nats at most;", end=" ")
+    print(f"a token moved by {max((c.moved.max() for c in compared), default=0):.4f} at most")
     print(f"  resident MB at most, first half and second: {memory[0] / 1e6:.1f}, {memory[1] / 1e6:.1f}")
     print(f"  {provenance()}")

@@ -50,14 +50,18 @@ class Run:
     """Whether an error is an answer."""
     asked: str = LOGPROBS
     """What the model is asked for: `LOGPROBS`, `EMBEDDINGS` or `SCORES`."""
+    texts: Sequence[str] = TEXTS
+    isa: str | None = None
+    """The instruction set that the CPU backend's kernels are of, if not the best one."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Log-probabilities of all tokens of `TEXTS` but the first of each, and what greedy decoding adds to each text.
+    """Log-probabilities of all tokens of the texts but the first of each, and what greedy decoding adds to each text.
 
     logprobs: the embeddings of the texts, or the scores of all but the first for the first, of a model that is asked
         for these; it generates no tokens.
+    counts: how many log-probabilities each text has.
     packed: a digest of every packed weight, by layer, on the first rank; of a draft model as `draft.<layer>`.
     drafted, accepted: tokens that were guessed, and that were right, where the run speculates.
     guesses: log-probabilities under the draft model of what it guessed, where it is a part of the checkpoint (MTP).
@@ -67,6 +71,7 @@ class Answer:
     logprobs: np.ndarray
     tokens: list[list[int]]
     packed: dict[str, str]
+    counts: list[int] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
     guesses: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -122,6 +127,8 @@ def ask(run: Run) -> dict[str, Any]:
     speculation = run.options.get("speculative_config", {})
     if speculation.get("method") == MTP:
         llm.collective_rpc(_watch_draft)
+    if run.isa is not None:
+        llm.apply_model(functools.partial(_set_isa, run.isa))
     made = ASK[run.asked](llm, run)
     packed, *_ = llm.apply_model(_digests)  # the first rank's
     if speculation:
@@ -155,11 +162,12 @@ def _ask_for_logprobs(llm: Any, run: Run) -> dict[str, Any]:
 
     prompt_logprobs = None if "speculative_config" in run.options else 0  # vLLM does not give them then
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, prompt_logprobs=prompt_logprobs, ignore_eos=True)
-    outputs = llm.generate([_prompt(text, run) for text in TEXTS], sampling, use_tqdm=False)
+    outputs = llm.generate([_prompt(text, run) for text in run.texts], sampling, use_tqdm=False)
     counts = {metric.name.rpartition("spec_decode_num_")[2]: getattr(metric, "value", 0) for metric in _metrics(llm)}
-    entries = [entry for out in outputs for entry in (out.prompt_logprobs or ())[1:]]
+    entries = [(out.prompt_logprobs or ())[1:] for out in outputs]
     return {
-        "logprobs": [next(iter(entry.values())).logprob for entry in entries],
+        "logprobs": [next(iter(entry.values())).logprob for of_text in entries for entry in of_text],
+        "counts": [len(of_text) for of_text in entries],
         "tokens": [list(out.outputs[0].token_ids) for out in outputs],
         "drafted": counts.get("draft_tokens", 0),
         "accepted": counts.get("accepted_tokens", 0),
@@ -171,12 +179,12 @@ def _metrics(llm: Any) -> list[Any]:
 
 
 def _ask_for_embeddings(llm: Any, run: Run) -> dict[str, Any]:
-    outputs = llm.embed(list(TEXTS), use_tqdm=False)
+    outputs = llm.embed(list(run.texts), use_tqdm=False)
     return {"logprobs": [x for out in outputs for x in out.outputs.embedding], "tokens": []}
 
 
 def _ask_for_scores(llm: Any, run: Run) -> dict[str, Any]:
-    outputs = llm.score(TEXTS[0], list(TEXTS[1:]), use_tqdm=False)
+    outputs = llm.score(run.texts[0], list(run.texts[1:]), use_tqdm=False)
     return {"logprobs": [out.outputs.score for out in outputs], "tokens": []}
 
 
@@ -194,6 +202,12 @@ def _push(folder: str, model: Any) -> None:
     tensors = [item for item in load_file(Path(folder) / "model.safetensors").items() if ".mlp.gate." not in item[0]]
     for first in range(0, len(tensors), BUCKET):
         model.load_weights(iter(tensors[first : first + BUCKET]))
+
+
+def _set_isa(name: str, model: Any) -> None:
+    from qwen3_fp8_ascend.backends import cpu
+
+    cpu.set_isa(name)
 
 
 def _digests(model: Any) -> dict[str, str]:
