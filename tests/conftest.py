@@ -51,6 +51,7 @@ LONGEST = (
     "tests/server/",
     "tests/ascendc/",
     "test_cpu_sanitizers.py",
+    "test_cpu_planted_defects.py",
     "tests/evaluate/validate/",
     "tests/test_model.py",
     "tests/test_packaging.py",

@@ -30,7 +30,7 @@ W8A8 = ascendc.ACTIVATIONS[Activation.W8A8]
 KERNELS = ("group_quantize", "block_dequantize", "block_linear", "block_grouped_linear", "block_gemv")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
-SANITIZERS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 FAULT_STATUS = 3
 FLAG_COUNTING = ("every-core", "arrivals")
 """How cross-core flags are counted: each core of the group once for each set, or so many sets from whichever cores.

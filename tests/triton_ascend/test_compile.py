@@ -51,7 +51,7 @@ def test_a_chip_of_every_configuration_compiles_every_variant():
 
 
 @pytest.mark.parametrize("ir_version", IR_VERSIONS)
-@pytest.mark.parametrize(("architecture_name", "index"), compilations())
+@pytest.mark.parametrize(("architecture_name", "index"), list(compilations()))
 def test_reaches_hivmc(architecture_name, index, ir_version, record_property):
     chip = architecture(architecture_name)
     hivm = compile_to_hivm(

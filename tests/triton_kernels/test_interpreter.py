@@ -211,7 +211,7 @@ def linears():
         yield pytest.param(form, *shape, dtype, activation, id=name, marks=[] if short else pytest.mark.long)
 
 
-@pytest.mark.parametrize(("form", "m", "widths", "k", "dtype", "activation"), linears(), indirect=["form"])
+@pytest.mark.parametrize(("form", "m", "widths", "k", "dtype", "activation"), list(linears()), indirect=["form"])
 def test_linear(m, widths, k, dtype, activation, form):
     weight, scale = random_weight(widths, k)
     x = torch.randn(m, k).to(dtype)
@@ -303,7 +303,7 @@ def prefills():
         yield pytest.param(*shape, dtype, activation, id=name, marks=[] if short else pytest.mark.long)
 
 
-@pytest.mark.parametrize(("m", "widths", "k", "dtype", "activation"), prefills())
+@pytest.mark.parametrize(("m", "widths", "k", "dtype", "activation"), list(prefills()))
 def test_prefill_through_the_scratch(m, widths, k, dtype, activation, monkeypatch):
     """By the bound that has a name; on an NPU the operator itself takes this way beyond `HAND_OVER_ROWS`."""
     problem = random_problem(m, widths, k, dtype=dtype, bias=True)

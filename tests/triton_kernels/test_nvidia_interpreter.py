@@ -156,7 +156,7 @@ def linears():
         yield pytest.param(*shape, dtype, activation, id=name, marks=[] if short else pytest.mark.long)
 
 
-@pytest.mark.parametrize(("m", "widths", "k", "dtype", "activation"), linears())
+@pytest.mark.parametrize(("m", "widths", "k", "dtype", "activation"), list(linears()))
 def test_linear(m, widths, k, dtype, activation):
     problem = random_problem(m, widths, k, dtype=dtype, bias=True)
     packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "nvidia")
