@@ -4,7 +4,7 @@ Importing vLLM's engine takes ten seconds of a processor, more than most runs do
 starts fresh here: before the fork no plugin is loaded, no config read, and no thread started, or it refuses to fork.
 Servers, and what a user starts, import all that they need themselves: tests of how a process starts ask `vllm serve`.
 
-`python -m tests.support.preloaded` is the process: one request a line, as `Request` is in JSON; `run` asks for one.
+`python -m tests.support.preloaded MODULES...` is the process: one request a line, as `Request` is in JSON; `run` asks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TextIO
 from tests.support import costs
 
 ROOT = Path(__file__).parent.parent.parent
-MODULES = (
+VLLM = (
     "transformers",
     "vllm.entrypoints.llm",
     "vllm.v1.engine.llm_engine",
@@ -57,14 +57,21 @@ class Ended:
     seconds: float
 
 
-def run(module: str, *arguments: str, environment: dict[str, str], log: Path, timeout: float) -> int:
-    """Run a module in a fork of this process's preloaded one, which is started when it is first needed.
+def run(
+    module: str,
+    *arguments: str,
+    environment: dict[str, str],
+    log: Path,
+    timeout: float,
+    imported: tuple[str, ...] = VLLM,
+) -> int:
+    """Run a module in a fork of a process that has these imported, which is started when it is first needed.
 
     Returns the exit status.
     Raises:
         subprocess.TimeoutExpired: it was not done in time, and has been killed with all that it started.
     """
-    process = _preloaded()
+    process = _preloaded(imported)
     assert process.stdin is not None and process.stdout is not None
     request = Request(module, list(arguments), environment, str(log))
     started, late = "", threading.Event()
@@ -72,8 +79,8 @@ def run(module: str, *arguments: str, environment: dict[str, str], log: Path, ti
         process.stdin.write(json.dumps(asdict(request)) + "\n")
         process.stdin.flush()
         started = process.stdout.readline()
-        assert started, f"the process that has imported vLLM ended with status {process.wait()}"
-        timer = threading.Timer(timeout, lambda: (late.set(), _kill_group(started)))
+        assert started, f"the process with the imports ended with status {process.wait()}, see above"
+        timer = threading.Timer(timeout, _end, (late, started))
         timer.start()
         try:
             ended = Ended(**json.loads(process.stdout.readline()))
@@ -91,6 +98,11 @@ def run(module: str, *arguments: str, environment: dict[str, str], log: Path, ti
     return ended.status
 
 
+def _end(late: threading.Event, pid: str) -> None:
+    late.set()
+    _kill_group(pid)
+
+
 def _kill_group(pid: str) -> None:
     if pid:
         with contextlib.suppress(ProcessLookupError):
@@ -98,10 +110,10 @@ def _kill_group(pid: str) -> None:
 
 
 @functools.cache
-def _preloaded() -> subprocess.Popen[str]:
+def _preloaded(modules: tuple[str, ...]) -> subprocess.Popen[str]:
     """It ends when its standard input does: with this process, however that ends."""
     return subprocess.Popen(
-        [sys.executable, "-m", __name__],
+        [sys.executable, "-m", __name__, *modules],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -114,7 +126,7 @@ def _preloaded() -> subprocess.Popen[str]:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever the imports print
-    for module in MODULES:
+    for module in sys.argv[1:]:
         importlib.import_module(module)
     requested = _request_in_a_fork(answers)
     if requested is not None:
