@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -88,8 +87,7 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[to
     return lanes.contiguous(), scales, table
 
 
-def pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
-    return grouped.pack_experts(pack, weights, scales, grid)
+pack_experts = functools.partial(grouped.pack_experts, pack)
 
 
 def linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation) -> torch.Tensor:
@@ -193,8 +191,7 @@ def _grouped_through_scratch(
         codes.flatten(0, 1), normalised.flatten(0, 1), below.flatten(0, 1), weights
     )
     operand, grow = _operand(x, activation)
-    owner = torch.searchsorted(ends, torch.arange(m, device=x.device), right=True).clamp_(max=experts - 1)
-    grow = grow * powers[:, 1:].index_select(0, owner)
+    grow = grow * prefill.by_owner(powers[:, 1:], ends, m)
     return prefill.multiply_groups(operand, weights.view(experts, n, k), ends, grow, dtype)
 
 

@@ -18,6 +18,7 @@ from qwen3_fp8_ascend.backends.nvidia import launch
 from qwen3_fp8_ascend.backends.nvidia.backend import check_packed, fake_linear
 from qwen3_fp8_ascend.backends.operators import torch_operator
 from qwen3_fp8_ascend.backends.registry import PackedWeight
+from qwen3_fp8_ascend.backends.triton_host import ACTIVATIONS, check_operand
 from qwen3_fp8_ascend.format import Activation, ceil_div
 
 HAND_OVER_ROWS = 64
@@ -80,7 +81,7 @@ def nvidia_scaled_mm_linear(
 
     Shapes: as `nvidia_block_linear`.
     """
-    launch.check_activation(x, codes.device)
+    check_operand("the activation", x, ACTIVATIONS, codes.device)
     check_packed("nvidia_scaled_mm_linear", x.shape[1], codes, w_scale, spans)
     how = Activation(activation)
     if not takes(x, codes.shape[0], w_scale.shape[0], how, bias):

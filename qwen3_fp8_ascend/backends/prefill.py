@@ -145,6 +145,12 @@ def multiply_groups(
     return (stock_grouped_product(operand, weights, ends) * grow).to(dtype)
 
 
+def by_owner(powers: torch.Tensor, ends: torch.Tensor, rows: int) -> torch.Tensor:
+    """Each row's expert's value. Shapes: powers (E, 1), ends (E,) -> (rows, 1); rows of nobody get the last one's."""
+    owner = torch.searchsorted(ends, torch.arange(rows, device=ends.device), right=True)
+    return powers.index_select(0, owner.clamp_(max=ends.shape[0] - 1))
+
+
 def stock_grouped_product(x: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """`stock_product` of each expert for its own rows: the chip's own operator.
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from qwen3_fp8_ascend import ops, reference
-from qwen3_fp8_ascend.backends import nvidia_scaled_mm
+from qwen3_fp8_ascend.backends import nvidia_scaled_mm, triton_host
 from qwen3_fp8_ascend.backends.nvidia import backend, launch
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
@@ -302,7 +302,7 @@ def test_bad_input_is_refused_before_any_launch(monkeypatch):
         with pytest.raises(BlockFp8Error, match=said):
             backend.nvidia_block_linear(*bad, "w8a8")
     with pytest.raises(BlockFp8Error, match="wrong device"):
-        launch.check_activation(x.to("meta"), codes.device)
+        triton_host.check_operand("x", x.to("meta"), (x.dtype,), codes.device)
     with pytest.raises(BlockFp8Error, match="groups of one size"):
         ops.quantize_activation(x, block_k=64, backend="nvidia")
     with pytest.raises(BlockFp8Error, match="blocks of 128x128"):

@@ -205,6 +205,7 @@ class Launch:
 
 def pretend_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Triton backend without Triton, which has an environment of its own: everything but the kernels is real."""
+    from qwen3_fp8_ascend.backends import triton_host
     from qwen3_fp8_ascend.backends.triton import backend, device, launch
     from qwen3_fp8_ascend.triton_kernels.configuration import architecture
 
@@ -227,6 +228,6 @@ def pretend_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "device_module": lambda device_type: SimpleNamespace(current_device=lambda: 0),
         "keeps_subnormals": lambda device_type, index: True,
     }
-    for module in (device, launch, backend):
+    for module in (triton_host, device, launch, backend):
         for function in pretended.keys() & vars(module).keys():
             monkeypatch.setattr(module, function, pretended[function])

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 
 import torch
 
 from qwen3_fp8_ascend.backends import grouped, operators
 from qwen3_fp8_ascend.backends.nvidia import launch
-from qwen3_fp8_ascend.backends.nvidia.device import INTERPRETED, check_current, chip_of, unusable
+from qwen3_fp8_ascend.backends.nvidia.device import chip_of, unusable
 from qwen3_fp8_ascend.backends.nvidia.launch import BLOCK
 from qwen3_fp8_ascend.backends.operators import torch_operator
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight, default_block_only
+from qwen3_fp8_ascend.backends.triton_host import (
+    ACTIVATIONS,
+    INTERPRETED,
+    check_current,
+    check_group,
+    check_operand,
+)
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid, ceil_div
 
@@ -26,8 +34,7 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[to
     return codes.clone(memory_format=torch.contiguous_format), scale.clone(), launch.spans_of(grid, weight.device)
 
 
-def pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
-    return grouped.pack_experts(pack, weights, scales, grid)
+pack_experts = functools.partial(grouped.pack_experts, pack)
 
 
 def check_packed(
@@ -56,18 +63,12 @@ def _fake_quantize(x: torch.Tensor, activation: str) -> tuple[torch.Tensor, torc
 @torch_operator(_fake_quantize)
 def nvidia_quantize_activation(x: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
     """x (m, k) -> codes (m, k) uint8, scale (m, ceil(k / 128)) fp32."""
-    launch.check_activation(x, x.device)
+    check_operand("the activation", x, ACTIVATIONS, x.device)
     return launch.quantize(x, Activation(activation), codes=True)
 
 
 def quantize_activation(x: torch.Tensor, block_k: int, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
-    if block_k != BLOCK:
-        raise BlockFp8Error(
-            "the kernels for NVIDIA GPUs quantize groups of one size",
-            expected=BLOCK,
-            got=block_k,
-            fix="choose the backend `reference`",
-        )
+    check_group(block_k)
     codes, scale = nvidia_quantize_activation(x, activation.value)
     return codes.view(torch.float8_e4m3fn), scale
 
@@ -119,7 +120,7 @@ def nvidia_block_linear(
     Shapes: x (m, k), codes, w_scale and spans as `pack` returns them, bias (n,) -> (m, n) in x.dtype.
     activation: an `Activation`'s value.
     """
-    launch.check_activation(x, codes.device)
+    check_operand("the activation", x, ACTIVATIONS, codes.device)
     check_packed("nvidia_block_linear", x.shape[1], codes, w_scale, spans)
     return launch.linear(x, codes, w_scale, spans, Activation(activation), bias)
 
@@ -152,7 +153,7 @@ def nvidia_block_grouped_linear(
         -> (m, n) `dtype`: x's, or fp32.
     Semantics: only the device knows how many rows an expert has, and nothing here asks.
     """
-    launch.check_activation(x, codes.device)
+    check_operand("the activation", x, ACTIVATIONS, codes.device)
     grouped.check_ends(ends, x.shape[0])
     check_packed("nvidia_block_grouped_linear", x.shape[1], codes, w_scale, spans, (ends.shape[0],))
     return launch.grouped_linear(x, codes, w_scale, spans, ends, Activation(activation), dtype)

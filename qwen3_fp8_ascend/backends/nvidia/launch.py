@@ -12,13 +12,12 @@ from typing import Any
 import torch
 
 from qwen3_fp8_ascend.backends.nvidia.counters import counters
-from qwen3_fp8_ascend.backends.nvidia.device import INTERPRETED, check_current, chip_of, cores_of
-from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.backends.nvidia.device import chip_of, cores_of
+from qwen3_fp8_ascend.backends.triton_host import INTERPRETED, check_current
 from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, ceil_div
 from qwen3_fp8_ascend.triton_kernels.nvidia import shapes
 
 BLOCK = DEFAULT_BLOCK.k
-ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
 DEQUANTIZED_ROWS = 32
 
 
@@ -36,22 +35,6 @@ def kernels() -> Any:
         # numpy knows no bf16, and multiplies fp16 without fp32 sums.
         types=dict.fromkeys(types, linear.tl.float32) if INTERPRETED else types,
     )
-
-
-def check_activation(x: torch.Tensor, device: torch.device) -> None:
-    """Refuse what the kernels cannot read.
-
-    Raises:
-        BlockFp8Error: wrong dtype, device or number of dimensions.
-    """
-    if x.dtype not in ACTIVATIONS:
-        expected = " or ".join(map(str, ACTIVATIONS))
-        raise BlockFp8Error("the activation has the wrong dtype", expected=expected, got=x.dtype)
-    if x.device != device:
-        raise BlockFp8Error("the activation is on the wrong device", expected=device, got=x.device)
-    if x.dim() != 2:
-        raise BlockFp8Error("the activation has two dimensions", got=tuple(x.shape))
-    check_current("the activation", device)
 
 
 def spans_of(grid: BlockGrid, device: torch.device) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 
 import torch
 
@@ -10,15 +10,8 @@ from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.backends import grouped, prefill
 from qwen3_fp8_ascend.backends.operators import check_packed, torch_operator
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight, default_block_only
-from qwen3_fp8_ascend.backends.triton.device import (
-    INTERPRETED,
-    chip_of,
-    cores_of,
-    current_device_type,
-    unusable,
-)
+from qwen3_fp8_ascend.backends.triton.device import chip_of, cores_of, current_device_type, unusable
 from qwen3_fp8_ascend.backends.triton.launch import (
-    ACTIVATIONS,
     BLOCK,
     CODE_VALUES,
     CODE_VALUES_UE8M0,
@@ -35,13 +28,9 @@ from qwen3_fp8_ascend.backends.triton.launch import (
     launch_packed_dequantize,
     quantize_activation,
 )
+from qwen3_fp8_ascend.backends.triton_host import ACTIVATIONS, INTERPRETED
 from qwen3_fp8_ascend.format import Activation, BlockGrid, ceil_div
-from qwen3_fp8_ascend.triton_kernels.configuration import (
-    N_ALIGNMENT,
-    check_index_range,
-    grouped_shape,
-    linear_shape,
-)
+from qwen3_fp8_ascend.triton_kernels.configuration import N_ALIGNMENT, check_index_range, grouped_shape, linear_shape
 
 CODE_KINDS = {Activation.W8A8: CODE_VALUES, Activation.W8A8_UE8M0: CODE_VALUES_UE8M0}
 """The kind of values that x becomes where it is quantized."""
@@ -71,8 +60,7 @@ def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[to
     return lanes, scales, prefill.powers_of_weight(scale)
 
 
-def pack_experts(weights: Iterable[torch.Tensor], scales: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
-    return grouped.pack_experts(pack, weights, scales, grid)
+pack_experts = functools.partial(grouped.pack_experts, pack)
 
 
 def _check_packed(
@@ -180,8 +168,7 @@ def grouped_through_scratch(
     launch_packed_dequantize(lanes, w_scale * powers[:, :1, None], weights)
     operand, grow = _normalised_operand(x, activation)
     operand = torch.nn.functional.pad(operand, (0, weights.shape[2] - operand.shape[1]))
-    owner = torch.searchsorted(ends, torch.arange(x.shape[0], device=x.device), right=True).clamp_(max=experts - 1)
-    grow = grow * powers[:, 1:].index_select(0, owner)
+    grow = grow * prefill.by_owner(powers[:, 1:], ends, x.shape[0])
     return prefill.multiply_groups(operand, weights, ends, grow, dtype)[:, :n].contiguous()
 
 

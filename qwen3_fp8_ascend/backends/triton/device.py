@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
-import os
 from typing import Any
 
 import torch
 
+from qwen3_fp8_ascend.backends.triton_host import INTERPRETED, device_module, has_triton
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.triton_kernels.configuration import (
     INTERPRETER,
@@ -17,13 +16,10 @@ from qwen3_fp8_ascend.triton_kernels.configuration import (
     architecture,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
 
 @functools.cache
 def unusable() -> str | None:
-    # A folder that happens to be called `triton` on sys.path is a package too, but an empty one.
-    if importlib.util.find_spec("triton") is None or importlib.util.find_spec("triton.language") is None:
+    if not has_triton():
         return "triton is not installed (triton-ascend on an NPU)"
     if INTERPRETED:
         return None
@@ -32,13 +28,6 @@ def unusable() -> str | None:
     except BlockFp8Error as error:
         return str(error).replace("\n", ";")
     return None
-
-
-def device_module(device_type: str) -> Any:
-    """torch.cuda or torch.npu; the latter is there once torch_npu has been imported."""
-    if device_type == "npu":
-        importlib.import_module("torch_npu")
-    return getattr(torch, device_type)
 
 
 def _has_npu() -> bool:

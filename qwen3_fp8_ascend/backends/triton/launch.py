@@ -14,38 +14,21 @@ from typing import Any
 
 import torch
 
+from qwen3_fp8_ascend.backends import triton_host
 from qwen3_fp8_ascend.backends.operators import torch_operator
-from qwen3_fp8_ascend.backends.triton.device import (
-    INTERPRETED,
-    chip_of,
-    cores_of,
-    device_module,
-    linear_options,
-)
+from qwen3_fp8_ascend.backends.triton.device import chip_of, cores_of, linear_options
+from qwen3_fp8_ascend.backends.triton_host import ACTIVATIONS, INTERPRETED, check_group
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize, ceil_div
-from qwen3_fp8_ascend.triton_kernels.configuration import (
-    LinearShape,
-    check_index_range,
-    linear_shape,
-)
+from qwen3_fp8_ascend.triton_kernels.configuration import LinearShape, check_index_range, linear_shape
 
 KEEPS_SUBNORMALS_VARIABLE = "QWEN3_FP8_ASCEND_TRITON_SUBNORMALS"
 """1 or 0: whether the device's fp16 arithmetic keeps subnormals; unset, each device is asked once, when first used."""
 
-
 BLOCK = DEFAULT_BLOCK.k
 
-
-CODE_VALUES, SCALED, RESIDUAL, CODE_VALUES_UE8M0 = (
-    0,
-    1,
-    2,
-    3,
-)  # `triton_kernels.group_quantize`, which needs Triton to be imported
-
-
-ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+CODE_VALUES, SCALED, RESIDUAL, CODE_VALUES_UE8M0 = range(4)
+"""Kinds of values, as in `triton_kernels.group_quantize`, which needs Triton to be imported."""
 
 
 @functools.cache
@@ -73,19 +56,12 @@ def kernels() -> Any:
 
 
 def check_operand(what: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    if tensor.dtype not in dtypes:
-        raise BlockFp8Error(f"{what} has the wrong dtype", expected=" or ".join(map(str, dtypes)), got=tensor.dtype)
-    if tensor.device != device:
-        raise BlockFp8Error(f"{what} is on the wrong device", expected=device, got=tensor.device)
-    if device.type in ("cuda", "npu") and device.index != (current := device_module(device.type).current_device()):
-        raise BlockFp8Error(
-            f"{what} is not on the current device, on which Triton launches",
-            expected=f"{device.type}:{current}",
-            got=device,
-            fix=f"call it within torch.{device.type}.device({device.index})",
-        )
-    if tensor.dim() != 2:
-        raise BlockFp8Error(f"{what} has two dimensions", got=tuple(tensor.shape))
+    """Refuse what the kernels cannot read, or address.
+
+    Raises:
+        BlockFp8Error: as `triton_host.check_operand` and `check_index_range`.
+    """
+    triton_host.check_operand(what, tensor, dtypes, device)
     check_index_range(what, tensor.numel())
 
 
@@ -102,13 +78,7 @@ def _fake_quantize(x: torch.Tensor, block_k: int, activation: str) -> tuple[torc
 def triton_quantize_activation(x: torch.Tensor, block_k: int, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes as int8 (m, k), and scales; the shapes otherwise are those of `Backend.quantize_activation`."""
     check_operand("the activation", x, ACTIVATIONS, x.device)
-    if block_k != BLOCK:
-        raise BlockFp8Error(
-            "the Triton kernels quantize groups of one size",
-            expected=BLOCK,
-            got=block_k,
-            fix="choose the backend `cpu` or `reference`",
-        )
+    check_group(block_k)
     m, k = x.shape
     groups = ceil_div(k, BLOCK)
     padded = torch.nn.functional.pad(x, (0, groups * BLOCK - k)).contiguous()
