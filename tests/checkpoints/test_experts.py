@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,3 +316,13 @@ def test_ranks_that_leave_blocks_whole() -> None:
     }.items():
         assert whole_block_ranks(intermediate, BlockSize()) == ranks
     assert whole_block_ranks(512, BlockSize(128, 256)) == (1, 2)
+
+
+def test_the_document_says_which_public_experts_can_be_divided() -> None:
+    text = (Path(__file__).parent.parent.parent / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \| ([\d, ]+) \| ([\d, ]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for name, channels, divided, refused in rows:
+        working = whole_block_ranks(int(channels), BlockSize())
+        assert {int(size) for size in divided.split(",")} <= set(working), name
+        assert not {int(size) for size in refused.split(",")} & set(working), name

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,21 @@ def test_some_forms_measured_again(tmp_path: Path) -> None:
     log = (tmp_path / "process0" / "offline.log").read_text()
     assert log.count("scales of a quantized KV cache are ignored") == 1
     assert "config.json quantizes weights alone" in log
+
+
+def test_what_vllm_refuses_here_is_served_without_the_flag(tiny_qwen3: Path, tmp_path: Path) -> None:
+    """On a processor without AMX, whatever this one is. In bf16, which vLLM's own FP8 wants."""
+    bf16 = {"dtype": "bfloat16"}
+    given: list[dict[str, Any]] = [bf16 | {"quantization": "fp8"}, bf16, bf16 | {"quantization": "ascend"}]
+    refused, unasked, asked = answers(
+        [Run(str(tiny_qwen3), options, without_amx=True, may_fail=True) for options in given], tmp_path
+    )
+    assert "Failed to find a kernel" in refused.error and "requires AMX tile support" in refused.error
+    assert (unasked.error, asked.error) == ("", "")
+    assert unasked.packed and unasked.packed == asked.packed
+    assert unasked.tokens == asked.tokens
+    assert (unasked.logprobs == asked.logprobs).all()
+    assert "as with --quantization ascend" in (tmp_path / "offline.log").read_text()
 
 
 def test_what_is_recorded_is_as_near() -> None:

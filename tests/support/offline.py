@@ -12,9 +12,11 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -46,6 +48,8 @@ class Run:
     """A checkpoint whose tensors are given to the live model's `load_weights` before the prompts, in several parts."""
     native_speculation: bool = False
     """Whether vLLM's native kernels for speculation are put where they are called (`cpu_speculation`)."""
+    without_amx: bool = False
+    """Whether vLLM is told that the processor has no AMX, without which it has no kernel for block FP8."""
     may_fail: bool = False
     """Whether an error is an answer."""
     asked: str = LOGPROBS
@@ -116,12 +120,14 @@ def _answer(run: Run) -> dict[str, Any]:
 
 
 def ask(run: Run) -> dict[str, Any]:
+    import torch
     from vllm import LLM
 
     options: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True} | run.options
     if run.native_speculation:
         use_native_kernels()
-    llm = LLM(run.model, **options)
+    with patch.object(torch.cpu, "_is_amx_tile_supported", lambda: False) if run.without_amx else nullcontext():
+        llm = LLM(run.model, **options)
     if run.push is not None:
         llm.apply_model(functools.partial(_push, run.push))
     speculation = run.options.get("speculative_config", {})
