@@ -62,7 +62,8 @@ def write_sliced_experts(
 
     `experts` slices of `size` channels each, all of them chosen for every token; the shared expert has the rest. A
     slice counts 1/experts and Qwen2-MoE's shared expert sigmoid(0) = 1/2, so their down projections are multiplied
-    back. GLM-4.5 ("glm4_moe") adds its shared expert as it is, and lets attention have any number of heads.
+    back. GLM-4.5 ("glm4_moe") adds its shared expert as it is, and lets attention have any number of heads; its output
+    head is never tied to the embeddings, so that it has a copy of them.
     Raises:
         BlockFp8Error: the slices are not whole blocks, their number is no power of two, nothing is left to share, or
             what is left is not what the family's shared expert can be.
@@ -111,6 +112,7 @@ def write_sliced_experts(
             "routed_scaling_factor": 1.0,
             "first_k_dense_replace": 0,
             "use_qk_norm": False,
+            "tie_word_embeddings": False,
             "partial_rotary_factor": 1.0,
             "rope_parameters": config["rope_parameters"] | {"partial_rotary_factor": 1.0},
         }
@@ -142,6 +144,8 @@ def _write(
         layer = f"model.layers.{index}"
         gate, up, down = (tensors.pop(f"{layer}.mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
         tensors |= convert(layer, (gate, up, down))
+    if config["tie_word_embeddings"] and not changes.get("tie_word_embeddings", True):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private

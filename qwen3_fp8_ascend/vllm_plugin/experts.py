@@ -36,6 +36,7 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
     without_single_axes,
 )
 from qwen3_fp8_ascend.vllm_plugin.renewal import Renewal, is_packed
+from qwen3_fp8_ascend.vllm_plugin.routing import check_routing
 
 WEIGHTS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 """vLLM's names: gate and up of all experts merged, and down; which of an expert's tensors each parameter holds."""
@@ -368,6 +369,7 @@ def check_supported(layer: Any, prefix: str) -> None:
         )
     if moe.moe_parallel_config.enable_eplb:
         raise BlockFp8Error("block-FP8 experts cannot move between ranks", where=prefix, fix="leave --enable-eplb out")
+    check_routing(layer, prefix)
 
 
 def _local_experts(layer: Any) -> list[int]:

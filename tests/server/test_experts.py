@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tests.support.cpu_levels import lacking
 from tests.support.expert_models import FAMILIES, write_experts
 from tests.support.logprobs import TEXTS, distance, prompt_logprobs
 from tests.support.noise import FALSE_ALARMS, rank_sum_probability
-from tests.support.offline import Answer, Run, answers
+from tests.support.offline import Run, answers
 from tests.support.padded_heads import write_with_more_heads
 
 from .conftest import ASCEND, EAGER, Start
@@ -175,27 +176,33 @@ def test_upcycled_smollm2_in_two_processes(
 def test_upcycled_smollm2_at_the_noise_floor(smollm2: Path, smollm2_experts: dict[str, Path], tmp_path: Path) -> None:
     """W8A8, where only the noise tells: how far the dense model moves when its sums are added up in other orders.
 
-    Another model stands for a fault: the dense one without quantized activations is told from noise.
+    Experts that have each other's down projection are told from noise.
     """
-    texts = all_prompts()
-
-    def run(model: Path, options: dict[str, Any] = W8A8, **changes: Any) -> Run:
-        return Run(str(model), options, texts=texts, **changes)
-
     isas = [isa for isa in cpu.ISAS if lacking(isa) is None and isa != cpu.isa()]
-    runs = [run(smollm2), run(smollm2, W8A16), *(run(model) for model in smollm2_experts.values())]
-    dense, fault, *moved = answers([*runs, *(run(smollm2, isa=isa) for isa in isas)], tmp_path, timeout=1500)
-    draws = moved[len(smollm2_experts) :] + answers(
-        [run(smollm2)], tmp_path, timeout=1500, QWEN3_FP8_ASCEND_BACKEND="reference"
-    )
+    if len(isas) < 2:
+        pytest.skip(f"too few orders of sums to tell a fault from: {', '.join(isas)} beside {cpu.isa()}")
+    models = {**smollm2_experts, "mixed up": write_mixed_up(smollm2_experts["copied"], tmp_path / "mixed-up")}
+    texts = all_prompts()
+    runs = [Run(str(model), W8A8, texts=texts) for model in (smollm2, *models.values())]
+    draws = [Run(str(smollm2), W8A8, texts=texts, isa=isa) for isa in isas]
+    dense, *others = answers([*runs, *draws], tmp_path, timeout=1500)
+    per_text = [np.split(answer.logprobs, np.cumsum(answer.counts)[:-1]) for answer in (dense, *others)]
+    moved = [distances(texts, per_text[0]) for texts in per_text[1:]]
+    noise = np.stack(moved[len(models) :], axis=1)
+    as_noise = {name: rank_sum_probability(values, noise) for name, values in zip(models, moved, strict=False)}
+    print(f"\nnats a token, {len(dense.logprobs)} tokens; dense with {', '.join(isas)}: {noise.mean(0)};", end=" ")
+    print(", ".join(f"{name} {values.mean():.4f}" for name, values in zip(models, moved, strict=False)))
+    print(f"  the probability that noise ranks as high: {as_noise}")
+    assert min(as_noise[form] for form in smollm2_experts) > FALSE_ALARMS
+    assert as_noise["mixed up"] < FALSE_ALARMS
 
-    def from_dense(answer: Answer) -> np.ndarray:
-        return distances(*(np.split(a.logprobs, np.cumsum(a.counts)[:-1]) for a in (answer, dense)))
 
-    noise = np.stack([from_dense(draw) for draw in draws], axis=1)
-    print(f"\nnats a token, {len(dense.logprobs)} tokens; {(*isas, 'specification')} against dense: {noise.mean(0)}")
-    found = {form: from_dense(answer) for form, answer in zip(smollm2_experts, moved, strict=False)}
-    for name, values in (found | {"without quantized activations": from_dense(fault)}).items():
-        print(f"  {name} {values.mean():.4f}, as noise {rank_sum_probability(values, noise):.1e}")
-    assert all(rank_sum_probability(values, noise) > FALSE_ALARMS for values in found.values())
-    assert rank_sum_probability(from_dense(fault), noise) < FALSE_ALARMS
+def write_mixed_up(copied: Path, folder: Path) -> Path:
+    """The upcycled model in which two experts of each layer have each other's down projection."""
+    shutil.copytree(copied, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(copied / "model.safetensors")
+    for name in [name for name in tensors if ".experts.0.w2." in name]:
+        other = name.replace(".experts.0.", ".experts.1.")
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder

@@ -68,6 +68,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 128,
         },
     ),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            "head_dim": 64,
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 4,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 128,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
+    ),
 }
 """Configuration class, and what it differs in: ragged experts, a shared expert, a delta net, groups of experts."""
 
