@@ -17,8 +17,9 @@ from qwen3_fp8_ascend.backends import ascendc, prefill, registry
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
 from qwen3_fp8_ascend.testing.judges import assert_prefill, random_problem
+from tests.support.products import with_dtypes_and_activations
 
-from .conftest import DTYPES, SOURCES, Emulator, build, random_activation, random_weight, relative_error
+from .conftest import SOURCES, Emulator, build, random_activation, random_weight, relative_error
 
 NAMESPACE = "qwen3_fp8_ascend"
 
@@ -110,24 +111,13 @@ def test_public_operations_end_to_end(on_cpu: Emulator) -> None:
     assert torch.equal(dense, reference.dequantize_weight(weight.codes, weight.scale, weight.grid, torch.float16))
 
 
-RAGGED_PREFILL = (65, (130, 62), 300)
-ONE_OF_EACH = (
-    (torch.bfloat16, Activation.W8A8),
-    (torch.float16, Activation.W8A8_UE8M0),
-    (torch.float32, Activation.W8A16),
+PREFILLS = ((65, (256,), 512), (65, (130, 62), 300), (512, (72, 40), 260))
+"""(m, widths, k): whole blocks, ragged shards, many rows."""
+
+
+@pytest.mark.parametrize(
+    ("m", "widths", "k", "dtype", "activation"), with_dtypes_and_activations(PREFILLS, whole=PREFILLS[1:2])
 )
-
-
-def prefills() -> Iterator[object]:
-    """Every dtype and activation on ragged shards, one of each on whole blocks and on many rows; all of it is long."""
-    shapes = ((65, (256,), 512), RAGGED_PREFILL, (512, (72, 40), 260))
-    for shape, dtype, activation in itertools.product(shapes, DTYPES, Activation):
-        short = shape == RAGGED_PREFILL or (dtype, activation) in ONE_OF_EACH
-        name = "-".join((*map(str, shape[::2]), str(dtype), activation))
-        yield pytest.param(*shape, dtype, activation, id=name, marks=[] if short else pytest.mark.long)
-
-
-@pytest.mark.parametrize(("m", "widths", "k", "dtype", "activation"), list(prefills()))
 def test_more_rows_than_the_fused_kernel_takes_go_through_the_scratch(
     on_cpu: Emulator, m: int, widths: tuple[int, ...], k: int, dtype: torch.dtype, activation: Activation
 ) -> None:

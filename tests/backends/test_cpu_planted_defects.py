@@ -20,7 +20,7 @@ REASON = sanitizers.missing()
 pytestmark = [needs_cpu_backend, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
 
 EXAMPLES = 8
-TIMEOUT = 300
+TIMEOUT = 800
 
 BACKEND = "tests/backends/test_cpu_backend.py"
 DETERMINISM = "tests/backends/test_cpu_determinism.py"

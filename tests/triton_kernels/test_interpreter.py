@@ -1,7 +1,6 @@
 """The kernels and the backend in upstream Triton's interpreter, against the specification."""
 
 import dataclasses
-import itertools
 import os
 
 import pytest
@@ -30,8 +29,7 @@ from qwen3_fp8_ascend.testing.judges import (
     random_problem,
 )
 from qwen3_fp8_ascend.triton_kernels import block_linear, group_quantize, lanes
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from tests.support.products import DTYPES, with_dtypes_and_activations
 
 
 @pytest.fixture(autouse=True)
@@ -192,26 +190,16 @@ def test_dequantize_is_bit_exact_nan_codes_included(widths, k, dtype, form):
 LINEARS = ((0, (128,), 128), (1, (200, 72), 300), (17, (64,), 640), (70, (96,), 1))
 """(m, widths, k): no token, merged ragged shards, two rows of tiles, and a K that is nearly all padding."""
 
-ONE_OF_EACH = (
-    (torch.bfloat16, Activation.W8A8),
-    (torch.float16, Activation.W8A8_UE8M0),
-    (torch.float32, Activation.W8A16),
+LINEARS_OF_FORMS = [(form, *shape) for form in FORMS for shape in LINEARS]
+# x is quantized by another kernel: every dtype and activation meets one shape in one form. No token costs nothing.
+WHOLE = [shape for shape in LINEARS_OF_FORMS if shape[1] == 0 or shape == (FORMS[0], *LINEARS[1])]
+
+
+@pytest.mark.parametrize(
+    ("form", "m", "widths", "k", "dtype", "activation"),
+    with_dtypes_and_activations(LINEARS_OF_FORMS, WHOLE),
+    indirect=["form"],
 )
-
-
-def linears():
-    """Every shape in both forms of decoding, the whole product in the long form.
-
-    x is quantized by another kernel: every dtype and activation meets one shape in one form, the others one of each.
-    """
-    for form, shape, dtype, activation in itertools.product(FORMS, LINEARS, DTYPES, Activation):
-        whole = form == FORMS[0] and shape == LINEARS[1]
-        short = shape[0] == 0 or whole or (dtype, activation) in ONE_OF_EACH
-        name = "-".join((form, *map(str, shape[::2]), str(dtype).removeprefix("torch."), activation))
-        yield pytest.param(form, *shape, dtype, activation, id=name, marks=[] if short else pytest.mark.long)
-
-
-@pytest.mark.parametrize(("form", "m", "widths", "k", "dtype", "activation"), list(linears()), indirect=["form"])
 def test_linear(m, widths, k, dtype, activation, form):
     weight, scale = random_weight(widths, k)
     x = torch.randn(m, k).to(dtype)
@@ -291,19 +279,13 @@ def test_packed_weight_is_one_byte_a_weight_and_a_scale_per_row():
         )
 
 
-RAGGED_PREFILL = (65, (130, 62), 300)
+PREFILLS = ((65, (256,), 512), (65, (130, 62), 300), (512, (60, 100), 260))
+"""(m, widths, k): whole blocks, ragged shards, many rows."""
 
 
-def prefills():
-    """Every dtype and activation on ragged shards, one of each on whole blocks and on many rows; all of it is long."""
-    shapes = ((65, (256,), 512), RAGGED_PREFILL, (512, (60, 100), 260))
-    for shape, dtype, activation in itertools.product(shapes, DTYPES, Activation):
-        short = shape == RAGGED_PREFILL or (dtype, activation) in ONE_OF_EACH
-        name = "-".join((*map(str, shape[::2]), str(dtype).removeprefix("torch."), activation))
-        yield pytest.param(*shape, dtype, activation, id=name, marks=[] if short else pytest.mark.long)
-
-
-@pytest.mark.parametrize(("m", "widths", "k", "dtype", "activation"), list(prefills()))
+@pytest.mark.parametrize(
+    ("m", "widths", "k", "dtype", "activation"), with_dtypes_and_activations(PREFILLS, whole=PREFILLS[1:2])
+)
 def test_prefill_through_the_scratch(m, widths, k, dtype, activation, monkeypatch):
     """By the bound that has a name; on an NPU the operator itself takes this way beyond `HAND_OVER_ROWS`."""
     problem = random_problem(m, widths, k, dtype=dtype, bias=True)

@@ -32,8 +32,8 @@ from qwen3_fp8_ascend.testing.judges import (
     random_problem,
 )
 from qwen3_fp8_ascend.triton_kernels.nvidia import decode, grouped_linear, linear, shapes
+from tests.support.products import DTYPES, with_dtypes_and_activations
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZING = (Activation.W8A8, Activation.W8A8_UE8M0)
 
 
@@ -142,21 +142,10 @@ LINEARS = (
 )
 """(m, widths, k). The first, merged ragged shards, meets every dtype and activation, the others one of each."""
 
-ONE_OF_EACH = (
-    (torch.bfloat16, Activation.W8A8),
-    (torch.float16, Activation.W8A8_UE8M0),
-    (torch.float32, Activation.W8A16),
+
+@pytest.mark.parametrize(
+    ("m", "widths", "k", "dtype", "activation"), with_dtypes_and_activations(LINEARS, whole=LINEARS[:1])
 )
-
-
-def linears():
-    for shape, dtype, activation in itertools.product(LINEARS, DTYPES, Activation):
-        short = shape == LINEARS[0] or (dtype, activation) in ONE_OF_EACH
-        name = "-".join((*map(str, shape[::2]), str(dtype).removeprefix("torch."), activation))
-        yield pytest.param(*shape, dtype, activation, id=name, marks=[] if short else pytest.mark.long)
-
-
-@pytest.mark.parametrize(("m", "widths", "k", "dtype", "activation"), list(linears()))
 def test_linear(m, widths, k, dtype, activation):
     problem = random_problem(m, widths, k, dtype=dtype, bias=True)
     packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "nvidia")
