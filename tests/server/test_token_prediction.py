@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
@@ -43,7 +44,7 @@ def served(family: str, folder: Path) -> dict[str, Answer]:
     for name, echo in (("echo", True), ("other", False)):
         master = write_mtp(folder / f"{name}-bf16", family, echo=echo)
         quantize_checkpoint(master, folder / name, progress=False)
-    dequantize_checkpoint(folder / "echo", folder / "twin", progress=False)
+    dequantize_checkpoint(folder / "echo", folder / "twin", dtype=torch.float32, progress=False)
     runs = {
         "plain": Run(str(folder / "echo"), OPTIONS[family] | W8A16),
         "echo": speculating(family, folder / "echo", W8A16),
