@@ -5,6 +5,7 @@ thread count, all implementations in turn in one process (`testing.timing`); med
 
     python -m benchmarks.bench_linear                          # Qwen3-8B, all batches, 1 thread and all threads
     python -m benchmarks.bench_linear --rows 1 --threads 1     # the decode step's limit only
+    python -m benchmarks.bench_linear --threads 1,2,half,all   # the NUMA layout is printed, and goes into the CSV
     python -m benchmarks.bench_linear --isa avx2               # a CPU held to an instruction set; only it is timed
     python -m benchmarks.bench_linear --device cuda            # device time in a graph; npu likewise (not run yet)
 """
@@ -25,6 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.peers import peers
+from benchmarks.processors import numa_layout, thread_counts
 from benchmarks.shapes import MODELS, ROWS
 from qwen3_fp8_ascend.backends import cpu, select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
@@ -45,7 +47,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, cuda or npu.")] = "cpu",
     model: Annotated[str, typer.Option(help=f"Shapes of {', '.join(MODELS)}.")] = "qwen3-8b",
     rows: Annotated[list[int] | None, typer.Option(help="Tokens in the batch; repeatable.")] = None,
-    threads: Annotated[list[int] | None, typer.Option(help="Threads of a CPU; repeatable.")] = None,
+    threads: Annotated[list[str] | None, typer.Option(help="Threads of a CPU: numbers, half, all; 1,2,half.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="Only these layers; repeatable.")] = None,
     isa: Annotated[str | None, typer.Option(help="Instruction set of a CPU's kernels; default: all.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only these beside w8a8 and the limits; repeatable.")] = None,
@@ -62,12 +64,18 @@ def bench(
         raise typer.Exit(2) from error
     if isa is not None:
         cpu.set_isa(isa)
-    counts = (threads or sorted({1, torch.get_num_threads()})) if device == "cpu" else [1]
+    try:
+        counts = thread_counts(threads or ["1", "all"], torch.get_num_threads()) if device == "cpu" else [1]
+    except ValueError as error:
+        console.print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(2) from error
     limit = "read" if device == "cpu" else "copy"
     contenders = _contenders(here, first, isa, only and {OURS, limit, PEAK, *only})
     sweep = Sweep(here, contenders, rows or list(ROWS), counts, seconds, limit)
     chosen = {"isa": cpu.isa()} if device == "cpu" else {}
     facts = provenance() | {"model": model, "device": here.name, "backend": first} | chosen
+    if device == "cpu":
+        facts["numa"] = numa_layout()
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
     shapes = {name: size for name, size in MODELS[model].items() if not shape or name in shape}
     frame = _frame(_measure(sweep, shapes), facts)

@@ -6,13 +6,16 @@ reading all weights once takes at the memory's speed, measured just before.
 
     python -m benchmarks.bench_serving                     # Qwen3-8B, a slice of 6 layers, fp8 / fp8 head / bf16
     python -m benchmarks.bench_serving --layers 36 --only "fp8 head" --profile
+    python -m benchmarks.bench_serving --layers 30 --only "fp8 head" --concurrency 1 --concurrency 8 --concurrency 32
     python -m benchmarks.bench_serving --shape qwen3-30b-a3b --only "fp8 head" --only bf16 --profile
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import gzip
+import itertools
 import json
 import os
 import statistics
@@ -51,6 +54,8 @@ SERVERS: dict[str, tuple[list[str], int, int]] = {
 }
 """Arguments for `vllm serve`, and bytes per weight of the decoder's linears and of the output head."""
 
+TRACES = "*.pt.trace.json*"
+
 SHAPES: dict[str, dict[str, Any]] = {"qwen3-8b": QWEN3_8B, "qwen3-30b-a3b": QWEN3_30B_A3B}
 
 console = Console(width=max(120, Console().width))
@@ -63,18 +68,19 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Rounds of all servers in turn.")] = 5,
     input_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 32,
     output_len: Annotated[int, typer.Option(help="Tokens of an answer.")] = 32,
-    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 1,
+    concurrency: Annotated[list[int] | None, typer.Option(help="Requests at a time; repeatable; default: 1.")] = None,
     eager: Annotated[bool, typer.Option(help="No torch.compile.")] = False,
     profile: Annotated[bool, typer.Option(help="Say where the time of a decode step goes.")] = False,
 ) -> None:
     """Measure and print; the CSV goes to benchmarks/results/."""
     names = only or list(SERVERS)
     config = qwen3_config(**SHAPES[shape] | {"num_hidden_layers": layers})
-    facts = provenance() | {"layers": str(layers), "concurrency": str(concurrency), "eager": str(eager)}
+    facts = provenance() | {"layers": str(layers), "eager": str(eager)}
+    loads = concurrency or [1]
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
     # Before any server is up: an idle vLLM polls, and takes a core from whoever reads beside it.
     memory = MemoryReader()
-    limits = {name: memory.seconds(_bytes_a_step(config, name, concurrency)) for name in names}
+    limits = {(name, load): memory.seconds(_bytes_a_step(config, name, load)) for name in names for load in loads}
     del memory
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -84,23 +90,25 @@ def bench(
                 servers[name] = stack.enter_context(_server(Path(folder), name, config, eager, profile))
             console.print(f"{name}: up, {_resident(servers[name]):.2f} GB resident", highlight=False)
         for number in range(-1, rounds):  # the first is the warm-up
-            for name in names:
-                result = _ask(servers[name], Path(folder), input_len, output_len, concurrency)
+            for name, load in itertools.product(names, loads):
+                result = _ask(servers[name], Path(folder), input_len, output_len, load)
                 if number >= 0:
-                    found.append({"server": name, "round": number, "limit_ms": limits[name] * 1e3} | result)
+                    row = {"server": name, "concurrency": load, "round": number, "limit_ms": limits[name, load] * 1e3}
+                    found.append(row | result)
         for name in names:
             rows = [row for row in found if row["server"] == name]
             for row in rows:
                 row["resident_gb"] = _resident(servers[name])
-            if profile:
-                _print_profile(name, _profile(servers[name], output_len))
+            for load in loads if profile else ():
+                _print_profile(f"{name}, {load} at a time", _profile(servers[name], output_len, load))
     frame = pd.DataFrame(found)
     for key, value in facts.items():
         frame[key] = value
     path = RESULTS / f"serving-{shape}-{layers}-layers-{datetime.now():%Y%m%d-%H%M}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     frame.to_csv(path, index=False, float_format="%.6g")
-    _print(frame, names)
+    for load in loads:
+        _print(frame[frame.concurrency == load], names, load)
     console.print(f"wrote {path}", highlight=False)
 
 
@@ -189,14 +197,19 @@ def _resident(server: Server) -> float:
     return sum(process.memory_full_info().pss for process in processes) / 1e9
 
 
-def _profile(server: Server, tokens: int) -> Counter[str]:
-    """Microseconds of the worker's main thread by operator, over one request's decode steps."""
+def _profile(server: Server, tokens: int, concurrency: int) -> Counter[str]:
+    """Microseconds of the worker's main thread by operator, over the decode steps of requests sent at once."""
     traces = Path(server.log).with_suffix("")
+    for file in traces.glob(TRACES):
+        file.unlink()
+    body = {"model": server.model, "prompt": "a", "max_tokens": tokens, "ignore_eos": True}
     urllib.request.urlopen(urllib.request.Request(f"{server.url}/start_profile", method="POST")).close()
-    server.post("/v1/completions", {"model": server.model, "prompt": "a", "max_tokens": tokens, "ignore_eos": True})
+    with concurrent.futures.ThreadPoolExecutor(concurrency) as senders:
+        for answer in [senders.submit(server.post, "/v1/completions", body) for _ in range(concurrency)]:
+            answer.result()
     urllib.request.urlopen(urllib.request.Request(f"{server.url}/stop_profile", method="POST"), timeout=600).close()
     times: Counter[str] = Counter()
-    for file in sorted(traces.glob("*.pt.trace.json*")):
+    for file in sorted(traces.glob(TRACES)):
         opener = gzip.open if file.suffix == ".gz" else open
         with opener(file, "rt") as stream:
             events = [e for e in json.load(stream)["traceEvents"] if e.get("ph") == "X" and e.get("cat") == "cpu_op"]
@@ -226,9 +239,10 @@ def _print_profile(name: str, times: Counter[str]) -> None:
     console.print(table)
 
 
-def _print(frame: pd.DataFrame, names: list[str]) -> None:
+def _print(frame: pd.DataFrame, names: list[str], concurrency: int) -> None:
     medians = frame.groupby("server").median(numeric_only=True)
     table = Table("server", "ms / token", "limit, ms", "of limit", "TTFT, ms", "requests/s", "GB resident", "x bf16")
+    table.title = f"{concurrency} at a time"
     for name in names:
         row = medians.loc[name]
         times = frame[frame.server == name].set_index("round")

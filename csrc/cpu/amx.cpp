@@ -21,8 +21,6 @@ constexpr int kFewRows = 2;
 constexpr int kRegisterPrefetchBytes = 2048;
 constexpr int kTilePrefetchBytes = 768;
 
-constexpr DecodeTables kScaledTables = make_decode_tables(ArithmeticDecoder::kExponent);
-
 // A B tile: 32 k (as 16 pairs) of half a panel.
 using WeightTile = std::uint16_t[kTile][2 * kHalf];
 constexpr int kChunkTiles = 2 * kChunk / kTileDepth;
@@ -77,6 +75,8 @@ class TileSession {
   explicit TileSession(std::int64_t rows) {
     TileConfig config;
     for (int tile = 0; tile < 6; ++tile) config.rows[tile] = static_cast<std::uint8_t>(rows);
+    // g++ 12 takes the intrinsic to read eight bytes, and may leave the others out or write them later.
+    asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
   ~TileSession() { _tile_release(); }
@@ -260,13 +260,9 @@ inline void visit(const std::uint16_t* x, std::int64_t steps, std::int64_t wait,
 
 // Few rows: the tiles' detour through memory costs more than it saves.
 void linear_of_few_rows(const Problem& problem, std::int64_t begin, std::int64_t end) {
-  bool has_nan = false;
-  for (std::int64_t panel = begin; panel < end; ++panel) has_nan |= problem.weight.panels[panel].has_nan != 0;
-  if (has_nan) {
-    linear_in_registers<kFewRows, 2, kRegisterPrefetchBytes>(problem, begin, end, TableDecoder(kScaledTables));
-  } else {
-    linear_in_registers<kFewRows, 2, kRegisterPrefetchBytes>(problem, begin, end, ArithmeticDecoder());
-  }
+  with_scaled_decoder(problem.weight, begin, end, [&](const auto& decode) {
+    linear_in_registers<kFewRows, 2, kRegisterPrefetchBytes>(problem, begin, end, decode);
+  });
 }
 
 void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* memory) {

@@ -36,6 +36,11 @@ bool has_bits(unsigned word, std::initializer_list<int> bits) {
   return true;
 }
 
+bool is_intel() {
+  const Cpuid name = cpuid(0);  // "GenuineIntel"
+  return name.ebx == 0x756e6547 && name.edx == 0x49656e69 && name.ecx == 0x6c65746e;
+}
+
 // The register states that the operating system saves (XCR0).
 unsigned saved_states() {
   unsigned low = 0;
@@ -112,9 +117,10 @@ void set_isa(Isa isa) { current().store(static_cast<int>(isa), std::memory_order
 
 const Kernels& kernels_of(Isa isa) {
 #if defined(__x86_64__)
+  static const bool intel = is_intel();
   switch (isa) {
     case Isa::amx: return kAmxKernels;
-    case Isa::avx512: return kAvx512Kernels;
+    case Isa::avx512: return intel ? kAvx512IntelKernels : kAvx512Kernels;
     case Isa::avx2: return kAvx2Kernels;
     case Isa::portable: break;
   }

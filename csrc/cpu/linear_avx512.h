@@ -22,6 +22,8 @@ struct Avx512Scratch {
   alignas(64) float sums[kMostTileRows][kTileColumns];
 };
 
+constexpr DecodeTables kScaledTables = make_decode_tables(ArithmeticDecoder::kExponent);
+
 inline __m512bh as_bf16(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
 
 inline __m512 dot_pair(__m512 sum, __m512i weights, std::int32_t x_pair) {
@@ -106,9 +108,27 @@ void linear_in_registers(const Problem& problem, std::int64_t begin, std::int64_
   for (; panel < end; ++panel) multiply_in_registers<Rows, 1, Ahead>(problem, panel, decode);
 }
 
+inline bool any_nan(const Weight& w, std::int64_t begin, std::int64_t end) {
+  bool found = false;
+  for (std::int64_t panel = begin; panel < end; ++panel) found |= w.panels[panel].has_nan != 0;
+  return found;
+}
+
+// Calls body(decoder) with one for the panels [begin, end), on processors where byte permutations are slow: the weights
+// are decoded as code * 2^ArithmeticDecoder::kExponent.
+template <class Body>
+void with_scaled_decoder(const Weight& w, std::int64_t begin, std::int64_t end, const Body& body) {
+  if (any_nan(w, begin, end)) {
+    body(TableDecoder(kScaledTables));
+  } else {
+    body(ArithmeticDecoder());
+  }
+}
+
 // Decodes a chunk of `panels` panels; the second of one panel is left as it was.
-inline void decode_tile(const Weight& w, std::int64_t panel, int panels, std::int64_t chunk, const TableDecoder& decode,
-                        std::uint16_t (*out)[kTileColumns * 2]) {
+template <class Decoder>
+void decode_tile(const Weight& w, std::int64_t panel, int panels, std::int64_t chunk, const Decoder& decode,
+                 std::uint16_t (*out)[kTileColumns * 2]) {
   const std::int64_t quads = (w.depth.length_of(chunk) + 3) / 4;
   for (int p = 0; p < panels; ++p) {
     const std::uint8_t* source = w.codes_of(panel + p) + w.depth.start_of(chunk) * kPanelRows;
@@ -194,10 +214,11 @@ inline void prefetch_rows(const std::uint16_t* values) {
 }
 
 // At most kMostTileRows rows.
-inline void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int64_t end, Avx512Scratch& scratch) {
+template <class Decoder>
+void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int64_t end, const Decoder& decode,
+                     Avx512Scratch& scratch) {
   const Weight& w = problem.weight;
   const Activation& x = problem.activation;
-  const TableDecoder decode{kDecodeTables};
   for (std::int64_t panel = begin; panel < end; panel += kTilePanels) {
     const int panels = end - panel < kTilePanels ? 1 : kTilePanels;
     std::memset(scratch.sums, 0, static_cast<std::size_t>(x.rows) * sizeof scratch.sums[0]);
@@ -228,6 +249,23 @@ inline void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int
     }
     for (int p = 0; p < panels; ++p) {
       store_panel(problem, panel + p, scratch.sums[0] + p * kPanelRows, kTileColumns, 0, x.rows);
+    }
+  }
+}
+
+// The multiplier's limit: more chains than a product takes cycles, and nothing else.
+inline void multiply_add(std::int64_t count) {
+  constexpr int kChains = 16;
+  constexpr int kProducts = 2 * kHalf;  // of one instruction
+  const __m512i half = _mm512_set1_epi16(0x3f00);  // 0.5 in bf16
+  __m512 chain[kChains];
+#pragma GCC unroll 16
+  for (int i = 0; i < kChains; ++i) chain[i] = _mm512_setzero_ps();
+  for (std::int64_t done = 0; done < count; done += kChains * kProducts) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kChains; ++i) {
+      chain[i] = _mm512_dpbf16_ps(chain[i], as_bf16(half), as_bf16(half));
+      asm volatile("" : "+v"(chain[i]));  // the result is wanted, as far as the compiler knows
     }
   }
 }

@@ -58,6 +58,9 @@ inline float float_of(std::uint32_t bits) {
   return value;
 }
 
+// 2^exponent, a normal number.
+inline float power_of_two(int exponent) { return float_of(static_cast<std::uint32_t>(exponent + 127) << 23); }
+
 // The smallest power of two that is not below a positive normal number: any bit of the mantissa carries into the
 // exponent. Infinity and NaN stay.
 inline float round_up_to_power_of_two(float value) {

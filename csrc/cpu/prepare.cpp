@@ -60,8 +60,8 @@ void prepare_block(const Kernels& kernels, const void* x, Dtype dtype, Quantizat
   const float amax = kernels.amax(x, dtype, count);
   const bool quantize = quantization != Quantization::none;
   const PowerScale power =
-      quantize ? PowerScale{1.0f, group_scale(amax, quantization)} : power_scale(amax, kernels.weight_exponent);
-  const float code_factor = std::ldexp(1.0f, -kernels.weight_exponent);
+      quantize ? PowerScale{power_of_two(-kernels.weight_exponent), group_scale(amax, quantization)}
+               : power_scale(amax, kernels.weight_exponent);
   const std::int64_t first = block * depth.chunks_per_block;
   for (std::int64_t chunk = first; chunk < first + ceil_div(count, kChunk); ++chunk) {
     const std::int64_t length = depth.length_of(chunk);
@@ -69,7 +69,7 @@ void prepare_block(const Kernels& kernels, const void* x, Dtype dtype, Quantizat
     const std::int64_t place = chunk * out.capacity + row * out.terms;
     std::uint16_t* target = out.values + place * kChunk;
     if (quantize) {
-      kernels.quantize_values(source, dtype, length, power.scale, code_factor, target);
+      kernels.quantize_values(source, dtype, length, power.scale, power.factor, target);
     } else {
       kernels.split_values(source, dtype, length, power.factor, std::isfinite(amax), out.terms, target, kChunk);
     }
