@@ -53,20 +53,20 @@ TRITON_COMPILED := $(patsubst %,tests/triton_kernels/test_%.py,sm90 nvidia_compi
 define test_triton_ascend
 	.venv-triton-ascend/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_ascend tests/triton_ascend
 endef
-define test_triton
+define test_triton_interpreted
 	TRITON_INTERPRET=1 .venv-triton/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_kernels $(TRITON_INTERPRETED)
-	.venv-triton/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_kernels $(TRITON_COMPILED)
 endef
 
 test-triton-ascend: $(TRITON_ASCEND_STAMP)  ## compile the Triton kernels for every Ascend chip and execute them on x86
 	$(call test_triton_ascend,not long)
 
 test-triton: $(TRITON_STAMP)  ## the Triton kernels in the interpreter, and for NVIDIA GPUs
-	$(call test_triton,not long)
+	$(call test_triton_interpreted,not long)
+	.venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels $(TRITON_COMPILED)
 
 test-triton-long: $(TRITON_ASCEND_STAMP) $(TRITON_STAMP)  ## the rest of these two
 	$(call test_triton_ascend,long)
-	$(call test_triton,long)
+	$(call test_triton_interpreted,long)
 
 triton-tables: $(TRITON_ASCEND_STAMP)
 	.venv-triton-ascend/bin/python -m benchmarks.triton_hivm
