@@ -1,6 +1,7 @@
 """Defects planted in the CPU kernels, one at a time: a sanitizer or a test finds each, and nothing without it.
 
-Only the file that holds a defect is compiled again (tests/support/sanitizers).
+Only the file that holds a defect is compiled again (tests/support/sanitizers). In the same way the kernels that this
+processor would not choose are tested.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import sanitizers
-from tests.support.cpu_levels import needs_cpu_backend
+from tests.support.cpu_levels import lacking, needs_cpu_backend
 from tests.support.sanitizers import ADDRESS, THREAD, Edit, Outcome, Preloaded, Variant
 from tests.support.sanitizers.judging import assert_clean, lack_of
 
@@ -174,3 +175,14 @@ def test_planted_defects_are_found(run: Run, defect: str, tmp_path: Path) -> Non
 def test_planted_defects_are_all_that_fails(run: Run, variant: Variant, tmp_path: Path) -> None:
     tests = list(dict.fromkeys(test for which, _, test, _ in DEFECTS.values() if which is variant))
     assert_clean(run(variant, tests, tmp_path), len(tests))
+
+
+OTHER_VENDOR = Edit("isa.cpp", "static const bool intel = is_intel();", "static const bool intel = !is_intel();")
+OF_AVX512 = "decodes_every or nan_codes or ragged_edges and (widths2 or widths3) and not ue8m0 or layer_of_any_shape"
+
+
+@pytest.mark.skipif(lacking("avx512") is not None, reason=str(lacking("avx512")))
+def test_avx512_kernels_for_cores_of_the_other_vendor(run: Run, tmp_path: Path) -> None:
+    """An Intel processor takes its own table of kernels, and leaves the one for AMD's; the other way round there."""
+    outcome = run(ADDRESS.with_edits(OTHER_VENDOR), [BACKEND, EXPERTS, "-k", f"avx512 and ({OF_AVX512})"], tmp_path)
+    assert_clean(outcome, 30)
