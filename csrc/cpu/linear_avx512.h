@@ -256,7 +256,7 @@ void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int64_t en
 // The multiplier's limit: more chains than a product takes cycles, and nothing else.
 inline void multiply_add(std::int64_t count) {
   constexpr int kChains = 16;
-  constexpr int kProducts = 2 * kHalf;  // of one instruction
+  constexpr int kProducts = 2 * kHalf;             // of one instruction
   const __m512i half = _mm512_set1_epi16(0x3f00);  // 0.5 in bf16
   __m512 chain[kChains];
 #pragma GCC unroll 16

@@ -59,9 +59,9 @@ void prepare_block(const Kernels& kernels, const void* x, Dtype dtype, Quantizat
   const std::int64_t count = std::min(depth.block_k, depth.k - begin);
   const float amax = kernels.amax(x, dtype, count);
   const bool quantize = quantization != Quantization::none;
-  const PowerScale power =
-      quantize ? PowerScale{power_of_two(-kernels.weight_exponent), group_scale(amax, quantization)}
-               : power_scale(amax, kernels.weight_exponent);
+  const PowerScale power = quantize
+                               ? PowerScale{power_of_two(-kernels.weight_exponent), group_scale(amax, quantization)}
+                               : power_scale(amax, kernels.weight_exponent);
   const std::int64_t first = block * depth.chunks_per_block;
   for (std::int64_t chunk = first; chunk < first + ceil_div(count, kChunk); ++chunk) {
     const std::int64_t length = depth.length_of(chunk);
