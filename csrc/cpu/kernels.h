@@ -65,11 +65,12 @@ struct Depth {
   std::int64_t chunks_per_block;  // ceil(block_k / kChunk)
   std::int64_t chunks;
 
-  std::int64_t block_of(std::int64_t chunk) const { return chunk / chunks_per_block; }
-  std::int64_t start_of(std::int64_t chunk) const {
+  // Inlined always: of a copy in each object the linker would keep one, which may be for another processor.
+  [[gnu::always_inline]] std::int64_t block_of(std::int64_t chunk) const { return chunk / chunks_per_block; }
+  [[gnu::always_inline]] std::int64_t start_of(std::int64_t chunk) const {
     return block_of(chunk) * block_k + chunk % chunks_per_block * kChunk;
   }
-  std::int64_t length_of(std::int64_t chunk) const {
+  [[gnu::always_inline]] std::int64_t length_of(std::int64_t chunk) const {
     const std::int64_t block_end = (block_of(chunk) + 1) * block_k;
     const std::int64_t end = block_end < k ? block_end : k;
     const std::int64_t length = end - start_of(chunk);

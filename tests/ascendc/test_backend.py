@@ -226,7 +226,7 @@ def test_bad_input_is_refused_with_reasons(on_cpu: Emulator) -> None:
     weight = random_weight((128,), 128)
     with pytest.raises(BlockFp8Error, match="groups of 128"):
         ops.quantize_activation(torch.zeros(1, 128), block_k=64, backend="ascendc")
-    with pytest.raises(BlockFp8Error, match="not of 64x64"):
+    with pytest.raises(BlockFp8Error, match="blocks of 128x128, not 64x64"):
         ops.pack_weight(weight.codes, torch.ones(2, 2), BlockGrid((128,), 128, BlockSize(64, 64)), "ascendc")
     nan = weight.codes.view(torch.uint8).clone()
     nan[0, 0] = 0x7F
