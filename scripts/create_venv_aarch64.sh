@@ -78,13 +78,14 @@ done
 echo "compiling the Python files that tests import (once)"
 # By this machine's Python where it writes the same bytecode, since that takes a tenth of the time that it takes under
 # qemu: what is imported here of the same packages. qemu compiles the rest, or all of it.
-"$python" - "$version" "$venv/site" "$venv/root/usr/lib/python$version" <<'NATIVELY'
+"$python" - "$version" "$venv" <<'NATIVELY'
 import compileall
 import importlib
 import sys
 from pathlib import Path
 
-version, folders = sys.argv[1], [Path(folder) for folder in sys.argv[2:]]
+version, venv = sys.argv[1], Path(sys.argv[2])
+folders = [venv / "site", venv.joinpath("root", "usr", "lib", f"python{version}")]
 if version != f"{sys.version_info.major}.{sys.version_info.minor}":
     sys.exit()
 for name in ("torch", "torch._dynamo", "torch.testing", "hypothesis.extra.numpy", "pytest", "safetensors", "typer", "rich"):

@@ -26,7 +26,8 @@ def check_routing(layer: Any, prefix: str) -> None:
         BlockFp8Error: on a CPU, the router does not know the scores, or leaves the correction bias out.
     """
     scores, bias = layer.scoring_func, layer.e_score_correction_bias
-    if layer.use_grouped_topk or layer.custom_routing_function is not None or scores not in KNOWN:
+    plain = scores == "softmax" and bias is None  # what every router does
+    if plain or layer.use_grouped_topk or layer.custom_routing_function is not None or scores not in KNOWN:
         return
     if current_platform.is_cpu() and not _chooses(scores, bias is not None):
         corrected = " with a correction bias" if bias is not None else ""
