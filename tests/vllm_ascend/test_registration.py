@@ -128,7 +128,10 @@ def test_it_survives_in_spawned_processes(tmp_path: Path) -> None:
 
 
 WITNESS = """
-import atexit, json, multiprocessing, multiprocessing.util, os, sys
+import atexit, json, multiprocessing, multiprocessing.util, os, sys, time
+
+NAME = multiprocessing.current_process().name
+WORKERS = {"VllmWorker-0", "VllmWorker-1"}
 
 
 def say():
@@ -136,7 +139,7 @@ def say():
 
     config = get_quantization_config("ascend")
     seen = {
-        "process": multiprocessing.current_process().name,
+        "process": NAME,
         "ascend": f"{config.__module__}.{config.__name__}",
         # A process that is ended while it loads its plugins may not have come to ours.
         "asked us": "qwen3_fp8_ascend.vllm_plugin.ascend" in sys.modules,
@@ -145,8 +148,26 @@ def say():
         file.write(json.dumps(seen) + "\\n")
 
 
+def said():
+    with open(os.environ["WITNESS"]) as file:
+        return {json.loads(line)["process"] for line in file if line.endswith("\\n")}
+
+
+class Acl:
+    # A worker that does not find CANN fails, and the other one is ended wherever it is: so each waits here for the other.
+    def find_spec(self, name, path, target=None):
+        if name == "acl":
+            sys.meta_path.remove(self)
+            say()
+            last = time.monotonic() + 300
+            while not WORKERS <= said() and time.monotonic() < last:
+                time.sleep(0.1)
+
+
 def register():
-    if multiprocessing.parent_process() is None:
+    if NAME in WORKERS:
+        sys.meta_path.insert(0, Acl())
+    elif multiprocessing.parent_process() is None:
         atexit.register(say)
     else:
         multiprocessing.util.Finalize(None, say, exitpriority=100)
@@ -154,7 +175,7 @@ def register():
 
 
 def test_every_process_of_a_real_vllm_serve_has_it(tmp_path: Path) -> None:
-    """Two ranks, up to where the workers ask for CANN. A plugin of the test's says at the end what `ascend` was."""
+    """Two ranks, up to where the workers ask for CANN, when a plugin of the test's says what `ascend` is."""
     info = tmp_path / "witness-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: witness\nVersion: 0\n")
