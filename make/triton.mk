@@ -46,7 +46,7 @@ $(TRITON_STAMP):
 .PHONY: test-triton-ascend test-triton test-triton-long triton-tables
 
 TRITON_INTERPRETED := $(patsubst %,tests/triton_kernels/test_%.py,configuration interpreter grouped_interpreter \
-	nvidia_interpreter nvidia_shapes)
+	nvidia_interpreter nvidia_grouped_interpreter nvidia_scaled_mm nvidia_shapes)
 TRITON_COMPILED := $(patsubst %,tests/triton_kernels/test_%.py,sm90 nvidia_compiled)
 
 # The tests that a mark chooses.

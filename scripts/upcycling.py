@@ -100,34 +100,39 @@ def write_sliced_experts(
         for projection, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
             yield f"{layer}.self_attn.{projection}_proj.bias", torch.zeros(count * hidden // heads, dtype=dtype)
 
-    changes: dict[str, Any] = {"num_experts_per_tok": experts, "norm_topk_prob": True, "moe_intermediate_size": size}
-    if glm:
-        changes |= {
-            "architectures": ["Glm4MoeForCausalLM"],
-            "model_type": "glm4_moe",
-            "n_routed_experts": experts,
-            "n_shared_experts": shared // size,
-            "n_group": 1,
-            "topk_group": 1,
-            "routed_scaling_factor": 1.0,
-            "first_k_dense_replace": 0,
-            "use_qk_norm": False,
-            "tie_word_embeddings": False,
-            "partial_rotary_factor": 1.0,
-            "rope_parameters": config["rope_parameters"] | {"partial_rotary_factor": 1.0},
-        }
-    else:
-        changes |= {
-            "architectures": ["Qwen2MoeForCausalLM"],
-            "model_type": "qwen2_moe",
-            "num_experts": experts,
-            "shared_expert_intermediate_size": shared,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "use_sliding_window": False,
-            "qkv_bias": True,
-        }
-    return _write(source, folder, convert, changes)
+    describe = _glm4_moe if glm else _qwen2_moe
+    changes = {"num_experts_per_tok": experts, "norm_topk_prob": True, "moe_intermediate_size": size}
+    return _write(source, folder, convert, changes | describe(config, experts, size, shared))
+
+
+def _qwen2_moe(config: dict[str, Any], experts: int, size: int, shared: int) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "num_experts": experts,
+        "shared_expert_intermediate_size": shared,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_sliding_window": False,
+        "qkv_bias": True,
+    }
+
+
+def _glm4_moe(config: dict[str, Any], experts: int, size: int, shared: int) -> dict[str, Any]:
+    return {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "n_routed_experts": experts,
+        "n_shared_experts": shared // size,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "first_k_dense_replace": 0,
+        "use_qk_norm": False,
+        "tie_word_embeddings": False,
+        "partial_rotary_factor": 1.0,
+        "rope_parameters": config["rope_parameters"] | {"partial_rotary_factor": 1.0},
+    }
 
 
 def _write(

@@ -25,20 +25,16 @@ MIX: tuple[tuple[Kind, int], ...] = (
 )
 """Kinds of requests and how many of a hundred are of each."""
 
-TOP = 5
-"""How many of the likeliest tokens are asked for at each position."""
-
 
 @dataclass(frozen=True)
 class Step:
-    """One generated token, its log-probability in nats, and those of the likeliest tokens at its place.
+    """One generated token and its log-probability in nats.
 
     Tokens are named as vLLM does it when asked for ids, "token_id:17": texts of different tokens may be equal.
     """
 
     token: str
     logprob: float
-    top: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -165,7 +161,7 @@ async def send(client: httpx.AsyncClient, request: Request, model: str) -> Outco
     body = request.body
     if body is None:
         fields = {"model": model, "prompt": request.prompt, "max_tokens": request.max_tokens, "temperature": 0}
-        body = json.dumps(fields | {"logprobs": TOP, "return_tokens_as_token_ids": True, "stream": streams}).encode()
+        body = json.dumps(fields | {"logprobs": 1, "return_tokens_as_token_ids": True, "stream": streams}).encode()
     try:
         if streams:
             await _stream(client, body, outcome)
@@ -214,10 +210,8 @@ async def _stream(client: httpx.AsyncClient, body: bytes, outcome: Outcome) -> N
 def _take(choice: dict[str, Any], outcome: Outcome) -> None:
     logprobs = choice["logprobs"]
     if logprobs is not None:
-        for token, logprob, top in zip(
-            logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
-        ):
-            outcome.steps.append(Step(token, logprob, top))
+        for token, logprob in zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True):
+            outcome.steps.append(Step(token, logprob))
     outcome.finish_reason = choice["finish_reason"]
 
 

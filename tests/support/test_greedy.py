@@ -12,7 +12,7 @@ from tests.support.load import Outcome, Request, Step, make_prompts, make_reques
 FLOOR = 0.1
 
 
-ANSWER = [Step(f"token_id:{i}", logprob, {}) for i, logprob in enumerate((-1.0, -0.9, -0.1, -2.0))]
+ANSWER = [Step(f"token_id:{i}", logprob) for i, logprob in enumerate((-1.0, -0.9, -0.1, -2.0))]
 AS_SAID = np.array([(step.logprob, step.logprob) for step in ANSWER])
 """What the idle server says of the answer if nothing moved: each token's log-probability, and that of the best one."""
 

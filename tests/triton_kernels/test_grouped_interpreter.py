@@ -16,29 +16,13 @@ from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import prefill
 from qwen3_fp8_ascend.backends.triton import backend, launch
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import Activation, BlockGrid
-from qwen3_fp8_ascend.testing.experts import assert_layer_exact, judge_layer, random_codes, random_experts
+from qwen3_fp8_ascend.format import Activation
+from qwen3_fp8_ascend.testing.experts import assert_layer_exact, judge_layer, random_experts
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, assert_prefill
 from qwen3_fp8_ascend.triton_kernels import block_grouped_linear
 from qwen3_fp8_ascend.triton_kernels.configuration import INTERPRETER, grouped_shape
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def ends_of(counts):
-    return torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int64)
-
-
-def random_groups(groups, widths, k):
-    """Weights and scales of groups, as `ops.pack_experts` takes them."""
-    grid = BlockGrid(tuple(widths), k)
-    weights = random_codes((groups, grid.n, k), torch.Generator().manual_seed(1))
-    return weights, torch.rand(groups, *grid.scale_shape) * 0.01 + 1e-4, grid
+from tests.support.groups import ends_of, random_groups
+from tests.support.products import DTYPES
 
 
 def grouped(x, weights, scales, grid, ends, activation=Activation.W8A8, unrounded=False):

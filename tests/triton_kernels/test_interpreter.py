@@ -31,12 +31,6 @@ from qwen3_fp8_ascend.testing.judges import (
 from qwen3_fp8_ascend.triton_kernels import block_linear, group_quantize, lanes
 from tests.support.products import DTYPES, with_dtypes_and_activations
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 FORMS = ("subnormals", "no-subnormals")
 
 

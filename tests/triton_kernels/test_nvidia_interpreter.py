@@ -1,7 +1,6 @@
 """The kernels for NVIDIA GPUs and their backend in upstream Triton's interpreter, against the specification."""
 
 import dataclasses
-import itertools
 import os
 
 import pytest
@@ -16,30 +15,22 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from qwen3_fp8_ascend import ops, reference
-from qwen3_fp8_ascend.backends import nvidia_scaled_mm, triton_host
+from qwen3_fp8_ascend.backends import triton_host
 from qwen3_fp8_ascend.backends.nvidia import backend, launch
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize
 from qwen3_fp8_ascend.testing import nonfinite
-from qwen3_fp8_ascend.testing.experts import assert_layer_exact, random_codes, random_experts
 from qwen3_fp8_ascend.testing.judges import (
-    Problem,
     assert_bias_before_rounding,
     assert_exact,
     beside_powers_of_two,
     judge_exact,
-    judge_scaled_mm,
     random_problem,
 )
-from qwen3_fp8_ascend.triton_kernels.nvidia import decode, grouped_linear, linear, shapes
+from qwen3_fp8_ascend.triton_kernels.nvidia import decode, linear, shapes
 from tests.support.products import DTYPES, with_dtypes_and_activations
 
 QUANTIZING = (Activation.W8A8, Activation.W8A8_UE8M0)
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -299,151 +290,3 @@ def test_bad_input_is_refused_before_any_launch(monkeypatch):
     with pytest.raises(BlockFp8Error, match="64x64"):
         grid = BlockGrid((128,), 256, BlockSize(64, 64))
         ops.dequantize_weight(problem.weight, torch.rand(2, 4), grid, backend="nvidia")
-
-
-def ends_of(counts):
-    return torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int64)
-
-
-def random_groups(groups, widths, k):
-    """Weights and scales of groups, as `ops.pack_experts` takes them."""
-    grid = BlockGrid(tuple(widths), k)
-    weights = random_codes((groups, grid.n, k), torch.Generator().manual_seed(1))
-    return weights, torch.rand(groups, *grid.scale_shape) * 0.01 + 1e-4, grid
-
-
-PATTERNS = {
-    "uneven and empty": (3, 0, 17, 0, 0, 1, 9),
-    "all on one": (0, 0, 130, 0),
-    "a tile and one row": (16, 17),
-    "one row each": (1,) * 8,
-    "none": (0, 0, 0),
-}
-
-
-@pytest.mark.parametrize("counts", PATTERNS.values(), ids=PATTERNS)
-@pytest.mark.parametrize("activation", [Activation.W8A8, Activation.W8A16])
-def test_a_grouped_linear_is_its_specification(counts, activation, monkeypatch):
-    weights, scales, grid = random_groups(len(counts), (130, 62), 300)
-    packed = ops.pack_experts(weights, scales, grid, "nvidia")
-    x, owned = torch.randn(sum(counts) + 2, 300), sum(counts)  # two rows are nobody's
-    values, x_scale = launch.quantize(x, activation, codes=False) if activation is Activation.W8A8 else (x, None)
-    monkeypatch.setattr(torch, "empty", lambda *size, **named: torch.full(size, 7, **named))
-    out = ops.grouped_linear(x, packed, ends_of(counts), activation)
-    want = grouped_linear.grouped_linear_specification(
-        values, x_scale, packed.tensors[0], packed.tensors[1], ends_of(counts), grid
-    )
-    assert (out[:owned] - want[:owned]).norm() <= 1e-6 * want[:owned].norm()
-    assert (out[owned:] == 7.0).all(), "rows that are nobody's were written"
-
-
-@pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("counts", "widths", "k"), [((5, 0, 18), (130, 62), 300), ((2,), (1,), 1), ((70,), (128,), 128)]
-)
-def test_a_grouped_linear_passes_the_gates_of_the_dense_one(counts, widths, k, dtype, activation):
-    weights, scales, grid = random_groups(len(counts), widths, k)
-    x = torch.randn(sum(counts) + 1, k).to(dtype)
-    packed = ops.pack_experts(weights, scales, grid, "nvidia")
-    got = ops.grouped_linear(x, packed, ends_of(counts), activation)
-    unrounded = ops.grouped_linear(x, packed, ends_of(counts), activation, unrounded=True)
-    assert got.shape == (len(x), grid.n) and got.dtype == dtype and unrounded.dtype == torch.float32
-    for expert, (start, end) in enumerate(itertools.pairwise([0, *ends_of(counts).tolist()])):
-        assert_exact(got[start:end], Problem(x[start:end], weights[expert], scales[expert], grid=grid), activation)
-        assert torch.equal(unrounded[start:end].to(dtype), got[start:end])
-
-
-@pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize(
-    ("hidden", "intermediate", "dtype"),
-    [(256, 128, torch.float16), (256, 128, torch.float32), (300, 200, torch.bfloat16)],
-)
-def test_a_layer_of_experts_is_the_specification(hidden, intermediate, dtype, activation):
-    problem = random_experts(9, 5, 3, hidden, intermediate, dtype=dtype)
-    problem.topk_ids[0] = -1
-    problem.topk_ids[1, 2] = -1
-    assert_layer_exact(problem.layer("nvidia", activation), problem, activation)
-
-
-def test_lists_that_are_none_touch_nothing_outside(monkeypatch):
-    """On a device nobody looks at the ends. Rows stay within x, and groups within the weights."""
-    weights, scales, grid = random_groups(4, (128,), 128)
-    codes, scale, spans = ops.pack_experts(weights, scales, grid, "nvidia").tensors
-    wild = torch.tensor([[7, 3, 9, 1], [-5, 2, 1 << 40, 3], [1 << 62, 0, 0, 0], [-1, -1, -1, -(1 << 60)]])
-    room = torch.full((3, 6, 128), 7.0)  # x and out in the middle of what must stay as it is
-    honest = torch.empty
-    for ends in wild:
-        room.fill_(7.0)
-        monkeypatch.setattr(
-            torch, "empty", lambda *size, **named: room[1] if size == (6, 128) else honest(*size, **named)
-        )
-        launch.grouped_linear(torch.randn(6, 128), codes, scale, spans[0], ends, Activation.W8A16, torch.float32)
-        monkeypatch.undo()
-        assert (room[0] == 7.0).all() and (room[2] == 7.0).all()
-
-
-def test_weights_beyond_32_bits_are_found():
-    """A layer of 4.3 GB: memory that nothing touches is never there, so only two experts are real.
-
-    Few programs and few experts, since the interpreter takes the list of ends number by number.
-    """
-    n, k = 128, 33280
-    experts = (1 << 32) // (n * k) + 2
-    codes = torch.empty(experts, n, k, dtype=torch.uint8)
-    w_scale = torch.empty(experts, n // 128, k // 128)
-    weights, scales, grid = random_groups(2, (n,), k)
-    for place, expert in ((0, 0), (experts - 1, 1)):
-        codes[place], w_scale[place], spans = backend.pack(weights[expert], scales[expert], grid)
-    ends = torch.full((experts,), 3)
-    ends[-1] = 7
-    x = torch.randn(7, k)
-    got = backend.nvidia_block_grouped_linear(x, codes, w_scale, spans, ends, "w8a8", torch.float32)
-    for expert, rows in ((0, slice(0, 3)), (1, slice(3, 7))):
-        assert_exact(got[rows], Problem(x[rows], weights[expert], scales[expert], grid=grid))
-
-
-def sums_of_14_bits(codes, scale, weight, w_scale):
-    """Hopper's FP8 products, by measurements of others: 32 at once, cut off 13 bits below the largest."""
-    assert scale.stride(0) == 1 and scale.stride(1) % 4 == 0 and codes.shape[0] % 16 == 0
-    out = torch.zeros(codes.shape[0], weight.shape[0])
-    for block in range(codes.shape[1] // 128):
-        part = torch.zeros_like(out)
-        for first in range(128 * block, 128 * (block + 1), 32):
-            products = codes[:, None, first : first + 32].float() * weight[None, :, first : first + 32].float()
-            largest = products.abs().amax(2, keepdim=True).maximum(part.abs()[..., None]).clamp_min(2.0**-100)
-            unit = torch.exp2(torch.frexp(largest)[1].float() - 14)
-            part = ((products / unit).trunc() * unit).sum(2) + (part / unit[..., 0]).trunc() * unit[..., 0]
-        out += part * scale[:, block, None] * w_scale.repeat_interleave(128, 0)[: len(weight), block]
-    return out.bfloat16()
-
-
-@pytest.mark.parametrize("activation", QUANTIZING)
-@pytest.mark.parametrize("m", [65, 80])
-def test_the_hand_over_gives_torch_what_it_takes_and_has_a_bound_of_its_own(m, activation, monkeypatch):
-    problem = random_problem(m, (128, 128), 640)
-    packed = backend.pack(problem.weight, problem.scale, problem.grid)
-    monkeypatch.setattr(nvidia_scaled_mm, "product", sums_of_14_bits)
-    out = nvidia_scaled_mm.nvidia_scaled_mm_linear(problem.x, *packed, activation.value)
-    assert out.is_contiguous() and judge_scaled_mm(out, problem, activation).faults == []
-    assert judge_exact(out, problem, activation).faults, "it is not exact, which is why it has a name"
-    wrong = dataclasses.replace(problem, scale=problem.scale.roll(1, 1))
-    assert judge_scaled_mm(out, wrong, activation).faults
-    assert judge_scaled_mm((out.float() * 1.004).bfloat16(), problem, activation).faults
-
-
-def test_what_torch_does_not_take_stays_exact(monkeypatch):
-    monkeypatch.setattr(nvidia_scaled_mm, "product", lambda *_: pytest.fail("it was handed over"))
-    w8a8, w8a16 = Activation.W8A8, Activation.W8A16
-    for m, widths, k, dtype, bias, activation in (
-        (64, (128,), 256, torch.bfloat16, False, w8a8),
-        (65, (128,), 256, torch.float16, False, w8a8),
-        (65, (128,), 256, torch.bfloat16, True, w8a8),
-        (65, (128,), 256, torch.bfloat16, False, w8a16),
-        (65, (100, 28), 256, torch.bfloat16, False, w8a8),
-        (65, (128,), 200, torch.bfloat16, False, w8a8),
-    ):
-        problem = random_problem(m, widths, k, dtype=dtype, bias=bias)
-        packed = backend.pack(problem.weight, problem.scale, problem.grid)
-        out = nvidia_scaled_mm.nvidia_scaled_mm_linear(problem.x, *packed, activation.value, problem.bias)
-        assert_exact(out, problem, activation)

@@ -19,5 +19,5 @@
 #include "tensor.h"
 #include "queue.h"
 #include "copy.h"
-#include "vector.h"
+#include "vector_operations.h"
 #include "cube.h"
