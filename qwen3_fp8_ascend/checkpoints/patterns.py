@@ -233,6 +233,16 @@ class _Parser:
         return _among(found, inverted)
 
 
+@dataclass(eq=False)
+class _Node:
+    """A set of the automaton's states: the steps that are known, whether it accepts, also where the name ends."""
+
+    states: frozenset[int]
+    accepts: bool
+    accepts_end: bool
+    steps: dict[str, _Node] = field(default_factory=dict)
+
+
 class Pattern:
     """A regular expression that `re.match` would understand in the same way, as far as it is read.
 
@@ -245,13 +255,12 @@ class Pattern:
             raise UnreadableError("the pattern is too long")
         self.automaton = _Automaton()
         self.work = work or Work()
+        self.nodes: dict[frozenset[int], _Node] = {}
         parser = _Parser(text, self.automaton)
         first, self.last = parser.alternatives()
         if parser.at != len(text):
             raise UnreadableError("a group is closed that was not opened")
-        self.start = self._closure({first}, "^")
-        self.steps: dict[tuple[frozenset[int], str], frozenset[int]] = {}
-        self.ends: dict[frozenset[int], bool] = {}
+        self.start = self._node(self._closure({first}, "^"), "^$")
 
     def matches(self, name: str, *, whole_parts: bool = False) -> bool:
         """Whether a beginning of the name matches; whole_parts: one that ends where a part between dots does.
@@ -259,32 +268,37 @@ class Pattern:
         Raises:
             UnreadableError: the patterns of the list have taken too long.
         """
-        states = self.start
-        for position in range(len(name) + 1):
-            at_end = position == len(name)
-            if self.last in states or (at_end and self._ends(states)):
-                bounded = at_end or name[position] == "." or (position > 0 and name[position - 1] == ".")
-                if bounded or not whole_parts:
-                    return True
-            if at_end or not states:
-                break
-            states = self._step(states, name[position])
-        return False
+        matched, steps = self._walk(name, whole_parts)
+        self.work.add(steps)
+        return matched
 
-    def _step(self, states: frozenset[int], character: str) -> frozenset[int]:
-        self.work.add(1)
-        known = self.steps.get((states, character))
-        if known is None:
-            self.work.add(20 * len(states))
-            found = {end for state in states for chars, end in self.automaton.moves[state] if chars(character)}
-            known = self.steps[states, character] = self._closure(found)
-        return known
+    def _walk(self, name: str, whole_parts: bool) -> tuple[bool, int]:
+        """Whether it matches, and after how many steps that was known."""
+        node, before = self.start, ""
+        for position, character in enumerate(name):
+            if node.accepts and (not whole_parts or character == "." or before == "."):
+                return True, position
+            following = node.steps.get(character)
+            if following is None:
+                following = self._step(node, character)
+            if not following.states:
+                return False, position
+            node, before = following, character
+        return node.accepts or node.accepts_end, len(name)
 
-    def _ends(self, states: frozenset[int]) -> bool:
-        known = self.ends.get(states)
-        if known is None:
-            known = self.ends[states] = self.last in self._closure(states, "$" if states is not self.start else "^$")
-        return known
+    def _step(self, node: _Node, character: str) -> _Node:
+        self.work.add(20 * len(node.states))
+        moves = self.automaton.moves
+        states = self._closure({end for state in node.states for chars, end in moves[state] if chars(character)})
+        following = self.nodes.get(states) or self._node(states, "$")
+        node.steps[character] = following
+        return following
+
+    def _node(self, states: frozenset[int], conditions: str) -> _Node:
+        node = _Node(states, self.last in states, self.last in self._closure(states, conditions))
+        if conditions == "$":
+            self.nodes[states] = node
+        return node
 
     def _closure(self, states: Iterable[int], conditions: str = "") -> frozenset[int]:
         found, todo = set(states), list(states)
