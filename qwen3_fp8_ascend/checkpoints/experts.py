@@ -17,6 +17,7 @@ from qwen3_fp8_ascend.checkpoints.folder import Checkpoint
 from qwen3_fp8_ascend.checkpoints.layers import DOWN, EXPERT, FUSED_EXPERTS, GATE, PROJECTIONS, UP
 from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, QUANTIZE_AGAIN
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
+from qwen3_fp8_ascend.errors import describe
 from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize
 
 FUSED_BIASES = re.compile(r"^(?:.+\.)?experts\.(?:gate_up_proj|down_proj)_bias$")
@@ -167,7 +168,7 @@ def _check_config(config: Mapping[str, Any]) -> Iterator[Anomaly]:
             "experts with another activation than SiLU are not served in block FP8",
             file="config.json",
             expected="hidden_act silu",
-            got=repr(activation[:100]),
+            got=describe(activation, 100),
             fix=SERVE_BF16,
         )
     if _setting(config, "swiglu_limit") is not None:
@@ -175,7 +176,7 @@ def _check_config(config: Mapping[str, Any]) -> Iterator[Anomaly]:
             "experts whose activation is clamped are not served in block FP8",
             file="config.json",
             expected="no swiglu_limit",
-            got=str(_setting(config, "swiglu_limit"))[:100],
+            got=describe(_setting(config, "swiglu_limit"), 100),
             fix=SERVE_BF16,
         )
 

@@ -229,6 +229,7 @@ ANOMALIES: dict[str, tuple[Callable[[Tensors], None], dict[str, Any], str, str |
     "biases": (add("gate_up_proj_bias", EXPERTS, 9), {}, "with biases", f"{MLP}.experts.gate_up_proj_bias"),
     "gelu": (lambda t: None, {"hidden_act": "gelu"}, "another activation than SiLU", None),
     "clamped": (lambda t: None, {"swiglu_limit": 7.0}, "activation is clamped", None),
+    "clamped by an escape": (lambda t: None, {"swiglu_limit": "\x1b[2J\n"}, "activation is clamped", None),
 }
 
 
@@ -244,6 +245,7 @@ def test_anomalies_are_named(tmp_path: Path, name: str) -> None:
     report = inspect_checkpoint(write(tmp_path / "damaged", tensors, **config))
     assert [(what in a.what, a.tensor) for a in report.errors] == [(True, tensor)], report.errors
     assert report.errors[0].expected and report.errors[0].got and report.errors[0].fix
+    assert report.errors[0].got.isprintable()
 
 
 FUSED_ANOMALIES: dict[str, tuple[Callable[[Tensors], None], str]] = {
