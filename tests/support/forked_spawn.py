@@ -22,10 +22,11 @@ PATIENCE = 10
 
 
 @contextlib.contextmanager
-def fork_what_is_spawned() -> Iterator[None]:
+def fork_what_is_spawned(depth: int = 1) -> Iterator[None]:
     """For the length of a `with` block. What was started in it and has not ended is ended then, as at a process's exit.
 
-    So is the process that forks, and this process's times then hold those of all that was forked.
+    So is the process that forks, and this process's times then hold those of all that was forked. With a `depth` of two
+    what is spawned by a spawned process is a fork as well, and so on.
 
     Raises:
         AssertionError: a thread is running, or the fork server of multiprocessing.
@@ -49,7 +50,7 @@ def fork_what_is_spawned() -> Iterator[None]:
     listener.close()
     server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, alive_w, pid
     spawned = context.SpawnProcess._Popen
-    context.SpawnProcess._Popen = staticmethod(_fork)  # type: ignore[assignment,method-assign]
+    context.SpawnProcess._Popen = staticmethod(functools.partial(_fork, depth))  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
@@ -61,13 +62,14 @@ def fork_what_is_spawned() -> Iterator[None]:
         server._stop()
 
 
-def _fork(started: process.BaseProcess) -> popen_forkserver.Popen:
+def _fork(depth: int, started: process.BaseProcess) -> popen_forkserver.Popen:
     target: Any = started._target  # type: ignore[attr-defined]
-    started._target = functools.partial(_run, dict(os.environ), target)  # type: ignore[attr-defined]
+    started._target = functools.partial(_run, depth - 1, dict(os.environ), target)  # type: ignore[attr-defined]
     return popen_forkserver.Popen(started)
 
 
-def _run(environment: dict[str, str], target: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def _run(depth: int, environment: dict[str, str], target: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     os.environ.clear()
     os.environ.update(environment)
-    return target(*arguments, **options)
+    with fork_what_is_spawned(depth) if depth else contextlib.nullcontext():
+        return target(*arguments, **options)
