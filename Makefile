@@ -29,10 +29,12 @@ demo-moe: venv  ## the same with a mixture of experts: the demo's model, turned 
 	$(PY) scripts/demo.py --experts
 
 # All parts run at a time, whatever fails. Those that need environments of their own begin while .venv is made; the main
-# tests, on several workers, say how far they are, the others what they said when they are done. A worker may have a
-# server of two ranks, which takes 4 GB.
+# tests, on several workers, say how far they are, the others what they said when they are done. One worker more than
+# there are cores, since a server that starts or is idle leaves one free; but none for which there is no memory, of which
+# a server of two ranks takes 3 GB.
 TEST_PARTS := test-triton-ascend test-triton test-main test-vllm-ascend test-aarch64 lint
-WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
+WORKERS ?= $(shell awk -v most=$$(($$(nproc) < 4 ? $$(nproc) + 1 : 4)) '/^MemAvailable/ { fit = int($$2 / 3e6) } \
+	END { print fit < 1 ? 1 : fit < most ? fit : most }' /proc/meminfo)
 PYTEST_WORKERS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PARTS := .cache/parts
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import sanitizers
 from tests.support.cpu_levels import lacking, needs_cpu_backend
-from tests.support.sanitizers import ADDRESS, THREAD, Edit, Outcome, Preloaded, Variant
+from tests.support.sanitizers import ADDRESS, THREAD, Edit, Outcome, Variant, Waiting
 from tests.support.sanitizers.judging import assert_clean, lack_of
 
 REASON = sanitizers.missing()
@@ -149,12 +149,12 @@ Run = Callable[[Variant, list[str], Path], Outcome]
 def run() -> Iterator[Run]:
     """Builds a variant and runs tests against it; those of one sanitizer in forks of one process."""
     with contextlib.ExitStack() as ended:
-        waiting: dict[str, Preloaded] = {}
+        waiting: dict[str, Waiting] = {}
 
         def of(variant: Variant, tests: list[str], folder: Path) -> Outcome:
             library = sanitizers.build(variant)
             if variant.runtime not in waiting:
-                waiting[variant.runtime] = Preloaded(variant)
+                waiting[variant.runtime] = Waiting(variant)
                 ended.callback(waiting[variant.runtime].close)
             process = waiting[variant.runtime]
             return process.run_tests(library, tests, folder, examples=EXAMPLES, capped=False, timeout=TIMEOUT)

@@ -9,6 +9,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from qwen3_fp8_ascend.serving import Server, serve, serving_environment
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
+from tests.support.forked_server import forked
 from tests.support.logprobs import TEXTS, text_logprobs
 
 ASCEND = ("--quantization", "ascend")
@@ -31,6 +32,17 @@ def start(tmp_path: Path) -> Iterator[Start]:
             )
 
         yield started
+
+
+@pytest.fixture
+def start_forked(start: Start) -> Start:
+    """The same of a server whose processes are forks (`forked_server`), where what it answers is all that is asked."""
+
+    def started(model: Path, *arguments: str, **environment: str) -> Server:
+        with forked():
+            return start(model, *arguments, **environment)
+
+    return started
 
 
 @pytest.fixture(scope="session")

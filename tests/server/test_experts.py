@@ -123,7 +123,7 @@ def _master(folder: Path) -> Path:
     return folder.with_name(folder.name.removesuffix("-fp8"))
 
 
-def test_expert_parallel_ranks_give_what_one_process_gives(start: Start, tmp_path: Path) -> None:
+def test_expert_parallel_ranks_give_what_one_process_gives(start_forked: Start, tmp_path: Path) -> None:
     """A server of two ranks, each with half of the experts, compiled, against eager processes without a server.
 
     It is then given other weights, and at last bad ones, which are named.
@@ -132,7 +132,7 @@ def test_expert_parallel_ranks_give_what_one_process_gives(start: Start, tmp_pat
     folders = [write_experts(tmp_path / f"seed{seed}", "qwen3_moe", seed, **heads) for seed in (0, 1)]
     one, other = (answer.logprobs for answer in answers([Run(str(f), W8A16) for f in folders], tmp_path))
     options = (*ASCEND, "--dtype", "float32", "--additional-config", json.dumps(SETTINGS), *EXPERT_PARALLEL)
-    server = start(folders[0], *options, **TWO_CORES, **DEVELOPER)
+    server = start_forked(folders[0], *options, **TWO_CORES, **DEVELOPER)
     two = prompt_logprobs(server)
     assert reload(server, folders[1]).status_code == 200
     renewed = prompt_logprobs(server)

@@ -98,7 +98,7 @@ def test_what_is_recorded_is_as_near() -> None:
         check(forms[row["model"], row["form"]], Measured(row["distance"], row["cost"], row["dtype"], row["error"]))
 
 
-def test_a_server_obeys_the_plan_and_renews_weights(start: Start, tmp_path: Path) -> None:
+def test_a_server_obeys_the_plan_and_renews_weights(start_forked: Start, tmp_path: Path) -> None:
     """The plan travels to vLLM's processes: by its list alone, this compressed-tensors checkpoint would not load."""
     folders = [tmp_path / f"seed{seed}" for seed in (0, 1)]
     for seed, folder in enumerate(folders):
@@ -109,7 +109,7 @@ def test_a_server_obeys_the_plan_and_renews_weights(start: Start, tmp_path: Path
         config["quantization_config"]["ignore"] = ["lm_head", "re:.*mlp.*"]
         (folder / "config.json").write_text(json.dumps(config))
     one, other = answers([Run(f"{folder}-twin") for folder in folders], tmp_path)
-    server = start(folders[0], *ASCEND, EAGER, *FP32, *W8A16, **DEVELOPER)
+    server = start_forked(folders[0], *ASCEND, EAGER, *FP32, *W8A16, **DEVELOPER)
     assert distance(prompt_logprobs(server), one.logprobs) < NEAR
     assert reload(server, folders[1]).status_code == 200
     assert distance(prompt_logprobs(server), other.logprobs) < NEAR

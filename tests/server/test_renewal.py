@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 from qwen3_fp8_ascend.serving import Server, serve, serving_environment
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
+from tests.support.forked_server import forked
 from tests.support.logprobs import distance, prompt_logprobs
 from tests.support.lora_adapters import RANK, write_adapter
 from tests.support.processes import resident_bytes
@@ -43,7 +44,8 @@ def server(tiny_qwen3: Path, adapters: tuple[str, ...], tmp_path_factory: pytest
     """The tiny Qwen3 with adapters and developer endpoints. The module's tests use it one after the other."""
     log = tmp_path_factory.mktemp("renewal") / "server.log"
     options = (*COMMON, *ASCEND, EAGER, *FP32, *adapters)
-    with serve(tiny_qwen3, *options, log=log, environment=serving_environment(**DEVELOPER)) as running:
+    environment = serving_environment(**DEVELOPER)
+    with forked(), serve(tiny_qwen3, *options, log=log, environment=environment) as running:
         yield running
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 from qwen3_fp8_ascend.serving import serving_environment
 from tests.support import preloaded
 from tests.support.cpu_speculation import use_native_kernels
+from tests.support.forked_spawn import fork_what_is_spawned
 from tests.support.logprobs import TEXTS
 
 BUCKET = 7
@@ -30,13 +31,23 @@ BUCKET = 7
 TOKENS = 12
 """How many tokens are generated after each text."""
 LOGPROBS, EMBEDDINGS, SCORES = "logprobs", "embeddings", "scores"
+KV_CACHE_BYTES = 256 << 20
+"""Of each rank. vLLM fills it with zeros, so that a gigabyte costs as much as running the model does."""
 MTP = "mtp"
 """vLLM's word for speculating with a layer of the checkpoint itself."""
 
 
+DEFAULTS: Mapping[str, Any] = {
+    "dtype": "float32",
+    "max_model_len": 512,
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": KV_CACHE_BYTES,
+}
+
+
 @dataclass(frozen=True)
 class Run:
-    """A model and how it is run: in fp32 and eagerly, unless `options` (arguments of vLLM's LLM) say otherwise."""
+    """A model and how it is run: `DEFAULTS`, unless `options` (arguments of vLLM's LLM) say otherwise."""
 
     model: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -91,6 +102,7 @@ def answers(runs: Sequence[Run], folder: Path, timeout: float = 600, **environme
     given, made, log = (folder / name for name in ("runs.json", "answers.json", "offline.log"))
     given.write_text(json.dumps([asdict(run) for run in runs]))
     inherited = serving_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", **environment)
+    inherited.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole gigabytes, which would win over the option
     status = preloaded.run(__name__, str(given), str(made), environment=inherited, log=log, timeout=timeout)
     assert status == 0, log.read_text()[-4000:]
     return [
@@ -101,7 +113,9 @@ def answers(runs: Sequence[Run], folder: Path, timeout: float = 600, **environme
 
 def main(given: str, made: str) -> None:
     runs = [Run(**run) for run in json.loads(Path(given).read_text())]
-    Path(made).write_text(json.dumps([_answer(run) for run in runs]))
+    ranks = any("parallel_size" in option for run in runs for option in run.options)
+    with fork_what_is_spawned() if ranks else nullcontext():
+        Path(made).write_text(json.dumps([_answer(run) for run in runs]))
 
 
 def _answer(run: Run) -> dict[str, Any]:
@@ -117,16 +131,21 @@ def _answer(run: Run) -> dict[str, Any]:
     finally:
         gc.collect()
         cleanup_dist_env_and_memory()
+        gc.freeze()  # as it was (`preloaded`): the clean-up unfreezes
 
 
 def ask(run: Run) -> dict[str, Any]:
     import torch
     from vllm import LLM
+    from vllm.model_executor.models import registry
 
-    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True} | run.options
+    options = {**DEFAULTS, **run.options}
     if run.native_speculation:
         use_native_kernels()
-    with patch.object(torch.cpu, "_is_amx_tile_supported", lambda: False) if run.without_amx else nullcontext():
+    # vLLM looks at a model's class in a new process, lest CUDA be initialized in this one: there is no CUDA.
+    inspected_here = patch.object(registry, "_run_in_subprocess", lambda look: look())
+    amx = patch.object(torch.cpu, "_is_amx_tile_supported", lambda: False) if run.without_amx else nullcontext()
+    with inspected_here, amx:
         llm = LLM(run.model, **options)
     if run.push is not None:
         llm.apply_model(functools.partial(_push, run.push))
@@ -141,6 +160,8 @@ def ask(run: Run) -> dict[str, Any]:
         ((draft, guesses), *_) = llm.collective_rpc(_draft)
         packed |= {f"draft.{name}": digest for name, digest in draft.items()}
         made |= {"guesses": guesses}
+    if llm.llm_engine.vllm_config.parallel_config.world_size > 1:
+        llm.llm_engine.model_executor.shutdown()  # ranks that wait for their engine do so in a busy loop
     return made | {"packed": packed}
 
 

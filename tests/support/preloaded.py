@@ -10,7 +10,7 @@ Servers, and what a user starts, import all that they need themselves: tests of 
 from __future__ import annotations
 
 import contextlib
-import functools
+import gc
 import importlib
 import json
 import os
@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -57,45 +58,75 @@ class Ended:
     seconds: float
 
 
+class Preloaded:
+    """A process that has these modules imported; it ends when this one does, however that ends."""
+
+    def __init__(self, modules: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, *modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**environment, "OPENBLAS_NUM_THREADS": "1"},  # else NumPy and SciPy start threads when imported
+            start_new_session=True,  # Ctrl-C is for the tests, which then end and take it along
+        )
+
+    def run(self, module: str, *arguments: str, environment: Mapping[str, str], log: Path, timeout: float) -> int:
+        """Run a module in a fork. Returns the exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: it was not done in time, and has been killed with all that it started.
+        """
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        request = Request(module, list(arguments), dict(environment), str(log))
+        started, late = "", threading.Event()
+        try:
+            process.stdin.write(json.dumps(asdict(request)) + "\n")
+            process.stdin.flush()
+            started = process.stdout.readline()
+            assert started, f"the process with the imports ended with status {process.wait()}, see above"
+            timer = threading.Timer(timeout, _end, (late, started))
+            timer.start()
+            try:
+                ended = Ended(**json.loads(process.stdout.readline()))
+            finally:
+                timer.cancel()
+        except BaseException:  # a test's own time limit, Ctrl-C: the next run must not read what is left of this one
+            _kill_group(started)
+            process.kill()
+            process.wait()
+            raise
+        costs.add(ended.seconds)
+        if late.is_set():
+            raise subprocess.TimeoutExpired([module, *arguments], timeout)
+        return ended.status
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+_SHARED: dict[tuple[str, ...], Preloaded] = {}
+
+
 def run(
     module: str,
     *arguments: str,
-    environment: dict[str, str],
+    environment: Mapping[str, str],
     log: Path,
     timeout: float,
     imported: tuple[str, ...] = VLLM,
 ) -> int:
-    """Run a module in a fork of a process that has these imported, which is started when it is first needed.
-
-    Returns the exit status.
-    Raises:
-        subprocess.TimeoutExpired: it was not done in time, and has been killed with all that it started.
-    """
-    process = _preloaded(imported)
-    assert process.stdin is not None and process.stdout is not None
-    request = Request(module, list(arguments), environment, str(log))
-    started, late = "", threading.Event()
-    try:
-        process.stdin.write(json.dumps(asdict(request)) + "\n")
-        process.stdin.flush()
-        started = process.stdout.readline()
-        assert started, f"the process with the imports ended with status {process.wait()}, see above"
-        timer = threading.Timer(timeout, _end, (late, started))
-        timer.start()
-        try:
-            ended = Ended(**json.loads(process.stdout.readline()))
-        finally:
-            timer.cancel()
-    except BaseException:  # a test's own time limit, Ctrl-C: the next run must not read what is left of this one
-        _kill_group(started)
-        process.kill()
-        process.wait()
-        _preloaded.cache_clear()
-        raise
-    costs.add(ended.seconds)
-    if late.is_set():
-        raise subprocess.TimeoutExpired([module, *arguments], timeout)
-    return ended.status
+    """As the method of this name, of a process that is started when it is first needed."""
+    if imported not in _SHARED or _SHARED[imported].has_ended():
+        _SHARED[imported] = Preloaded(imported)
+    return _SHARED[imported].run(module, *arguments, environment=environment, log=log, timeout=timeout)
 
 
 def _end(late: threading.Event, pid: str) -> None:
@@ -109,25 +140,14 @@ def _kill_group(pid: str) -> None:
             os.killpg(int(pid), signal.SIGKILL)
 
 
-@functools.cache
-def _preloaded(modules: tuple[str, ...]) -> subprocess.Popen[str]:
-    """It ends when its standard input does: with this process, however that ends."""
-    return subprocess.Popen(
-        [sys.executable, "-m", __name__, *modules],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # else NumPy and SciPy start threads when they are imported
-        start_new_session=True,  # Ctrl-C is for the tests, which then end and take it along
-    )
-
-
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever the imports print
     for module in sys.argv[1:]:
         importlib.import_module(module)
+    # Else each collection in a fork looks through all that was imported, and makes its pages the fork's own.
+    gc.collect()
+    gc.freeze()
     requested = _request_in_a_fork(answers)
     if requested is not None:
         _become(requested)

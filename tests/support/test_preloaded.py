@@ -68,7 +68,7 @@ def test_an_exception_is_a_status_and_a_traceback(ask: Ask) -> None:
 
 def test_a_run_that_hangs_is_killed_with_its_children(ask: Ask, tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
-        ask(HANGS, timeout=20)
+        ask(HANGS, timeout=8)
     pids = [int(pid) for pid in (tmp_path / "log").read_text().split()]
     assert len(pids) == 2
     deadline = time.monotonic() + 30

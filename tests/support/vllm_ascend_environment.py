@@ -140,6 +140,8 @@ def write_launcher(venv: Path, release: str, source: Path) -> None:
         "TORCH_DEVICE_BACKEND_AUTOLOAD": 0,
         "NPU_DEVICE_GUARD": (venv / "cann-stubs" / GUARD_LIBRARY).resolve(),
         "ASCEND_SOURCE": source.resolve(),
+        # What vLLM finds out about a model's class is kept under its name alone, whichever release has looked.
+        "VLLM_CACHE_ROOT": (venv / "releases" / release / "cache").resolve(),
     }
     lines = [f"export {name}={value}" for name, value in variables.items()]
     lines.append(f'export PYTHONPATH="$PWD:{(venv / "releases" / release).resolve()}"')

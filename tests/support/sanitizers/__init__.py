@@ -26,6 +26,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from tests.support.preloaded import Preloaded
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 SOURCES = ROOT / "csrc" / "cpu"
@@ -325,23 +327,18 @@ def run_tests(
     return _outcome(done.returncode, done.stdout, time.monotonic() - start, folder)
 
 
-class Preloaded:
+class Waiting:
     """A process under the sanitizer of a variant that has imported torch: short tests run in forks of it.
 
-    Variants that differ in their edits alone can share it.
+    Importing torch under a sanitizer takes longer than most tests that find a planted defect. A library is loaded in
+    the fork alone, so each sees one. Variants that differ in their edits alone can share the process.
     """
 
+    MODULES = ("hypothesis.extra.numpy", "pytest", "torch", "qwen3_fp8_ascend.ops")
+
     def __init__(self, variant: Variant) -> None:
-        # numpy's threads would be there when it forks.
-        environment = _process_environment(variant) | {"OPENBLAS_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.sanitizers.preloaded"],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._environment = _process_environment(variant)
+        self._process = Preloaded(self.MODULES, self._environment)
 
     def run_tests(
         self, library: Path, arguments: Sequence[str], folder: Path, *, examples: int, capped: bool, timeout: float
@@ -351,24 +348,11 @@ class Preloaded:
         Raises:
             subprocess.TimeoutExpired: the tests took longer than `timeout` seconds, and were ended.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
         (folder / REPORT).unlink(missing_ok=True)
-        output, command = folder / "output.txt", [*PYTEST, *arguments]
-        request = {
-            "arguments": command,
-            "environment": _plugin_environment(library, folder, examples, capped),
-            "output": str(output),
-            "timeout": timeout,
-        }
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        assert answer, f"the process that waits for tests has ended: {self._process.wait()}"
-        status, seconds = (json.loads(answer)[key] for key in ("status", "seconds"))
-        if status is None:
-            raise subprocess.TimeoutExpired(command, timeout)
-        return _outcome(status, output.read_text(errors="replace"), seconds, folder)
+        output, start = folder / "output.txt", time.monotonic()
+        environment = self._environment | _plugin_environment(library, folder, examples, capped)
+        status = self._process.run("pytest", *PYTEST, *arguments, environment=environment, log=output, timeout=timeout)
+        return _outcome(status, output.read_text(errors="replace"), time.monotonic() - start, folder)
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.close()
