@@ -142,18 +142,26 @@ void multiply_panel(const Operands<Number>& o, const Work& work) {
   for (int group = 0; group < kGroups; group += kAtOnce) multiply_groups<Rows, kAtOnce>(o, group, work);
 }
 
+// How many of `rows` rows the next tile takes. Ten are two tiles of five: a multiply-add takes four cycles and two begin
+// in each, so that the eight sums of a tile of four have no time to spare.
+inline std::int64_t tile_rows(std::int64_t rows) {
+  if (rows == 10) return 5;
+  return rows < kTileRows ? rows : kTileRows;
+}
+
 // The first of `rows` rows, at most a tile of them; returns how many.
 template <class Number, class Work>
 std::int64_t multiply_tile(const Operands<Number>& o, std::int64_t rows, const Work& work) {
-  switch (rows) {
+  const std::int64_t taken = tile_rows(rows);
+  switch (taken) {
     case 1: multiply_panel<1>(o, work); break;
     case 2: multiply_panel<2>(o, work); break;
     case 3: multiply_panel<3>(o, work); break;
     case 4: multiply_panel<4>(o, work); break;
     case 5: multiply_panel<5>(o, work); break;
-    default: multiply_panel<kTileRows>(o, work); return kTileRows;
+    default: multiply_panel<kTileRows>(o, work); break;
   }
-  return rows;
+  return taken;
 }
 
 // One row: each quad is decoded, into `half`, while the one before it is multiplied.
