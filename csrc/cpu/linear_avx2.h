@@ -142,8 +142,8 @@ void multiply_panel(const Operands<Number>& o, const Work& work) {
   for (int group = 0; group < kGroups; group += kAtOnce) multiply_groups<Rows, kAtOnce>(o, group, work);
 }
 
-// How many of `rows` rows the next tile takes. Ten are two tiles of five: a multiply-add takes four cycles and two begin
-// in each, so that the eight sums of a tile of four have no time to spare.
+// How many of `rows` rows the next tile takes. Ten are two tiles of five: a multiply-add takes four cycles and two
+// begin in each, so that the eight sums of a tile of four have no time to spare.
 inline std::int64_t tile_rows(std::int64_t rows) {
   if (rows == 10) return 5;
   return rows < kTileRows ? rows : kTileRows;
