@@ -21,6 +21,7 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.precision.prompts import all_prompts
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
 from tests.support.cpu_levels import lacking
+from tests.support.expert_models import write_experts
 from tests.support.logprobs import distance
 from tests.support.noise import FALSE_ALARMS, rank_sum_probability
 from tests.support.offline import Run as OfflineRun
@@ -54,6 +55,8 @@ DRAWS = {"the specification": {"QWEN3_FP8_ASCEND_BACKEND": "reference"}} | {
 """Ways to add up the same sums in one process; how far each moves the result is a draw of noise."""
 CUT_BLOCKS = {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 320}
 """A shape of which two ranks have 1.5 blocks of query rows and o columns, 0.5 of keys and of values, 1.25 of an MLP."""
+CUT_EXPERTS: dict[str, Any] = {"family": "qwen3_moe", "moe_intermediate_size": 320}
+"""Two ranks have 160 channels of each expert: 1.25 blocks, of which one is shared."""
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
@@ -103,6 +106,12 @@ def test_cut_blocks_in_two_processes(tmp_path: Path, text_logprobs_of: Run, acti
     compare_one_with_two(write_block_fp8_qwen3(tmp_path / "cut" / "qwen3", **CUT_BLOCKS), text_logprobs_of, activation)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("activation", ACTIVATION)
+def test_cut_experts_in_two_processes(tmp_path: Path, text_logprobs_of: Run, activation: str) -> None:
+    compare_one_with_two(write_experts(tmp_path / "cut" / "qwen3_moe", **CUT_EXPERTS), text_logprobs_of, activation)
+
+
 def compare_one_with_two(model: Path, logprobs_of: Run, activation: str) -> np.ndarray:
     """Serve a model in one process and in two, and judge the distance. Returns what one eager process gives."""
     options = (*ASCEND, *ACTIVATION[activation])
@@ -142,13 +151,21 @@ def test_eager_pipeline_stages_stop_the_server_with_the_reason(start: Start, tin
 
 
 def test_ranks_that_cut_through_blocks(tmp_path: Path) -> None:
-    """Rows of q, k, v, gate and up, and columns of o and down: two ranks have 1.5, 0.5 and 1.25 blocks each.
+    """Rows of q, k, v, gate and up, and columns of o and down: two ranks have 1.5, 0.5 and 1.25 blocks each."""
+    compare_offline(write_block_fp8_qwen3(tmp_path / "qwen3", **CUT_BLOCKS), tmp_path)
 
-    W8A16: the order of sums alone. W8A8: codes and scales are those of one process, because the ranks agree on the
+
+@pytest.mark.long
+def test_ranks_that_cut_through_blocks_of_experts(tmp_path: Path) -> None:
+    compare_offline(write_experts(tmp_path / "qwen3_moe", **CUT_EXPERTS), tmp_path)
+
+
+def compare_offline(folder: Path, tmp_path: Path) -> None:
+    """W8A16: the order of sums alone. W8A8: codes and scales are those of one process, because the ranks agree on the
     groups that both have part of; eagerly and compiled. What is left is noise, which the long form ranks. Without the
-    exchange it is 25 times as much, near to what quantizing activations does to this model.
+    exchange it is 25 times as much for a dense model, near to what quantizing activations does to it.
     """
-    model = str(write_block_fp8_qwen3(tmp_path / "qwen3", **CUT_BLOCKS))
+    model = str(folder)
     w8a8: dict[str, Any] = {"quantization": "ascend"}
     w8a16 = w8a8 | {"additional_config": {"qwen3_fp8_ascend": {"activation": "w8a16"}}}
     split = {"tensor_parallel_size": 2}
