@@ -289,6 +289,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
                 )
             loaded_weight = as_held(loaded_weight)
             with explain_load_errors(where, param, loaded_weight):
+                success: bool | None
                 if scales and self._cut:
                     success = self._load_scales(param, loaded_weight, shard_id, expert_id)
                 else:

@@ -165,7 +165,7 @@ def test_ranks_that_cut_through_blocks_of_experts(tmp_path: Path, compiled: bool
 
 def compare_offline(folder: Path, tmp_path: Path, compiled: bool = True) -> None:
     """W8A16: the order of sums alone. W8A8: codes and scales are those of one process, because the ranks agree on the
-    groups that both have part of; eagerly and, if asked for, compiled. What is left is noise, which the long form ranks.
+    groups that both have part of; eagerly and, if asked for, compiled. What is left is noise: the long form ranks it.
     """
     w8a8: dict[str, Any] = {"quantization": "ascend"}
     w8a16 = w8a8 | {"additional_config": {"qwen3_fp8_ascend": {"activation": "w8a16"}}}
