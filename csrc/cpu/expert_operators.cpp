@@ -1,4 +1,4 @@
-// torch.ops.qwen3_fp8_ascend.cpu_grouped_linear and cpu_block_experts: argument checks and registration.
+// torch.ops.qwen3_fp8_ascend.cpu_grouped_linear, cpu_silu_product and cpu_block_experts: argument checks and registration.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -75,6 +75,16 @@ Tensor cpu_grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, 
   return y;
 }
 
+Tensor cpu_silu_product(Tensor x) {
+  const Rows rows = rows_of(x);
+  require(x.size(1) % 2 == 0, "x must have as many columns of gate as of up, got ", x.size(1), " in all");
+  const std::int64_t half = x.size(1) / 2;
+  const std::int64_t shape[2] = {rows.rows, half};
+  Tensor out = torch::stable::empty({shape, 2}, x.scalar_type(), std::nullopt, x.device());
+  silu_products(rows, half, out.mutable_data_ptr());
+  return out;
+}
+
 // The chosen experts as int32, each checked; and that the panels of all that are chosen are good.
 template <class Id>
 void require_ids(const Id* ids, std::int64_t count, std::int64_t experts, std::vector<std::int32_t>& out) {
@@ -140,6 +150,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
   m.def(
       "cpu_grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, Tensor ends, int n, int k, "
       "int block_k, int quantization) -> Tensor");
+  m.def("cpu_silu_product(Tensor x) -> Tensor");
   m.def(
       "cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w13_panels, Tensor w2_codes, "
       "Tensor w2_scales, Tensor w2_panels, Tensor topk_weights, Tensor topk_ids, int intermediate, int block_k, "
@@ -148,5 +159,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, CPU, m) {
   m.impl("cpu_grouped_linear", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_grouped_linear));
+  m.impl("cpu_silu_product", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_silu_product));
   m.impl("cpu_block_experts", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_block_experts));
 }

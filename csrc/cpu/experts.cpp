@@ -386,6 +386,17 @@ void grouped_linear(const Rows& x, const ExpertWeights& weights, const std::int6
   }
 }
 
+void silu_products(const Rows& h, std::int64_t half, void* out) {
+  const Kernels& kernels = kernels_of(current_isa());
+  parallel(h.rows, row_grain(half), [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t row = begin; row < end; ++row) {
+      const void* gate = h.row(row);
+      char* product = static_cast<char*>(out) + row * half * size_of(h.dtype);
+      kernels.silu_product(gate, at(gate, h.dtype, half), h.dtype, half, product);
+    }
+  });
+}
+
 void block_experts(const Rows& x, const ExpertWeights& w13, const ExpertWeights& w2,
                    const std::vector<Segment>& segments, const Routing& routing, Quantization quantization, void* out,
                    std::int64_t n) {

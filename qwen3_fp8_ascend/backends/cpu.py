@@ -197,6 +197,10 @@ def grouped_linear(
     return _OPS.cpu_grouped_linear(x, *packed.grouped_tensors, ends, grid.n, grid.k, grid.block.k, quantization)
 
 
+def silu_product(h: torch.Tensor) -> torch.Tensor:
+    return _OPS.cpu_silu_product(h)
+
+
 def block_experts(
     x: torch.Tensor,
     w13: PackedWeight,
@@ -248,6 +252,7 @@ BACKEND = Backend(
     dequantize_weight=dequantize_weight,
     pack_experts=pack_experts,
     grouped_linear=grouped_linear,
+    silu_product=silu_product,
     block_experts=block_experts,
     unsupported=unsupported,
     detail=isa,

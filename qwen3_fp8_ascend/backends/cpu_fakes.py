@@ -20,7 +20,8 @@ def register() -> None:
     Raises:
         RuntimeError: the library has no such operator, or one with other operands.
     """
-    for function in (block_linear, grouped_linear, block_experts, quantize_activation, dequantize_weight, pack):
+    operators = block_linear, grouped_linear, silu_product, block_experts, quantize_activation, dequantize_weight, pack
+    for function in operators:
         name = f"cpu_{function.__name__}"
         torch.library.register_fake(f"qwen3_fp8_ascend::{name}", function)
         takes = [argument.name for argument in getattr(_OPS, name).default._schema.arguments]
@@ -66,6 +67,11 @@ def grouped_linear(
     _same_device(x, codes, scales, panels, ends)
     torch._check(x.dim() == 2 and x.shape[1] == k, lambda: f"x must have shape (m, {k}), got {tuple(x.shape)}")
     return x.new_empty((x.shape[0], n))
+
+
+def silu_product(x: torch.Tensor) -> torch.Tensor:
+    torch._check(x.dim() == 2, lambda: f"x must have 2 dimensions, got {x.dim()}")
+    return x.new_empty((x.shape[0], x.shape[1] // 2))
 
 
 def block_experts(

@@ -46,6 +46,12 @@ def check_ends(ends: torch.Tensor, rows: int) -> None:
         )
 
 
+def silu_product(h: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up in fp32, rounded once. Shapes: h (rows, 2 * I), the gate's columns first -> (rows, I)."""
+    gate, up = h.float().chunk(2, dim=1)
+    return (silu(gate) * up).to(h.dtype)
+
+
 def block_experts(
     grouped_linear: GroupedLinear,
     x: torch.Tensor,
@@ -54,16 +60,23 @@ def block_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: Activation,
+    *,
+    product: Callable[[torch.Tensor], torch.Tensor] = silu_product,
+    between: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """`reference.block_experts`. An id outside 0..E-1 adds nothing, whatever it is: to look would be to wait."""
+    """`reference.block_experts`. An id outside 0..E-1 adds nothing, whatever it is: to look would be to wait.
+
+    product: a backend's own `silu_product`. between: as in `ops.block_experts`.
+    """
     (m, top_k), experts = topk_ids.shape, w13.groups
     flat = topk_ids.reshape(-1).long()
     chosen = (flat >= 0) & (flat < experts)
     sorted_ids, order = flat.clone().masked_fill_(~chosen, experts).sort(stable=True)
     ends = torch.searchsorted(sorted_ids, torch.arange(experts, device=x.device), right=True)
     h = grouped_linear(x.index_select(0, order // top_k), w13, ends, activation, x.dtype)
-    gate, up = h.float().split(w2.k, dim=1)
-    a = (silu(gate) * up).to(x.dtype)
+    a = product(h)
+    if between is not None:
+        a = between(a)
     down = grouped_linear(a, w2, ends, activation, torch.float32)
     y = torch.empty(m * top_k, w2.n, device=x.device, dtype=torch.float32)
     y.index_copy_(0, order, down)

@@ -84,6 +84,7 @@ class Backend:
     `pack_experts` with either of the others: `grouped.block_experts` makes a layer of a grouped linear.
     `pack_experts` gets the experts' weights one by one, and gives tensors with a leading dimension of experts.
     `grouped_linear` is told the dtype of its results: x's, or fp32.
+    `silu_product` is what `block_experts` computes between its linears, as `grouped.silu_product`; None: that one.
 
     unusable: the reason why this backend cannot run on this machine, or None.
     unsupported: the reason why it cannot serve this block size, or None.
@@ -107,6 +108,7 @@ class Backend:
     dequantize_weight: Callable[[torch.Tensor, torch.Tensor, BlockGrid, torch.dtype], torch.Tensor]
     pack_experts: Callable[[Iterable[torch.Tensor], torch.Tensor, BlockGrid], tuple[torch.Tensor, ...]] | None = None
     grouped_linear: GroupedLinear | None = None
+    silu_product: Callable[[torch.Tensor], torch.Tensor] | None = None
     block_experts: (
         Callable[[torch.Tensor, PackedWeight, PackedWeight, torch.Tensor, torch.Tensor, Activation], torch.Tensor]
         | None

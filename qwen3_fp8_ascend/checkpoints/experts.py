@@ -1,6 +1,6 @@
 """What must hold for a checkpoint's mixture of experts to be served.
 
-Imports neither torch nor vllm, like all that `inspect` needs; the vLLM plugin asks `whole_block_ranks` too.
+Imports neither torch nor vllm, like all that `inspect` needs; the vLLM plugin asks how experts can be divided too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ SERVE_BF16 = "serve the bf16 model"
 class ExpertsSummary:
     """The mixture of experts of a checkpoint whose layers are all alike, for people and for `--json`.
 
-    ranks: the sizes of tensor parallelism that leave the blocks of an expert whole.
+    ranks: the sizes of tensor parallelism by which the experts can be divided. whole_block_ranks: those of them that
+    leave blocks whole.
     """
 
     layers: int
@@ -44,12 +45,12 @@ class ExpertsSummary:
     hidden: int
     intermediate: int
     ranks: tuple[int, ...]
+    whole_block_ranks: tuple[int, ...]
 
     @property
     def divided(self) -> str:
         """Among how many ranks the experts can be divided, in words."""
-        sizes = ", ".join(map(str, self.ranks))
-        return f"whole blocks with --tensor-parallel-size {sizes}, or any with --enable-expert-parallel"
+        return divided(self.intermediate)
 
 
 @dataclass
@@ -69,6 +70,21 @@ class ExpertsLayer:
         """Number of experts."""
         whole = next((tensor.shape[0] for tensor in self.fused.values() if tensor.shape), 0)
         return whole or len(self.weights)
+
+
+def divided(intermediate: int) -> str:
+    """Among how many ranks an expert's intermediate channels, or whole experts, can be divided, in words."""
+    sizes = ", ".join(map(str, dividing_ranks(intermediate)))
+    return f"--tensor-parallel-size {sizes}, or any with --enable-expert-parallel"
+
+
+def dividing_ranks(intermediate: int) -> tuple[int, ...]:
+    """The sizes of tensor parallelism, up to 64, that give each rank as many of an expert's intermediate channels.
+
+    vLLM takes no others. Where they cut within a block, ranks agree on the activations' scales
+    (`vllm_plugin/partition.py`).
+    """
+    return tuple(ranks for ranks in range(1, MAX_RANKS + 1) if intermediate % ranks == 0)
 
 
 def whole_block_ranks(intermediate: int, block: BlockSize) -> tuple[int, ...]:
@@ -117,7 +133,8 @@ def summarize_experts(checkpoint: Checkpoint, block: BlockSize) -> ExpertsSummar
     if len(shape) != 3:
         return None
     experts, hidden, intermediate = shape
-    return ExpertsSummary(len(layers), experts, hidden, intermediate, whole_block_ranks(intermediate, block))
+    ranks = dividing_ranks(intermediate), whole_block_ranks(intermediate, block)
+    return ExpertsSummary(len(layers), experts, hidden, intermediate, *ranks)
 
 
 def expert_layers(checkpoint: Checkpoint) -> dict[str, ExpertsLayer]:

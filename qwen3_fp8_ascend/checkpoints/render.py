@@ -72,7 +72,7 @@ def _describe_experts(experts: ExpertsSummary) -> str:
     return (
         f"mixture of experts: {experts.layers} layers of {experts.experts}, "
         f"hidden size {experts.hidden}, intermediate size {experts.intermediate}; "
-        f"{experts.divided}"
+        f"served with {experts.divided}"
     )
 
 

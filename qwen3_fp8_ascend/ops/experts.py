@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
@@ -140,11 +140,17 @@ def block_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: Activation | str = Activation.W8A8,
+    *,
+    between: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """A layer of experts behind its router: each token's weighted sum over the experts that it is sent to.
 
     Shapes: x (m, hidden) bf16/fp16/fp32; w13 of two shards (gate, up) of `intermediate` rows; topk_weights (m, top_k)
         floating point, topk_ids (m, top_k) int32 or int64 -> (m, hidden) in x.dtype. An id of -1 adds nothing.
+        A part of a layer that starts within a block has gate and up of several shards each, alike.
+    between: for a part of a layer that starts or ends within a block, what makes of silu(gate) * up
+        (m * top_k, intermediate), sorted by expert, the activation (m * top_k, w2.k) that the part of w2 takes. It is
+        called once, unless m or top_k is 0. Parts of layers are made of grouped linears (`backends/grouped.py`).
     Raises:
         BlockFp8Error: shapes, dtypes, layouts or devices that do not fit, an activation that the weights' backend does
             not compute, or a gradient is wanted (`refuse_gradients`).
@@ -154,12 +160,14 @@ def block_experts(
     """
     check_tokens(x, w13)
     activation = parsed_activation(activation)
-    if len(w13.grid.widths) != 2 or w13.grid.widths != (w2.k, w2.k):
+    gate = w13.grid.widths[: len(w13.grid.widths) // 2]
+    if w13.grid.widths != 2 * gate or (between is None and sum(gate) != w2.k):
         raise BlockFp8Error(
             "the gate and up projections do not fit the down projection",
-            expected=f"two shards of {w2.k} rows",
+            expected=f"two shards of {w2.k} rows" if between is None else "the same shards of gate and of up",
             got=w13.grid.widths,
         )
+    part = between is not None or len(gate) != 1
     same = {
         "backend": (w13.backend, w2.backend),
         "experts": (w13.groups, w2.groups),
@@ -178,7 +186,13 @@ def block_experts(
         return torch.zeros_like(x)
     backend = backend_of(w13, activation)
     operands = as_rows(x), w13, w2, topk_weights.float().contiguous(), topk_ids.contiguous(), activation
-    if backend.block_experts is not None:
+    if backend.block_experts is not None and not part:
         return backend.block_experts(*operands)
-    assert backend.grouped_linear is not None
-    return grouped.block_experts(backend.grouped_linear, *operands)
+    if backend.grouped_linear is None:
+        raise BlockFp8Error(
+            f"the backend {backend.name!r} has no grouped linear to make a part of a layer of",
+            expected="a part of whole blocks",
+            fix="use another backend, or whole experts",
+        )
+    product = backend.silu_product or grouped.silu_product
+    return grouped.block_experts(backend.grouped_linear, *operands, product=product, between=between)

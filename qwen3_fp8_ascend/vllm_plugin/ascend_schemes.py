@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import silu
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 from vllm_ascend.ascend_config import get_ascend_config
 from vllm_ascend.ascend_forward_context import _EXTRA_CTX, MoECommType
@@ -20,6 +19,7 @@ from vllm_ascend.quantization.methods.base import AscendLinearScheme, AscendMoES
 from vllm_ascend.quantization.quant_type import QuantType
 
 from qwen3_fp8_ascend import ops
+from qwen3_fp8_ascend.backends.grouped import silu_product
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockSize, scale_shape
 from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod
@@ -158,10 +158,12 @@ class BlockFp8ExpertsScheme(AscendMoEScheme):
         return ops.grouped_linear(mlp_compute_input.hidden_states, layer.packed_w13_weight, ends, self.activation)
 
     def apply_gmm1_act_quant(self, mlp_compute_input: Any) -> tuple[torch.Tensor, None]:
-        """`apply_gmm1` and silu(gate) * up in fp32, rounded once; quantized where it is multiplied. (rows, I)."""
-        h = self.apply_gmm1(mlp_compute_input)
-        gate, up = h.float().chunk(2, dim=1)
-        return (silu(gate) * up).to(h.dtype), None
+        """`apply_gmm1` and silu(gate) * up in fp32, rounded once; quantized where it is multiplied.
+
+        Shapes: -> (rows, I), or what this rank's part of the down projection takes if it starts or ends within a block.
+        """
+        a = silu_product(self.apply_gmm1(mlp_compute_input))
+        return self.method.pad_activation(a), None
 
     def apply_act_quant(
         self, mlp_compute_input: Any, hidden_states: torch.Tensor

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from vllm.model_executor.utils import set_weight_attrs
@@ -18,7 +19,8 @@ from vllm.model_executor.utils import set_weight_attrs
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.checkpoints.experts import whole_block_ranks
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import SCALE_NAME, Activation, BlockGrid, BlockSize, scale_shape
+from qwen3_fp8_ascend.format import SCALE_NAME, Activation, BlockSize, scale_shape
+from qwen3_fp8_ascend.vllm_plugin.linear import is_whole_group
 from qwen3_fp8_ascend.vllm_plugin.loading import (
     DAMAGED,
     UNWRITTEN_CODE,
@@ -35,6 +37,7 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
     scale_note,
     without_single_axes,
 )
+from qwen3_fp8_ascend.vllm_plugin.partition import Partition, divides_groups, partitions_of_experts
 from qwen3_fp8_ascend.vllm_plugin.renewal import Renewal, is_packed
 from qwen3_fp8_ascend.vllm_plugin.routing import check_routing
 
@@ -49,8 +52,8 @@ BLOCK_SCALES = "block"
 class BlockFp8ExpertsMethod(FusedMoEMethodBase):
     """Block-FP8 weights for the routed experts of a layer.
 
-    Any division of whole experts among ranks, and tensor parallelism that leaves blocks whole. The arguments are those
-    of `BlockFp8LinearMethod`; layer: vLLM's `RoutedExperts`.
+    Any division of whole experts among ranks, and tensor parallelism anywhere, through blocks too (`partition.py`). The
+    arguments are those of `BlockFp8LinearMethod`; layer: vLLM's `RoutedExperts`.
     Raises:
         BlockFp8Error: what vLLM asks of the experts is something that these do not compute.
     """
@@ -77,7 +80,8 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         self.dummy = dummy
         self.hf_config = hf_config
         self.projections = projection_names(layer)
-        self.grids: dict[str, BlockGrid] = {}
+        self.partitions: dict[str, Partition] = {}
+        """What this rank holds of gate and up, and of down."""
         self.renewal: Renewal
         self.loaded: set[tuple[str, str, int]] = set()
         """(parameter, shard, number of the expert in the model): what vLLM has loaded since the last packing."""
@@ -93,17 +97,13 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         """Register codes as bytes and scales as fp32 of this rank's experts, all filled with "not written yet".
 
-        Shapes: w13_weight (E, 2I, H), w2_weight (E, H, I), each with its scales (E, blocks of n, blocks of k).
+        Shapes: w13_weight (E, 2I, H), w2_weight (E, H, I), each with its scales (E, blocks of n, blocks of k): those of
+            all blocks that this rank has part of.
         Raises:
             BlockFp8Error: no backend here serves experts in blocks of that size, or none that was named; or tensor
-                parallelism would cut through a block.
+                parallelism would cut through a block where the ranks cannot agree on its activations.
         """
-        self._check_partition()
-        inner = intermediate_size_per_partition
-        self.grids = {
-            "w13": BlockGrid((inner, inner), hidden_size, self.block),
-            "w2": BlockGrid((hidden_size,), inner, self.block),
-        }
+        self.partitions = self._partitions(hidden_size, intermediate_size_per_partition)
         load = extra_weight_attrs["weight_loader"]
         self._declare(layer, num_experts, load)
         self.renewal = Renewal(
@@ -113,10 +113,10 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         )
 
     def _declare(self, layer: torch.nn.Module, experts: int, load: Callable[..., bool | None]) -> None:
-        hidden = self.grids["w2"].n
-        for name, grid in self.grids.items():
-            codes = torch.full((experts, grid.n, grid.k), UNWRITTEN_CODE, dtype=torch.uint8)
-            scale = torch.full((experts, *grid.scale_shape), torch.nan, dtype=torch.float32)
+        hidden = self.partitions["w13"].k
+        for name, partition in self.partitions.items():
+            codes = torch.full((experts, sum(partition.widths), partition.k), UNWRITTEN_CODE, dtype=torch.uint8)
+            scale = torch.full((experts, *partition.scale_shape), torch.nan, dtype=torch.float32)
             check_served(self.backend, codes.device, self.activation, self.block, experts=True)
             for parameter, tensor, dtypes in (
                 (f"{name}_weight", codes, CODE_DTYPES),
@@ -168,11 +168,11 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
 
     def _pack(self, layer: Any, source: Any, name: str, check_values: bool) -> None:
         codes, scale = getattr(source, f"{name}_weight").data, getattr(source, self._scale_of(name)).data
-        start = time.perf_counter()
+        partition, start = self.partitions[name], time.perf_counter()
         packed = ops.pack_experts(
-            codes.view(torch.float8_e4m3fn),
+            (partition.pad_codes(expert).view(torch.float8_e4m3fn) for expert in codes),
             scale,
-            self.grids[name],
+            partition.grid,
             self.backend,
             names=tuple(self._names(layer, name)),
             scale_name=f"weight{self.scale_ending}",
@@ -213,30 +213,47 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]  # -1: on another rank
         w13, w2 = layer.packed_w13_weight, layer.packed_w2_weight
-        return ops.block_experts(x, w13, w2, topk_weights, topk_ids, self.activation)
+        between = self.pad_activation if self.partitions["w2"].pads else None
+        return ops.block_experts(x, w13, w2, topk_weights, topk_ids, self.activation, between=between)
 
-    def _check_partition(self) -> None:
-        """Refuse a tensor-parallel split that would leave a rank with part of a block."""
-        size, ranks = self.moe.intermediate_size, self.moe.moe_parallel_config.tp_size
-        working = whole_block_ranks(size, self.block)
-        if ranks == 1 or ranks in working:
-            return
-        raise BlockFp8Error(
-            f"tensor parallelism would cut through a block of {self.block} of the experts",
-            where=self.prefix,
-            expected=f"intermediate channels a rank in multiples of {max(self.block)}",
-            got=f"{size / ranks:g} a rank (an expert has {size})",
-            fix=f"use --tensor-parallel-size {' or '.join(map(str, working))} (as far as this layer is concerned), or "
-            "--enable-expert-parallel, which gives each rank whole experts",
-        )
+    def pad_activation(self, a: torch.Tensor) -> torch.Tensor:
+        """What this rank's part of the down projection takes; all ranks call it for the same rows in the same order.
+
+        Shapes: a (rows, I) -> (rows, k of the packed w2).
+        """
+        return self.partitions["w2"].pad(a, tensor_model_parallel_all_gather)
+
+    def _partitions(self, hidden: int, inner: int) -> dict[str, Partition]:
+        """This rank's rows of gate and up and columns of down; a cut may fall within a block.
+
+        Raises:
+            BlockFp8Error: a cut divides groups of activations that are quantized, and the ranks that share the layer
+                are not those that vLLM exchanges tensors between.
+        """
+        parallel = self.moe.moe_parallel_config
+        rank, ranks = parallel.tp_rank, parallel.tp_size
+        if divides_groups(inner, ranks, self.block, self.activation) and not is_whole_group(rank, ranks):
+            working = whole_block_ranks(self.moe.intermediate_size, self.block)
+            raise BlockFp8Error(
+                f"tensor parallelism would cut through a block of {self.block} of the experts",
+                where=self.prefix,
+                expected=f"channels a rank in multiples of {self.block.k}, or all tensor-parallel ranks of vLLM",
+                got=f"{inner} a rank (an expert has {self.moe.intermediate_size}), on {ranks} ranks, those of data "
+                "parallelism included",
+                fix=f"divide the experts by {' or '.join(map(str, working))}, set `activation` to w8a16, or use "
+                "--enable-expert-parallel, which gives each rank whole experts",
+            )
+        w13, w2 = partitions_of_experts(self.block, hidden, inner, rank, ranks, self.activation)
+        return {"w13": w13, "w2": w2}
 
     def _checked_loader(
         self, load: Callable[..., bool | None], parameter: str, hidden: int, dtypes: tuple[torch.dtype, ...]
     ) -> Callable[..., bool | None]:
         """Wrap the layer's weight loader so that what does not fit is refused with the tensor's name.
 
-        vLLM's own takes any smaller tensor for one of a padded parameter, copies with an implicit cast, and cuts scales
-        among ranks by whole rows. Tensors are handed on as parameters hold them (`as_held`).
+        vLLM's own takes any smaller tensor for one of a padded parameter, and copies with an implicit cast. It cuts
+        scales among ranks by whole rows: those of ranks that start within a block are loaded here (`_load_scales`).
+        Tensors are handed on as parameters hold them (`as_held`).
         """
         scales = parameter.endswith(f"_weight{self.scale_ending}")
         whole = self.moe.intermediate_size
@@ -272,13 +289,37 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
                 )
             loaded_weight = as_held(loaded_weight)
             with explain_load_errors(where, param, loaded_weight):
-                success = load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
+                success: bool | None
+                if scales and self._cut:
+                    success = self._load_scales(param, loaded_weight, shard_id, expert_id)
+                else:
+                    success = load(param, loaded_weight, weight_name, shard_id, expert_id, return_success=True)
             if success and not param.is_meta:
                 self.loaded.add((parameter, shard_id, expert_id))
             return success if return_success else None
 
         load_checked.supports_moe_loading = True  # type: ignore[attr-defined]  # Llama 4 asks
         return load_checked
+
+    @property
+    def _cut(self) -> bool:
+        """Whether ranks start or end within blocks. Each has all experts then: vLLM divides experts or channels."""
+        inner = self.partitions["w2"].k
+        return inner != self.moe.intermediate_size and any(inner % size for size in self.block)
+
+    def _load_scales(self, param: torch.nn.Parameter, loaded: torch.Tensor, shard_id: str, expert: int) -> bool:
+        """Take the scales of the blocks that this rank has part of."""
+        target = param.data[expert]
+        if shard_id == "w2":
+            columns = self.partitions["w2"].scale_columns
+            part = loaded.narrow(1, columns.first, columns.count)
+        else:
+            shard = WEIGHTS["w13"].index(shard_id)
+            rows = self.partitions["w13"].scale_rows[shard]
+            target = target.narrow(0, shard * rows.count, rows.count)
+            part = loaded.narrow(0, rows.first, rows.count)
+        target.copy_(part)
+        return True
 
     def _loader_when_packed(self, local: Collection[int], parameter: str) -> Callable[..., bool | None]:
         """Take new tensors of this rank's experts, and leave those of others alone as vLLM's loader does."""
@@ -318,10 +359,12 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
                         yield self._tensor_name(expert, shard) + suffix.removeprefix("_weight")
 
     def _names(self, layer: Any, name: str) -> Iterator[str]:
-        """The modules whose tensors a parameter holds, expert by expert."""
+        """The modules whose tensors a packed weight holds, expert by expert: one for each shard of its grid."""
+        partition = self.partitions[name]
         for expert in _local_experts(layer):
-            for shard in WEIGHTS[name]:
-                yield self._tensor_name(expert, shard).removesuffix(".weight")
+            for number, shard in enumerate(WEIGHTS[name]):
+                for _ in partition.parts(number):
+                    yield self._tensor_name(expert, shard).removesuffix(".weight")
 
     def _scale_of(self, name: str) -> str:
         """The parameter of the scales of w13 or w2; vLLM makes the name out of the checkpoint's own."""

@@ -28,7 +28,7 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
     scale_note,
     shard_numbers,
 )
-from qwen3_fp8_ascend.vllm_plugin.partition import Partition, SharedGroups
+from qwen3_fp8_ascend.vllm_plugin.partition import Partition, divides_groups
 from qwen3_fp8_ascend.vllm_plugin.renewal import Renewal, is_packed
 
 
@@ -196,10 +196,8 @@ class BlockFp8LinearMethod(LinearMethodBase):
                 are not those that vLLM exchanges tensors between; or which rows a rank has is not known here.
         """
         if k != input_size:
-            rank, ranks = layer.tp_rank, layer.tp_size
-            column = rank * k
-            divided = k % self.block.k != 0 and self.activation is not Activation.W8A16
-            if divided and not _is_whole_group(layer):
+            rank, ranks = layer.tp_rank, input_size // k
+            if divides_groups(k, ranks, self.block, self.activation) and not is_whole_group(rank, layer.tp_size):
                 whole = [r for r in range(1, 65) if r == 1 or input_size % (r * self.block.k) == 0]
                 raise BlockFp8Error(
                     f"tensor parallelism would cut through a block of {self.block}",
@@ -208,14 +206,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
                     got=f"{k} a rank (the whole layer has {input_size}), on {ranks} ranks of their own",
                     fix=f"divide this layer by {' or '.join(map(str, whole))}, or set `activation` to w8a16",
                 )
-            return Partition(
-                self.block,
-                widths,
-                k,
-                column=column,
-                shared=SharedGroups(k, self.block.k, rank, ranks) if divided else None,
-                behind=(column + k) % self.block.k != 0 and column + k < input_size,
-            )
+            return Partition.of_columns(self.block, widths, k, rank, ranks, self.activation)
         if sum(widths) == output_size:
             return Partition(self.block, widths, k)
         ranks_of_shards = [layer.tp_rank] * len(widths)
@@ -270,7 +261,7 @@ class BlockFp8LinearMethod(LinearMethodBase):
                     part.fill_(unwritten)
 
 
-def _is_whole_group(layer: Any) -> bool:
+def is_whole_group(rank: int, ranks: int) -> bool:
     """Whether the ranks that share a layer are those of vLLM's tensor parallelism, in their order."""
     group = get_tp_group()
-    return bool((layer.tp_rank, layer.tp_size) == (group.rank_in_group, group.world_size))
+    return bool((rank, ranks) == (group.rank_in_group, group.world_size))

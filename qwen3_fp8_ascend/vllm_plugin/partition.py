@@ -11,6 +11,7 @@ No kernel knows of a cut:
   those of the whole groups among its zeros: into the first of the zeros in front, and into one more column behind the
   last channel. The kernels find them there as they find any maximum, and the weight's zeros take them out of the sums.
   So the codes are those of the uncut linear, to the bit.
+- Experts: rows of gate and up and columns of down at once, with the exchange between them.
 
 Nothing here imports vLLM.
 """
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwen3_fp8_ascend.format import BlockGrid, BlockSize, ceil_div
+from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize, ceil_div
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 """All ranks' tensors side by side in the last dimension, in the order of ranks."""
@@ -40,6 +41,11 @@ class Extent:
 def blocks_of(start: int, size: int, block: int) -> Extent:
     """The blocks that rows or columns [start, start + size) touch."""
     return Extent(start // block, ceil_div(start + size, block) - start // block if size else 0)
+
+
+def divides_groups(k: int, ranks: int, block: BlockSize, activation: Activation) -> bool:
+    """Whether ranks that each hold `k` columns divide groups of channels that are quantized."""
+    return ranks > 1 and k % block.k != 0 and activation is not Activation.W8A16
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,21 @@ class Partition:
         if not self.rows:
             object.__setattr__(self, "rows", (0,) * len(self.widths))
 
+    @classmethod
+    def of_columns(
+        cls, block: BlockSize, widths: tuple[int, ...], k: int, rank: int, ranks: int, activation: Activation
+    ) -> Partition:
+        """All rows, and the columns of one of so many ranks that each hold `k`."""
+        column = rank * k
+        return cls(
+            block,
+            widths,
+            k,
+            column=column,
+            shared=SharedGroups(k, block.k, rank, ranks) if divides_groups(k, ranks, block, activation) else None,
+            behind=(column + k) % block.k != 0 and rank + 1 < ranks,
+        )
+
     @property
     def scale_rows(self) -> tuple[Extent, ...]:
         """Which rows of a shard's scales this rank takes."""
@@ -130,6 +151,11 @@ class Partition:
         widths = tuple(part for shard in range(len(self.widths)) for part in self.parts(shard))
         return BlockGrid(widths, self.front + self.k + self.back, self.block)
 
+    @property
+    def pads(self) -> bool:
+        """Whether `pad` does anything."""
+        return self.front > 0 or self.shared is not None
+
     def pad_codes(self, codes: torch.Tensor) -> torch.Tensor:
         """Shapes: codes (n, k) uint8 -> (n, grid.k)."""
         return torch.nn.functional.pad(codes, (self.front, self.back)) if self.front or self.back else codes
@@ -145,3 +171,18 @@ class Partition:
         if self.back:
             pieces.append(last)
         return torch.cat(pieces, -1) if len(pieces) > 1 else x
+
+
+def partitions_of_experts(
+    block: BlockSize, hidden: int, inner: int, rank: int, ranks: int, activation: Activation
+) -> tuple[Partition, Partition]:
+    """Of gate and up, and of down, where each rank holds `inner` intermediate channels of all experts.
+
+    They are rows of gate and up and columns of down. What is exchanged is the maxima of silu(gate) * up, a row for each
+    expert of each token.
+    """
+    row = rank * inner
+    return (
+        Partition(block, (inner, inner), hidden, rows=(row, row)),
+        Partition.of_columns(block, (hidden,), inner, rank, ranks, activation),
+    )

@@ -134,6 +134,23 @@ def test_silu_has_the_same_bits_on_every_instruction_set(isa: str) -> None:
         assert (out[~kept, 0].abs() <= torch.finfo(dtype).smallest_normal).all()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_product_alone_is_that_of_the_layer(isa: str) -> None:
+    """silu(gate) * up as an operator, for parts of layers: the same bits, and rows that lie within wider ones."""
+    generator = torch.Generator().manual_seed(0)
+    for dtype, columns in ((torch.bfloat16, 66), (torch.float16, 130), (torch.float32, 2)):
+        wide = (torch.randn(700, columns + 40, generator=generator) * 8).to(dtype)
+        h = wide[:, 20:-20]
+        gate, up = h.float().chunk(2, 1)
+        want = (up * silu_as_the_kernels_do(gate)).to(dtype)
+        for count in (1, 3):
+            with instruction_set(isa), threads(count):
+                assert same_bits(cpu.silu_product(h), want)
+                assert cpu.silu_product(h[:0]).shape == (0, columns // 2)
+    with pytest.raises(RuntimeError, match="as many columns of gate as of up, got 3"):
+        cpu.silu_product(torch.zeros(2, 3))
+
+
 def by_parts(p: ExpertsProblem, packed: Packed, activation: Activation) -> torch.Tensor:
     """The layer from its parts, of which each is judged by itself: grouped linears, quantization, silu, sums."""
     (m, top_k), experts = p.topk_ids.shape, p.w2.shape[0]

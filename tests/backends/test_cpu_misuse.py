@@ -55,6 +55,7 @@ def good_arguments(name: str) -> Arguments:
             **{"x": experts.x, "codes": w13[0], "scales": w13[1], "panels": w13[2], "ends": torch.tensor([1, 1, 3])},
             **{"n": 2 * INTERMEDIATE, "k": K, "block_k": BLOCK, "quantization": 1},
         },
+        "cpu_silu_product": lambda: {"x": experts.x},
         "cpu_block_experts": lambda: {
             **{"x": experts.x, "w13_codes": w13[0], "w13_scales": w13[1], "w13_panels": w13[2], "w2_codes": w2[0]},
             **{"w2_scales": w2[1], "w2_panels": w2[2], "topk_weights": experts.topk_weights},
@@ -65,7 +66,7 @@ def good_arguments(name: str) -> Arguments:
 
 
 LINEARS = ("cpu_pack", "cpu_block_linear", "cpu_quantize_activation", "cpu_dequantize_weight")
-EXPERTS = ("cpu_grouped_linear", "cpu_block_experts")
+EXPERTS = ("cpu_grouped_linear", "cpu_silu_product", "cpu_block_experts")
 NAMES = (*LINEARS, *EXPERTS, "cpu_read")
 TENSORS = {name: [key for key, value in good_arguments(name).items() if torch.is_tensor(value)] for name in NAMES}
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
-from qwen3_fp8_ascend.checkpoints.experts import whole_block_ranks
+from qwen3_fp8_ascend.checkpoints.experts import dividing_ranks, whole_block_ranks
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint, inspect_checkpoint
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint, quantize_weight
 from qwen3_fp8_ascend.checkpoints.render import render
@@ -111,12 +111,16 @@ def test_experts_become_tensors_of_their_own(tmp_path: Path, form: Callable[[Ten
         "experts": EXPERTS,
         "hidden": HIDDEN,
         "intermediate": INNER,
-        "ranks": (1, 2),
+        "ranks": (1, 2, 4, 8, 16, 32, 64),
+        "whole_block_ranks": (1, 2),
     }
     console = Console(file=io.StringIO(), width=300)
     render(report, console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "1 layers of 4" in said and "--tensor-parallel-size 1, 2, or any with --enable-expert-parallel" in said
+    assert (
+        "1 layers of 4" in said
+        and "--tensor-parallel-size 1, 2, 4, 8, 16, 32, 64, or any with --enable-expert-parallel" in said
+    )
 
 
 def test_fused_fp8_experts_are_read_and_dequantized(tmp_path: Path) -> None:
@@ -325,10 +329,10 @@ def test_the_document_says_which_public_experts_can_be_divided() -> None:
     text = (Path(__file__).parent.parent.parent / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|]+) \| (\d+) \| ([\d, ]+) \| ([\d, ]+) \|$", text, re.MULTILINE)
     assert len(rows) == 5
-    for name, channels, divided, refused in rows:
-        working = whole_block_ranks(int(channels), BlockSize())
-        assert {int(size) for size in divided.split(",")} <= set(working), name
-        assert not {int(size) for size in refused.split(",")} & set(working), name
+    for name, channels, whole, cut in rows:
+        blocks, working = whole_block_ranks(int(channels), BlockSize()), dividing_ranks(int(channels))
+        assert {int(size) for size in whole.split(",")} <= set(blocks), name
+        assert {int(size) for size in cut.split(",")} <= set(working) - set(blocks), name
 
 
 def test_a_router_that_vllm_lacks_on_a_cpu_is_a_warning(tmp_path: Path) -> None:

@@ -251,7 +251,7 @@ def verdict(folder: Path) -> str:
         first = report.errors[0]
         where = (first.tensor or first.file or "").removeprefix("config.json: ")
         return f"refused: {first.what} (`{where}`: expected {first.expected}, got {first.got})"
-    said = f"served; experts in {report.experts.divided}" if report.experts else "served"
+    said = f"served; experts with {report.experts.divided}" if report.experts else "served"
     for kind, found in (("warning", report.warnings), ("note", report.notes)):
         if found:
             count = f"{len(found)} {kind}s, the first" if len(found) > 1 else f"one {kind}"

@@ -17,8 +17,11 @@ from vllm_ascend.ops.fused_moe import token_dispatcher
 from vllm_ascend.ops.fused_moe.moe_comm_method import AllGatherCommImpl
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.experts import assert_layer_exact, random_experts
-from qwen3_fp8_ascend.vllm_plugin import ascend_schemes
+from qwen3_fp8_ascend.testing.judges import rel_l2
+from qwen3_fp8_ascend.vllm_plugin import ascend_schemes, experts
+from tests.support.cut_experts import cut
 
 from .expert_layer import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, Layer, loaded_layer, tensors_of  # noqa: F401
 
@@ -59,6 +62,38 @@ def test_expert_parallelism(layer: Layer, rank_: int, monkeypatch: pytest.Monkey
     got = layer(problem)
     assert torch.equal(got, layer.expected(dataclasses.replace(problem, topk_ids=local)))
     assert bool(got[0].any()) == (rank_ == 0)
+
+
+def test_a_cut_through_a_block(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks with half of a block of channels each, which take turns: together they are the uncut layer.
+
+    What each gives to the exchange, here a tensor that is handed over, is collected first.
+    """
+    problem = dataclasses.replace(layer.problem, x=layer.problem.x.float())
+    whole = layer(problem)
+    parts = cut(problem, 2, layer.activation)
+    method, given = layer.routed.quant_method, list[torch.Tensor]()
+    totals = []
+
+    def collect(own: torch.Tensor) -> torch.Tensor:
+        given.append(own)
+        return own.repeat(1, 2)
+
+    exchanges = (collect, lambda own: torch.cat(given, 1), lambda own: torch.zeros(len(own), 4))
+    for exchange in exchanges:  # the last is none
+        monkeypatch.setattr(experts, "tensor_model_parallel_all_gather", exchange)
+        outs = []
+        for part in parts:
+            method.partitions = {"w13": part.gate_up, "w2": part.down}
+            w13, w2 = part.packed("reference")
+            monkeypatch.setattr(layer.routed, "packed_w13_weight", w13)
+            monkeypatch.setattr(layer.routed, "packed_w2_weight", w2)
+            outs.append(layer(problem))
+        totals.append(torch.stack(outs).sum(0))
+    quantized = layer.activation is not Activation.W8A16
+    assert len(given) == (2 if quantized else 0)
+    assert rel_l2(totals[1], whole) < 2e-6
+    assert not quantized or rel_l2(totals[2], whole) > 1e-4
 
 
 def test_a_rank_to_which_no_token_comes(layer: Layer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from vllm_ascend.ascend_config import init_ascend_config
 from vllm_ascend.quantization.quant_type import QuantType
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import BlockSize
+from qwen3_fp8_ascend.format import Activation, BlockSize
 from qwen3_fp8_ascend.serving import free_port
 from qwen3_fp8_ascend.testing.models import QWEN3_30B_A3B
 from qwen3_fp8_ascend.vllm_plugin import ascend_schemes, loading
@@ -162,12 +162,22 @@ def test_every_process_has_our_methods_on_every_layer_of_qwen3_30b_a3b(tmp_path:
         }
 
 
-def test_a_split_through_blocks_is_refused_before_loading(tmp_path: Path, rank: None) -> None:
-    """768 channels on 4 ranks are a block and a half each; whole experts on each rank are served."""
+def test_a_split_through_blocks_needs_ranks_that_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """768 channels on 4 ranks are a block and a half each: refused where those are not vLLM's tensor-parallel ranks."""
+    from qwen3_fp8_ascend.vllm_plugin import linear
     from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod
 
-    parallel = SimpleNamespace(tp_size=4, enable_eplb=False)
-    moe = SimpleNamespace(intermediate_size=768, moe_parallel_config=parallel)
-    method = SimpleNamespace(moe=moe, block=BlockSize(), prefix="model.layers.0.mlp.experts")
+    parallel = SimpleNamespace(tp_size=4, tp_rank=1, enable_eplb=False)
+    method: Any = SimpleNamespace(
+        moe=SimpleNamespace(intermediate_size=768, moe_parallel_config=parallel),
+        block=BlockSize(),
+        prefix="model.layers.0.mlp.experts",
+        activation=Activation.W8A8,
+    )
+    group = SimpleNamespace(rank_in_group=1, world_size=4)
+    monkeypatch.setattr(linear, "get_tp_group", lambda: group)
+    partitions = BlockFp8ExpertsMethod._partitions(method, 2048, 192)
+    assert (partitions["w13"].grid.widths, partitions["w2"].grid.k) == ((64, 128, 64, 128), 256)
+    group.world_size = 2
     with pytest.raises(BlockFp8Error, match="enable-expert-parallel"):
-        BlockFp8ExpertsMethod._check_partition(method)  # type: ignore[arg-type]
+        BlockFp8ExpertsMethod._partitions(method, 2048, 192)

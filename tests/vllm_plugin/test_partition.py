@@ -15,7 +15,7 @@ from qwen3_fp8_ascend.format import Activation, BlockGrid, BlockSize, ceil_div
 from qwen3_fp8_ascend.testing import nonfinite
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, random_problem, rel_l2
 from qwen3_fp8_ascend.testing.strategies import activations
-from qwen3_fp8_ascend.vllm_plugin.partition import Partition, SharedGroups
+from qwen3_fp8_ascend.vllm_plugin.partition import Partition
 
 FP64 = 1e-13
 """Other orders of fp64 sums."""
@@ -26,18 +26,10 @@ BLOCKS = (BlockSize(), BlockSize(64, 64), BlockSize(32, 256), BlockSize(1, 128),
 def columns_of(whole: Problem, ranks: int, activation: Activation) -> list[tuple[Partition, Problem]]:
     """Each rank's partition and its own columns, as it loads them."""
     k, block = whole.grid.k // ranks, whole.grid.block
-    divided = ranks > 1 and k % block.k != 0 and activation is not Activation.W8A16
     out = []
     for rank in range(ranks):
         column = rank * k
-        partition = Partition(
-            block,
-            whole.grid.widths,
-            k,
-            column=column,
-            shared=SharedGroups(k, block.k, rank, ranks) if divided else None,
-            behind=(column + k) % block.k != 0 and column + k < whole.grid.k,
-        )
+        partition = Partition.of_columns(block, whole.grid.widths, k, rank, ranks, activation)
         blocks = partition.scale_columns
         codes = partition.pad_codes(whole.weight.view(torch.uint8)[:, column : column + k].contiguous())
         scale = whole.scale[:, blocks.first : blocks.first + blocks.count]
