@@ -160,23 +160,8 @@ def block_experts(
     """
     check_tokens(x, w13)
     activation = parsed_activation(activation)
-    gate = w13.grid.widths[: len(w13.grid.widths) // 2]
-    if w13.grid.widths != 2 * gate or (between is None and sum(gate) != w2.k):
-        raise BlockFp8Error(
-            "the gate and up projections do not fit the down projection",
-            expected=f"two shards of {w2.k} rows" if between is None else "the same shards of gate and of up",
-            got=w13.grid.widths,
-        )
-    part = between is not None or len(gate) != 1
-    same = {
-        "backend": (w13.backend, w2.backend),
-        "experts": (w13.groups, w2.groups),
-        "block": (w13.grid.block, w2.grid.block),
-    }
-    same["device"] = (w13.device, w2.device)
-    for what, (one, other) in same.items():
-        if one != other:
-            raise BlockFp8Error(f"w13 and w2 differ in their {what}", expected=str(one), got=str(other))
+    part = between is not None or len(w13.grid.widths) != 2
+    _check_pair(w13, w2, padded=between is not None)
     if w2.n != x.shape[1]:
         raise BlockFp8Error("the down projection does not fit the activation", expected=x.shape[1], got=w2.n)
     check_operand("topk_ids", topk_ids, (x.shape[0], None), (torch.int32, torch.int64), x.device)
@@ -196,3 +181,23 @@ def block_experts(
         )
     product = backend.silu_product or grouped.silu_product
     return grouped.block_experts(backend.grouped_linear, *operands, product=product, between=between)
+
+
+def _check_pair(w13: PackedWeight, w2: PackedWeight, padded: bool) -> None:
+    """w13 and w2 of one layer. padded: w2 takes more than what w13 gives (`between`)."""
+    gate = w13.grid.widths[: len(w13.grid.widths) // 2]
+    if w13.grid.widths != 2 * gate or (not padded and sum(gate) != w2.k):
+        raise BlockFp8Error(
+            "the gate and up projections do not fit the down projection",
+            expected="the same shards of gate and of up" if padded else f"two shards of {w2.k} rows",
+            got=w13.grid.widths,
+        )
+    same = {
+        "backend": (w13.backend, w2.backend),
+        "experts": (w13.groups, w2.groups),
+        "block": (w13.grid.block, w2.grid.block),
+        "device": (w13.device, w2.device),
+    }
+    for what, (one, other) in same.items():
+        if one != other:
+            raise BlockFp8Error(f"w13 and w2 differ in their {what}", expected=str(one), got=str(other))

@@ -24,7 +24,8 @@ from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockFp8Config
 from qwen3_fp8_ascend.vllm_plugin import logger
 from qwen3_fp8_ascend.vllm_plugin.choice import serves_unasked
-from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod, projection_names
+from qwen3_fp8_ascend.vllm_plugin.expert_layer import projection_names
+from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8HeadMethod, BlockFp8LmHeadMethod
 from qwen3_fp8_ascend.vllm_plugin.modules import Modules

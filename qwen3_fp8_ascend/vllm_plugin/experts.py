@@ -20,6 +20,7 @@ from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.checkpoints.experts import whole_block_ranks
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import SCALE_NAME, Activation, BlockSize, scale_shape
+from qwen3_fp8_ascend.vllm_plugin.expert_layer import check_supported, local_experts, projection_names
 from qwen3_fp8_ascend.vllm_plugin.linear import is_whole_group
 from qwen3_fp8_ascend.vllm_plugin.loading import (
     DAMAGED,
@@ -39,7 +40,6 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
 )
 from qwen3_fp8_ascend.vllm_plugin.partition import Partition, divides_groups, partitions_of_experts
 from qwen3_fp8_ascend.vllm_plugin.renewal import Renewal, is_packed
-from qwen3_fp8_ascend.vllm_plugin.routing import check_routing
 
 WEIGHTS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 """vLLM's names: gate and up of all experts merged, and down; which of an expert's tensors each parameter holds."""
@@ -187,7 +187,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         delattr(source, self._scale_of(name))
         install_packed(layer, packed, f"{name}_weight")
         setattr(layer, self._scale_of(name), no_scale(scale))
-        local = frozenset(_local_experts(layer))
+        local = frozenset(local_experts(layer))
         for parameter in (f"{name}_weight", self._scale_of(name)):
             self.renewal.offer(layer, parameter, self._loader_when_packed(local, parameter))
 
@@ -349,7 +349,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
     def _missing(self, layer: Any) -> Iterator[str]:
         """The tensors of this rank's experts that vLLM has not loaded since the last packing."""
         shards = [(name, shard) for name, parts in WEIGHTS.items() for shard in parts]
-        experts = _local_experts(layer)
+        experts = local_experts(layer)
         if len(self.loaded) == 2 * len(shards) * len(experts):  # asked after each of thousands of tensors
             return
         for expert in experts:
@@ -361,7 +361,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
     def _names(self, layer: Any, name: str) -> Iterator[str]:
         """The modules whose tensors a packed weight holds, expert by expert: one for each shard of its grid."""
         partition = self.partitions[name]
-        for expert in _local_experts(layer):
+        for expert in local_experts(layer):
             for number, shard in enumerate(WEIGHTS[name]):
                 for _ in partition.parts(number):
                     yield self._tensor_name(expert, shard).removesuffix(".weight")
@@ -372,55 +372,6 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
 
     def _tensor_name(self, expert: int, shard: str) -> str:
         return f"{self.prefix}.{expert}.{self.projections[shard]}.weight"
-
-
-def projection_names(layer: Any) -> dict[str, str]:
-    """What the checkpoint calls vLLM's w1, w3 and w2 of an expert."""
-    return {
-        "w1": getattr(layer, "ckpt_gate_proj_name", "gate_proj"),
-        "w3": getattr(layer, "ckpt_up_proj_name", "up_proj"),
-        "w2": getattr(layer, "ckpt_down_proj_name", "down_proj"),
-    }
-
-
-def check_supported(layer: Any, prefix: str) -> None:
-    """Refuse experts that compute something else than silu(gate) * up, down, and a weighted sum.
-
-    Raises:
-        BlockFp8Error: names what.
-    """
-    moe = layer.moe_config
-    activation = getattr(layer.activation, "value", layer.activation)
-    limits = {name: getattr(layer, name, None) for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")}
-    refused = {
-        "biases": moe.has_bias,
-        f"the activation {activation}": activation != "silu",
-        "a clamped or scaled activation (swiglu_limit)": any(value is not None for value in limits.values()),
-        "router weights on their input (apply_router_weight_on_input)": layer.apply_router_weight_on_input,
-    }
-    for what, asked in refused.items():
-        if asked:
-            raise BlockFp8Error(
-                f"block-FP8 experts with {what} are not served",
-                where=prefix,
-                expected="silu(gate) * up, and weights on the output",
-                fix="serve the bf16 model",
-            )
-    if moe.is_lora_enabled:
-        raise BlockFp8Error(
-            "LoRA adapters are not served beside block-FP8 experts", where=prefix, fix="leave --enable-lora out"
-        )
-    if moe.moe_parallel_config.enable_eplb:
-        raise BlockFp8Error("block-FP8 experts cannot move between ranks", where=prefix, fix="leave --enable-eplb out")
-    check_routing(layer, prefix)
-
-
-def _local_experts(layer: Any) -> list[int]:
-    """Numbers in the model of the experts on this rank, in the order of the parameters."""
-    if layer.expert_map is None:
-        return list(range(layer.local_num_experts))
-    pairs = enumerate(layer.expert_map.tolist())
-    return [expert for _, expert in sorted((local, expert) for expert, local in pairs if local >= 0)]
 
 
 def _is_part_of_fused(tensor: torch.Tensor) -> bool:

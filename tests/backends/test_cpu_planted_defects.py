@@ -100,7 +100,7 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
     ),
     "rows of experts beyond their share": (
         ADDRESS,
-        Edit("experts.cpp", "capacity_of(share.rows * terms)", "capacity_of(share.rows * terms) - 1"),
+        Edit("expert_shares.cpp", "capacity_of(share.rows * terms)", "capacity_of(share.rows * terms) - 1"),
         f"{EXPERTS}::test_layer_of_any_shape[avx2-w8a8]",
         "AddressSanitizer: heap-buffer-overflow",
     ),
@@ -118,13 +118,15 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
     ),
     "a task taken by two threads": (
         THREAD,
-        Edit("experts.cpp", "next.fetch_add(1, std::memory_order_relaxed)", "reinterpret_cast<std::int64_t&>(next)++"),
+        Edit(
+            "expert_shares.h", "next.fetch_add(1, std::memory_order_relaxed)", "reinterpret_cast<std::int64_t&>(next)++"
+        ),
         EXPERTS_THREADS,
         "ThreadSanitizer: data race",
     ),
     "a path chosen for each expert": (
         ADDRESS,
-        Edit("experts.cpp", "    if (!kernels.paths_agree) return batch_path;\n", ""),
+        Edit("expert_shares.h", "    if (!kernels.paths_agree) return batch_path;\n", ""),
         f"{EXPERTS}::test_bits_change_at_the_stated_limit_and_nowhere_else[amx-w8a8]",
         "AssertionError",
     ),

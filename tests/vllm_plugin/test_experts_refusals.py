@@ -86,7 +86,7 @@ def test_groups_with_a_correction_bias_are_served() -> None:
 
 
 def test_adapters_and_moving_experts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen3_fp8_ascend.vllm_plugin.experts import check_supported
+    from qwen3_fp8_ascend.vllm_plugin.expert_layer import check_supported
 
     layer = make_layer()
     monkeypatch.setattr(layer.moe_config, "is_lora_enabled", True)

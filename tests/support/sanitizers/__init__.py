@@ -79,11 +79,11 @@ CUT_FINELY = (
     # Problems small enough for a property test are cut into parts for several threads.
     Edit("linear.cpp", "kLeastBytesPerThread = 1 << 17", "kLeastBytesPerThread = 1 << 9"),
     Edit("linear.cpp", "kLeastNumbersPerThread = 1 << 15", "kLeastNumbersPerThread = 1 << 6"),
-    Edit("experts.cpp", "kLeastTaskBytesPerThread = 1 << 17", "kLeastTaskBytesPerThread = 1 << 9"),
-    Edit("experts.cpp", "kLeastRowNumbersPerThread = 1 << 15", "kLeastRowNumbersPerThread = 1 << 6"),
-    Edit("experts.cpp", "kTaskBytes = 1 << 18", "kTaskBytes = 1 << 10"),
+    Edit("expert_shares.h", "kLeastTaskBytesPerThread = 1 << 17", "kLeastTaskBytesPerThread = 1 << 9"),
+    Edit("expert_shares.h", "kLeastRowNumbersPerThread = 1 << 15", "kLeastRowNumbersPerThread = 1 << 6"),
+    Edit("expert_shares.cpp", "kTaskBytes = 1 << 18", "kTaskBytes = 1 << 10"),
     # A few tokens are several passes.
-    Edit("experts.cpp", "kMostBytes = 256 << 20", "kMostBytes = 1 << 16"),
+    Edit("expert_shares.h", "kMostBytes = 256 << 20", "kMostBytes = 1 << 16"),
     Edit("pack.cpp", "kLeastPanelsPerThread = 4", "kLeastPanelsPerThread = 1"),
     Edit("read.cpp", "parallel(chunks, 64,", "parallel(chunks, 1,"),
 )

@@ -1,0 +1,57 @@
+"""What vLLM's layer of experts (`RoutedExperts`) says of itself, and what it asks that is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.vllm_plugin.routing import check_routing
+
+
+def projection_names(layer: Any) -> dict[str, str]:
+    """What the checkpoint calls vLLM's w1, w3 and w2 of an expert."""
+    return {
+        "w1": getattr(layer, "ckpt_gate_proj_name", "gate_proj"),
+        "w3": getattr(layer, "ckpt_up_proj_name", "up_proj"),
+        "w2": getattr(layer, "ckpt_down_proj_name", "down_proj"),
+    }
+
+
+def check_supported(layer: Any, prefix: str) -> None:
+    """Refuse experts that compute something else than silu(gate) * up, down, and a weighted sum.
+
+    Raises:
+        BlockFp8Error: names what.
+    """
+    moe = layer.moe_config
+    activation = getattr(layer.activation, "value", layer.activation)
+    limits = {name: getattr(layer, name, None) for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")}
+    refused = {
+        "biases": moe.has_bias,
+        f"the activation {activation}": activation != "silu",
+        "a clamped or scaled activation (swiglu_limit)": any(value is not None for value in limits.values()),
+        "router weights on their input (apply_router_weight_on_input)": layer.apply_router_weight_on_input,
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise BlockFp8Error(
+                f"block-FP8 experts with {what} are not served",
+                where=prefix,
+                expected="silu(gate) * up, and weights on the output",
+                fix="serve the bf16 model",
+            )
+    if moe.is_lora_enabled:
+        raise BlockFp8Error(
+            "LoRA adapters are not served beside block-FP8 experts", where=prefix, fix="leave --enable-lora out"
+        )
+    if moe.moe_parallel_config.enable_eplb:
+        raise BlockFp8Error("block-FP8 experts cannot move between ranks", where=prefix, fix="leave --enable-eplb out")
+    check_routing(layer, prefix)
+
+
+def local_experts(layer: Any) -> list[int]:
+    """Numbers in the model of the experts on this rank, in the order of the parameters."""
+    if layer.expert_map is None:
+        return list(range(layer.local_num_experts))
+    pairs = enumerate(layer.expert_map.tolist())
+    return [expert for _, expert in sorted((local, expert) for expert, local in pairs if local >= 0)]
