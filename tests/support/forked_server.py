@@ -6,7 +6,6 @@ first one imports what all of them need. Tests of how a server starts, fails and
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import sys
@@ -17,7 +16,7 @@ from unittest.mock import patch
 
 from qwen3_fp8_ascend import serving
 from tests.support.forked_spawn import fork_what_is_spawned
-from tests.support.preloaded import VLLM
+from tests.support.preloaded import VLLM, import_for_forks
 
 MODULE = "tests.support.forked_server"
 MAIN = "vllm.entrypoints.cli.main"
@@ -37,10 +36,7 @@ def forked() -> AbstractContextManager[Callable[..., list[str]]]:
 
 def main() -> None:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # else NumPy starts threads when it is imported
-    for module in (*VLLM, *SERVER):
-        importlib.import_module(module)
-    gc.collect()
-    gc.freeze()
+    import_for_forks((*VLLM, *SERVER))
     with fork_what_is_spawned(depth=2):  # the engine, and its ranks
         importlib.import_module(MAIN).main()
 

@@ -140,14 +140,18 @@ def _kill_group(pid: str) -> None:
             os.killpg(int(pid), signal.SIGKILL)
 
 
+def import_for_forks(modules: Sequence[str]) -> None:
+    """Without garbage collection in forks looking through all of it, which would make its pages each fork's own."""
+    for module in modules:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever the imports print
-    for module in sys.argv[1:]:
-        importlib.import_module(module)
-    # Else each collection in a fork looks through all that was imported, and makes its pages the fork's own.
-    gc.collect()
-    gc.freeze()
+    import_for_forks(sys.argv[1:])
     requested = _request_in_a_fork(answers)
     if requested is not None:
         _become(requested)
