@@ -387,6 +387,7 @@ void grouped_linear(const Rows& x, const ExpertWeights& weights, const std::int6
 }
 
 void silu_products(const Rows& h, std::int64_t half, void* out) {
+  if (half == 0) return;
   const Kernels& kernels = kernels_of(current_isa());
   parallel(h.rows, row_grain(half), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
