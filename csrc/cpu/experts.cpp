@@ -139,6 +139,7 @@ std::vector<Segment> make_segments(const Panel* panels, std::int64_t panel_count
 }
 
 void silu_products(const Rows& h, std::int64_t half, void* out) {
+  if (half == 0) return;
   const Kernels& kernels = kernels_of(current_isa());
   parallel(h.rows, row_grain(half), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
