@@ -1,4 +1,4 @@
-// torch.ops.qwen3_fp8_ascend.cpu_grouped_linear, cpu_silu_product and cpu_block_experts: argument checks and registration.
+// torch.ops.qwen3_fp8_ascend.cpu_grouped_linear, cpu_silu_product, cpu_block_experts: argument checks, registration.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

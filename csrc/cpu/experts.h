@@ -58,7 +58,7 @@ struct Routing {
 void grouped_linear(const Rows& x, const ExpertWeights& weights, const std::int64_t* ends, Quantization quantization,
                     void* y, std::int64_t n);
 
-// out (h.rows, half) of h.dtype: silu of the first `half` columns of h times the second, rounded as `block_experts` does.
+// out (h.rows, half) of h.dtype: silu of the first `half` columns of h times the second, rounded as in a layer.
 void silu_products(const Rows& h, std::int64_t half, void* out);
 
 // out (x.rows, n) of x.dtype: the sum over a token's experts, in their order, of w2(silu(gate) * up) times their
