@@ -147,7 +147,7 @@ def test_the_bounds_leave_room_for_the_largest_models(tmp_path: Path, layers: in
     assert report.block_fp8_layers == len(names)
     assert report.experts is not None
     assert (report.experts.layers, report.experts.experts) == (layers, experts)
-    assert report.experts.ranks == (1, 2, 3, 6)
+    assert report.experts.whole_block_ranks == (1, 2, 3, 6)
     assert report.anomalies == ()
 
 
