@@ -54,7 +54,8 @@ class IgnoreList:
     def __init__(self, entries: Collection[str]) -> None:
         self.names = frozenset(entries)
         self.parents = frozenset(bare for entry in entries if (bare := unwrapped(entry)) not in WRAPPERS)
-        self._lengths = sorted({entry.count(".") + 1 for entry in self.names})
+        self._beginnings = _beginnings(self.names)
+        self._lengths_of_parents = tuple(_beginnings(self.parents))
         self.unreadable: list[str] = []
         self._patterns: list[tuple[Pattern, bool]] = []
         self._work = Work()
@@ -86,13 +87,13 @@ class IgnoreList:
 
     def _has(self, name: str) -> bool:
         parts = name.split(".")
-        self._work.add(len(parts) * (1 + len(self._lengths)))
-        for length in self._lengths:
-            for start in range(len(parts) - length + 1):
-                if ".".join(parts[start : start + length]) in self.names:
+        self._work.add(len(parts) * (1 + len(self._beginnings)))
+        for length, firsts in self._beginnings.items():
+            for start, part in enumerate(parts) if not firsts.isdisjoint(parts) else ():
+                if part in firsts and ".".join(parts[start : start + length]) in self.names:
                     return True
         bare = unwrapped(name).split(".")
-        return any(".".join(bare[:end]) in self.parents for end in range(1, len(bare) + 1))
+        return any(".".join(bare[:length]) in self.parents for length in self._lengths_of_parents)
 
     def _compile(self, entry: str) -> bool:
         """Add an entry's pattern, or both of what it may be: a regular expression, and a shell's."""
@@ -109,6 +110,14 @@ class IgnoreList:
         except UnreadableError:
             return False
         return True
+
+
+def _beginnings(names: Collection[str]) -> dict[int, set[str]]:
+    """How many parts between dots there are in names, and the first parts of the names with so many."""
+    found: dict[int, set[str]] = {}
+    for name in names:
+        found.setdefault(name.count(".") + 1, set()).add(name.partition(".")[0])
+    return found
 
 
 def _with_merged(module: str) -> list[str]:
