@@ -6,6 +6,7 @@ The process is forked from one that has everything imported and used once, so th
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -118,6 +119,8 @@ def attacks(sizes: tuple[int, ...] = SIZES, names: tuple[str, ...] = tuple(HEAVY
     for reader in READERS.values():
         if reader.name in READ_BY:
             _read_sound(reader)
+    gc.collect()
+    gc.freeze()  # else each collection in a fork looks through all that was imported, a third of the slowest times
     for name in names:
         for size in sizes:
             folder = HEAVY[name](size)
