@@ -7,6 +7,15 @@ import torch
 from qwen3_fp8_ascend.format import BlockGrid
 from qwen3_fp8_ascend.testing.experts import random_codes
 
+PATTERNS = {
+    "uneven and empty": (3, 0, 17, 0, 0, 1, 9),
+    "all on one": (0, 0, 130, 0),
+    "a tile and one row": (16, 17),
+    "one row each": (1,) * 8,
+    "none": (0, 0, 0),
+}
+"""Rows a group, by what is special about them."""
+
 
 def ends_of(counts):
     """`ends` of `ops.grouped_linear` for so many rows a group."""

@@ -21,22 +21,13 @@ from qwen3_fp8_ascend.testing.experts import assert_layer_exact, judge_layer, ra
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, assert_prefill
 from qwen3_fp8_ascend.triton_kernels import block_grouped_linear
 from qwen3_fp8_ascend.triton_kernels.configuration import INTERPRETER, grouped_shape
-from tests.support.groups import ends_of, random_groups
+from tests.support.groups import PATTERNS, ends_of, random_groups
 from tests.support.products import DTYPES
 
 
 def grouped(x, weights, scales, grid, ends, activation=Activation.W8A8, unrounded=False):
     packed = ops.pack_experts(weights, scales, grid, "triton")
     return ops.grouped_linear(x, packed, ends, activation, unrounded=unrounded)
-
-
-PATTERNS = {
-    "uneven and empty": (3, 0, 17, 0, 0, 1, 9),
-    "all on one": (0, 0, 130, 0),
-    "a tile and one row": (16, 17),
-    "one row each": (1,) * 8,
-    "none": (0, 0, 0),
-}
 
 
 @pytest.mark.parametrize("counts", PATTERNS.values(), ids=PATTERNS)

@@ -17,16 +17,8 @@ from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.experts import assert_layer_exact, random_experts
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact
 from qwen3_fp8_ascend.triton_kernels.nvidia import grouped_linear
-from tests.support.groups import ends_of, random_groups
+from tests.support.groups import PATTERNS, ends_of, random_groups
 from tests.support.products import DTYPES
-
-PATTERNS = {
-    "uneven and empty": (3, 0, 17, 0, 0, 1, 9),
-    "all on one": (0, 0, 130, 0),
-    "a tile and one row": (16, 17),
-    "one row each": (1,) * 8,
-    "none": (0, 0, 0),
-}
 
 
 @pytest.mark.parametrize("counts", PATTERNS.values(), ids=PATTERNS)
