@@ -36,6 +36,9 @@ DRAFT_OPTIONS = {DEEPSEEK: REFERENCE_MLA}
 LAYERS = {DEEPSEEK: "model.layers.1.mtp_block.", GLM4_MOE: "model.layers.1.mtp_block.", QWEN3_5: "model.layers.0."}
 
 
+DELTA_NETS = "vLLM 0.30.0 ends on a CPU: `no mamba layers in the model`, in bf16 too"
+
+
 def speculating(family: str, model: Path, options: dict[str, Any]) -> Run:
     speculation = SPECULATION | DRAFT_OPTIONS.get(family, {})
     more = {"speculative_config": speculation, "disable_log_stats": False}
@@ -63,7 +66,7 @@ def served(family: str, folder: Path) -> dict[str, Answer]:
     [
         DEEPSEEK,
         pytest.param(GLM4_MOE, marks=pytest.mark.long),
-        pytest.param(QWEN3_5, marks=pytest.mark.long),
+        pytest.param(QWEN3_5, marks=[pytest.mark.long, pytest.mark.xfail(strict=True, reason=DELTA_NETS)]),
     ],
 )
 def test_an_mtp_layer_guesses_what_its_twin_guesses(tmp_path: Path, family: str) -> None:
