@@ -290,15 +290,14 @@ class Pattern:
         self.work.add(20 * len(node.states))
         moves = self.automaton.moves
         states = self._closure({end for state in node.states for chars, end in moves[state] if chars(character)})
-        following = self.nodes.get(states) or self._node(states, "$")
+        following = self.nodes.get(states)
+        if following is None:
+            following = self.nodes[states] = self._node(states, "$")
         node.steps[character] = following
         return following
 
     def _node(self, states: frozenset[int], conditions: str) -> _Node:
-        node = _Node(states, self.last in states, self.last in self._closure(states, conditions))
-        if conditions == "$":
-            self.nodes[states] = node
-        return node
+        return _Node(states, self.last in states, self.last in self._closure(states, conditions))
 
     def _closure(self, states: Iterable[int], conditions: str = "") -> frozenset[int]:
         found, todo = set(states), list(states)
