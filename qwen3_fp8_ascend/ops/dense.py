@@ -164,7 +164,6 @@ def block_linear(
     return out.reshape(*x.shape[:-1], packed.n)
 
 
-@torch.compiler.assume_constant_result
 def _choose(
     backend: str | None,
     device_type: str,
@@ -174,3 +173,8 @@ def _choose(
 ) -> str:
     """The name of the backend to use. `select_backend` looks at files: torch.compile calls it and does not trace it."""
     return select_backend(backend, device_type, computes, BlockSize(block_n, block_k)).name
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the whole of torch._dynamo: as long again as torch
+# itself takes, in every process that never compiles. That torch.compile heeds it is tested (test_ops, `compiles_whole`).
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]

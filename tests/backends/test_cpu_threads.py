@@ -52,12 +52,14 @@ def work(problem: Problem, activation: Activation) -> list[torch.Tensor]:
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("isa", ISAS)
 def test_several_python_threads_at_once(isa: str, count: int) -> None:
-    """Four callers, each with other problems of other sizes, and in each call torch's threads."""
+    """Four callers, each with other problems of other sizes, and in each call torch's threads.
+
+    Every size with every dtype and every activation, and every dtype with every activation.
+    """
     jobs = [
-        (random_problem(m, WIDTHS, 300, dtype=dtype, bias=True, seed=m), activation)
-        for m in (1, 5, 33)
-        for dtype in DTYPES
-        for activation in ACTIVATIONS
+        (random_problem(m, WIDTHS, 300, dtype=dtype, bias=True, seed=m), ACTIVATIONS[(i + j) % len(ACTIVATIONS)])
+        for i, m in enumerate((1, 5, 33))
+        for j, dtype in enumerate(DTYPES)
     ]
     with instruction_set(isa), threads(count):
         want = [work(*job) for job in jobs]
@@ -74,14 +76,16 @@ def test_several_python_threads_at_once(isa: str, count: int) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_several_python_threads_share_a_weight(isa: str) -> None:
+    """Six callers, each in another order of batches: none, what registers take, tiles, and one more than those."""
     problem = random_problem(33, WIDTHS, 300, seed=5)
     packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "cpu")
+    sizes = (0, 1, 2, 3, 5, 6, 12, 13, 16, 17, 33)
     with instruction_set(isa), threads(2):
-        want = [ops.block_linear(problem.x[:m], packed) for m in range(34)]
+        want = [ops.block_linear(problem.x[:m], packed) for m in sizes]
 
         def caller(offset: int) -> bool:
-            order = ((m * 13 + offset) % 34 for m in range(34))
-            return all(same_bits(ops.block_linear(problem.x[:m], packed), want[m]) for m in order)
+            order = [(i * 4 + offset) % len(sizes) for i in range(len(sizes))]
+            return all(same_bits(ops.block_linear(problem.x[: sizes[i]], packed), want[i]) for i in order)
 
         with ThreadPoolExecutor(6) as pool:
             assert all(pool.map(caller, range(6)))

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -160,6 +161,21 @@ def _edited_sources(variant: Variant) -> dict[str, str]:
     return texts
 
 
+INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+
+
+def included_by(name: str, texts: dict[str, str]) -> set[str]:
+    """The headers among `texts` that a source includes, those that its headers include among them."""
+    found: set[str] = set()
+    to_read = [name]
+    while to_read:
+        for header in INCLUDE.findall(texts[to_read.pop()]):
+            if header in texts and header not in found:
+                found.add(header)
+                to_read.append(header)
+    return found
+
+
 def _run(command: Sequence[str], cwd: Path) -> None:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
@@ -171,8 +187,7 @@ def objects(variant: Variant) -> list[Path]:
     torch = setup.torch_folder()
     version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
     texts = _edited_sources(variant)
-    headers = "".join(text for name, text in texts.items() if name.endswith(".h"))
-    common = hashlib.sha256("\0".join((version, (torch / "version.py").read_text(), headers)).encode())
+    common = hashlib.sha256("\0".join((version, (torch / "version.py").read_text())).encode())
     CACHE.mkdir(parents=True, exist_ok=True)
     jobs: list[tuple[str, list[str], Path]] = []
     found = []
@@ -181,7 +196,8 @@ def objects(variant: Variant) -> list[Path]:
         # The variant's flags come last: they set the level of optimization.
         flags = [*setup.flags_of(name), "-fPIC", *variant.flags]
         digest = common.copy()
-        digest.update("\0".join((texts[name], *flags, *(header.read_text() for header in included))).encode())
+        headers = (texts[header] for header in sorted(included_by(name, texts)))
+        digest.update("\0".join((texts[name], *headers, *flags, *(path.read_text() for path in included))).encode())
         target = CACHE / f"{digest.hexdigest()[:20]}-{Path(name).stem}.o"
         found.append(target)
         if not target.is_file():
