@@ -1,5 +1,6 @@
 """Builds and wheels: what is shipped, and what a build says when it cannot be done."""
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -22,19 +23,6 @@ def wheel(cache: Path) -> Path:
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
     return copy_sources(tmp_path / "sources")
-
-
-def test_without_a_compiler_the_build_fails_and_says_what_to_install(sources: Path) -> None:
-    done = build_with_pip(sources, CXX="no-such-compiler", CC="no-such-compiler")
-    assert done.returncode != 0
-    assert "no C++ compiler: 'no-such-compiler' was not found" in done.stdout + done.stderr
-    assert "apt-get install g++" in done.stdout + done.stderr
-
-
-def test_with_cann_announced_but_absent_the_build_fails_and_says_so(sources: Path) -> None:
-    done = build_with_pip(sources, ASCEND_HOME_PATH=str(sources / "no-such-cann"))
-    assert done.returncode != 0
-    assert "ASCEND_HOME_PATH is" in done.stdout + done.stderr and "set_env.sh" in done.stdout + done.stderr
 
 
 def test_the_wheel_runs_in_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> None:
@@ -92,6 +80,10 @@ def install_metadata(site: Path, packages: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", OTHER_ENVIRONMENTS)
 def test_installing_changes_none_of_the_packages_that_are_there(wheel: Path, tmp_path: Path, name: str) -> None:
     """With pip's resolver at work, and every index closed to it: all that it needs must be there."""
+
+    def installed() -> set[tuple[str, str]]:
+        return {(found.name, found.version) for found in importlib.metadata.distributions(path=[str(site)])}
+
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
@@ -105,12 +97,12 @@ def test_installing_changes_none_of_the_packages_that_are_there(wheel: Path, tmp
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    before = set(pip("freeze").splitlines())
-    assert len(before) == len(OTHER_ENVIRONMENTS[name] | COMMON_PACKAGES)
+    before = installed()
+    assert before == set((OTHER_ENVIRONMENTS[name] | COMMON_PACKAGES).items())
     pip("install", "--upgrade", "--no-index", str(wheel))
-    after = set(pip("freeze").splitlines())
+    after = installed()
     assert before <= after
-    assert [line.partition(" ")[0] for line in after - before] == ["qwen3-fp8-ascend"]
+    assert [package for package, _ in after - before] == ["qwen3-fp8-ascend"]
     assert "No broken requirements" in pip("check")
 
 
@@ -188,25 +180,29 @@ def compiler_that_fails_at(word: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("failure", ["no compiler", "portable.cpp", "-shared", "CANN"])
-def test_a_build_that_fails_installs_nothing_and_leaves_what_was_there(
+def test_a_build_that_fails_says_why_and_leaves_what_was_there(
     wheel: Path, quick_sources: Path, tmp_path: Path, failure: str
 ) -> None:
+    said: tuple[str, ...]
     if failure == "no compiler":
-        variables, said = {"CXX": "no-such-compiler", "CC": "no-such-compiler"}, "no C++ compiler: 'no-such-compiler'"
+        variables = {"CXX": "no-such-compiler", "CC": "no-such-compiler"}
+        said = ("no C++ compiler: 'no-such-compiler' was not found", "apt-get install g++")
     elif failure == "CANN":
-        variables, said = {"ASCEND_HOME_PATH": str(tmp_path / "no-such-cann")}, "ASCEND_HOME_PATH"
+        variables = {"ASCEND_HOME_PATH": str(tmp_path / "no-such-cann")}
+        said = ("ASCEND_HOME_PATH is", "set_env.sh")
     else:
-        variables, said = {"CXX": compiler_that_fails_at(failure, tmp_path)}, f"cannot do {failure}"
+        variables, said = {"CXX": compiler_that_fails_at(failure, tmp_path)}, (f"cannot do {failure}",)
     python = environment(tmp_path / "venv")
-    fresh = files_in(tmp_path / "venv")
-    done = install(python, quick_sources, **variables)
-    assert done.returncode != 0 and said in done.stdout + done.stderr, done.stdout + done.stderr
-    assert files_in(tmp_path / "venv") == fresh, "something of the failed installation stayed"
+    if failure == "portable.cpp":
+        fresh = files_in(tmp_path / "venv")
+        assert install(python, quick_sources, **variables).returncode != 0
+        assert files_in(tmp_path / "venv") == fresh, "something of the failed installation stayed"
     done = install(python, wheel)
     assert done.returncode == 0, done.stderr
     earlier = files_in(tmp_path / "venv")
     assert any(name.endswith("qwen3_fp8_ascend/_cpu.so") for name in earlier)
-    assert install(python, quick_sources, **variables).returncode != 0
+    done = install(python, quick_sources, **variables)
+    assert done.returncode != 0 and all(words in done.stdout + done.stderr for words in said), done.stdout + done.stderr
     assert files_in(tmp_path / "venv") == earlier, "the version that was there is not whole any more"
 
 
