@@ -37,7 +37,7 @@ def run(script: str, *arguments: str | Path, **environment: str) -> subprocess.C
         check=False,
         cwd=ROOT,
         env=kept | environment,
-        timeout=120,
+        timeout=600,  # a busy machine takes several times what an idle one does
     )
 
 

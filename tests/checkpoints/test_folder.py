@@ -253,9 +253,9 @@ JSON = st.recursive(
 @given(index=st.one_of(JSON, st.fixed_dictionaries({"weight_map": JSON})))
 def test_any_index_is_read_or_refused(two_files: Path, index: Any) -> None:
     (two_files / INDEX).write_text(json.dumps(index))
-    started = time.monotonic()
+    started = time.process_time()
     try:
         survey_checkpoint(two_files)
     except BlockFp8Error as error:
         assert INDEX in str(error) or A in str(error)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1

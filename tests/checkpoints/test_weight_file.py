@@ -143,13 +143,13 @@ LIES: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("lie", LIES)
 def test_every_lie_is_named(tmp_path: Path, lie: str) -> None:
     content, words = LIES[lie]
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(BlockFp8Error) as caught:
         parse(tmp_path, content)
     assert words in str(caught.value)
     assert "model.safetensors" in str(caught.value)
     assert len(str(caught.value)) < 2000
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     copy = pickle.loads(pickle.dumps(caught.value))
     assert str(copy) == str(caught.value)
 
@@ -204,14 +204,14 @@ def test_a_header_in_a_hole_costs_nothing(tmp_path: Path) -> None:
 
 def agrees_with_the_format(path: Path) -> None:
     """A file is refused with our error, or another reading of the format finds the same names, dtypes and shapes."""
-    started = time.monotonic()
+    started = time.process_time()
     try:
         header = read_header(path)
     except BlockFp8Error as error:
         assert all(line.isprintable() for line in str(error).split("\n"))
         return
     finally:
-        assert time.monotonic() - started < 1
+        assert time.process_time() - started < 1
     assert {t.name: (t.dtype, t.shape) for t in header.tensors} == tensors_of(path)
 
 

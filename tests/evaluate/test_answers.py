@@ -90,7 +90,7 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     start = [sys.executable, "-m", "qwen3_fp8_ascend", "verify"]
     if program == "script":
         start = ["bash", str(ROOT / "scripts" / "verify_qwen3-8b-fp8.sh"), "--python", sys.executable]
-    return subprocess.run([*start, *arguments], capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([*start, *arguments], capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_the_script_prints_the_form_of_the_report() -> None:

@@ -52,7 +52,7 @@ def start_three() -> None:
 
 
 def work(sender: Connection) -> None:
-    while sum(os.times()[:2]) < 0.5:
+    while time.process_time() < 0.5:
         pass
     sender.send("worked")
     time.sleep(600)
@@ -65,12 +65,13 @@ def leave_one_behind() -> None:
         started: Any = spawn.Process(target=work, args=(sender,))
         started.start()
         assert receiver.recv() == "worked"
-    print(json.dumps([started.exitcode, os.times().children_user > 0.3]))
+    times = os.times()
+    print(json.dumps([started.exitcode, times.children_user + times.children_system > 0.3]))
 
 
 def run(function: Callable[[], None]) -> Any:
     command = [sys.executable, "-m", __name__, function.__name__]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -94,7 +94,7 @@ def test_a_process_that_does_not_end_well_costs_its_step_only(
     monkeypatch.setenv("STEPS", f"good {step} also_good")
     start = time.monotonic()
     assert validate(tmp_path) == 1
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < 120
     found = steps(tmp_path)
     assert (found[step]["outcome"], found[step]["at"]) == (outcome, f"{step}/case1")
     assert said in found[step]["detail"]
@@ -108,7 +108,7 @@ def test_children_of_a_process_that_hangs_are_ended(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("STEPS", "has_a_child")
     assert validate(tmp_path) == 1
     status = Path(f"/proc/{int((tmp_path / 'child').read_text())}/status")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while status.exists() and "State:\tZ" not in status.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not status.exists() or "State:\tZ" in status.read_text()
@@ -148,12 +148,12 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, acted: Path, monkeyp
     command = [sys.executable, "-c", COMMAND, "validate", "--device", "cpu", "--output", str(tmp_path / "v.json")]
     for number, sign in enumerate((signal.SIGINT, signal.SIGKILL)):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while started(acted).count("waits") <= number if acted.exists() else True:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(sign)
-        said = process.communicate(timeout=30)[1]
+        said = process.communicate(timeout=300)[1]
         assert process.returncode == (130 if sign == signal.SIGINT else -9)
         assert ("the same command goes on" in said) == (sign == signal.SIGINT)
         assert not (tmp_path / "v.json").exists()
