@@ -175,6 +175,6 @@ def _choose(
     return select_backend(backend, device_type, computes, BlockSize(block_n, block_k)).name
 
 
-# What `torch.compiler.assume_constant_result` does, which would import the whole of torch._dynamo: as long again as torch
-# itself takes, in every process that never compiles. That torch.compile heeds it is tested (test_ops, `compiles_whole`).
+# What `torch.compiler.assume_constant_result` does, which would import all of torch._dynamo: nearly as long again as
+# torch itself takes, in every process that never compiles. `test_compiles_whole` fails if torch.compile ignores it.
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
