@@ -18,11 +18,18 @@ from qwen3_fp8_ascend.testing.experts import assert_layer_exact, random_experts
 from qwen3_fp8_ascend.testing.judges import Problem, assert_exact
 from qwen3_fp8_ascend.triton_kernels.nvidia import grouped_linear
 from tests.support.groups import PATTERNS, ends_of, random_groups
-from tests.support.products import DTYPES
+from tests.support.products import with_dtypes_and_activations
+
+# The walk over the groups is the same for activations that are not quantized: one pattern with those.
+PATTERNS_AND_ACTIVATIONS = [
+    pytest.param(counts, activation, id=f"{name}-{activation}", marks=[] if short else pytest.mark.long)
+    for activation in (Activation.W8A8, Activation.W8A16)
+    for name, counts in PATTERNS.items()
+    for short in [activation is Activation.W8A8 or name == "uneven and empty"]
+]
 
 
-@pytest.mark.parametrize("counts", PATTERNS.values(), ids=PATTERNS)
-@pytest.mark.parametrize("activation", [Activation.W8A8, Activation.W8A16])
+@pytest.mark.parametrize(("counts", "activation"), PATTERNS_AND_ACTIVATIONS)
 def test_a_grouped_linear_is_its_specification(counts, activation, monkeypatch):
     weights, scales, grid = random_groups(len(counts), (130, 62), 300)
     packed = ops.pack_experts(weights, scales, grid, "nvidia")
@@ -37,10 +44,12 @@ def test_a_grouped_linear_is_its_specification(counts, activation, monkeypatch):
     assert (out[owned:] == 7.0).all(), "rows that are nobody's were written"
 
 
-@pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize("dtype", DTYPES)
+GROUPED = (((5, 0, 18), (130, 62), 300), ((2,), (1,), 1), ((70,), (128,), 128))
+"""(counts, widths, k). Every dtype and activation meets the smallest one."""
+
+
 @pytest.mark.parametrize(
-    ("counts", "widths", "k"), [((5, 0, 18), (130, 62), 300), ((2,), (1,), 1), ((70,), (128,), 128)]
+    ("counts", "widths", "k", "dtype", "activation"), with_dtypes_and_activations(GROUPED, whole=GROUPED[1:2])
 )
 def test_a_grouped_linear_passes_the_gates_of_the_dense_one(counts, widths, k, dtype, activation):
     weights, scales, grid = random_groups(len(counts), widths, k)
@@ -54,10 +63,8 @@ def test_a_grouped_linear_passes_the_gates_of_the_dense_one(counts, widths, k, d
         assert torch.equal(unrounded[start:end].to(dtype), got[start:end])
 
 
-@pytest.mark.parametrize("activation", list(Activation))
 @pytest.mark.parametrize(
-    ("hidden", "intermediate", "dtype"),
-    [(256, 128, torch.float16), (256, 128, torch.float32), (300, 200, torch.bfloat16)],
+    ("hidden", "intermediate", "dtype", "activation"), with_dtypes_and_activations([(256, 128), (300, 200)])
 )
 def test_a_layer_of_experts_is_the_specification(hidden, intermediate, dtype, activation):
     problem = random_experts(9, 5, 3, hidden, intermediate, dtype=dtype)
