@@ -174,11 +174,12 @@ def test_planted_faults_are_found(fault, monkeypatch):
     assert bool(faults) == (fault is not None), faults
 
 
-def test_weights_beyond_32_bits_are_found():
+def test_weights_beyond_32_bits_are_found(monkeypatch):
     """A layer of 4.3 GB of lanes: memory that nothing touches is never there, so only two experts are real.
 
-    With offsets of 32 bits the last expert's would be negative.
+    With offsets of 32 bits the last expert's would be negative. One program, since each walks over all experts.
     """
+    monkeypatch.setattr(launch, "cores_of", lambda *_: (1, 1))
     n, k = 2048, 2048
     lanes_of_one = n * k // 2
     experts = (1 << 31) // lanes_of_one + 2
