@@ -1,4 +1,4 @@
-"""A real `vllm serve --quantization ascend` beside vLLM-Ascend, as far as a machine without CANN lets it come."""
+"""`vllm serve --quantization ascend` beside vLLM-Ascend, as far as a machine without CANN lets it come."""
 
 import json
 import os
@@ -7,8 +7,13 @@ import sys
 from pathlib import Path
 
 from qwen3_fp8_ascend.serving import free_port
+from tests.support import forked_server
 
-from .conftest import BLOCK_FP8, write_config
+from .conftest import BLOCK_FP8, ONE_RELEASE, RELEASE, write_config
+
+COMMAND = forked_server.MAIN if RELEASE == ONE_RELEASE else forked_server.MODULE
+"""Beside one release four processes that each import all they need, as a user's do. Beside the other, whose vLLM starts
+and registers in an order of its own, engine and ranks are forks of a first process that has imported the same."""
 
 WITNESS = """
 import atexit, json, multiprocessing, multiprocessing.util, os, sys, time
@@ -74,7 +79,7 @@ def test_every_process_of_a_real_vllm_serve_has_it(tmp_path: Path) -> None:
     arguments = ["--quantization", "ascend", "--load-format", "dummy", "--skip-tokenizer-init"]
     arguments += ["--max-model-len", "128", "--tensor-parallel-size", "2", "--host", "127.0.0.1"]
     done = subprocess.run(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, *arguments, "--port", str(free_port())],
+        [sys.executable, "-m", COMMAND, "serve", folder, *arguments, "--port", str(free_port())],
         env=environment,
         capture_output=True,
         text=True,
