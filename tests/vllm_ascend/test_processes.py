@@ -6,14 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from qwen3_fp8_ascend.serving import free_port
 from tests.support import forked_server
 
-from .conftest import BLOCK_FP8, ONE_RELEASE, RELEASE, write_config
+from .conftest import BLOCK_FP8, write_config
 
-COMMAND = forked_server.MAIN if RELEASE == ONE_RELEASE else forked_server.MODULE
-"""Beside one release four processes that each import all they need, as a user's do. Beside the other, whose vLLM starts
-and registers in an order of its own, engine and ranks are forks of a first process that has imported the same."""
+COMMANDS = [
+    pytest.param(forked_server.MODULE, id="forks"),
+    pytest.param(forked_server.MAIN, id="interpreters", marks=pytest.mark.long),
+]
+"""Engine and ranks are forks of a first process that has imported what they need and loaded no plugin, or a user's."""
 
 WITNESS = """
 import atexit, json, multiprocessing, multiprocessing.util, os, sys, time
@@ -62,7 +66,8 @@ def register():
 """
 
 
-def test_every_process_of_a_real_vllm_serve_has_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_process_of_vllm_serve_has_it(command: str, tmp_path: Path) -> None:
     """Two ranks, up to where the workers ask for CANN, when a plugin of the test's says what `ascend` is."""
     info = tmp_path / "witness-0.dist-info"
     info.mkdir()
@@ -79,7 +84,7 @@ def test_every_process_of_a_real_vllm_serve_has_it(tmp_path: Path) -> None:
     arguments = ["--quantization", "ascend", "--load-format", "dummy", "--skip-tokenizer-init"]
     arguments += ["--max-model-len", "128", "--tensor-parallel-size", "2", "--host", "127.0.0.1"]
     done = subprocess.run(
-        [sys.executable, "-m", COMMAND, "serve", folder, *arguments, "--port", str(free_port())],
+        [sys.executable, "-m", command, "serve", folder, *arguments, "--port", str(free_port())],
         env=environment,
         capture_output=True,
         text=True,
