@@ -57,7 +57,7 @@ part-%:
 
 test-long: venv  ## the long forms of the reliability tests: load, faults, fuzzing, sanitizers (about an hour)
 	$(PY) -m pytest --long -m long
-	$(MAKE) --no-print-directory test-triton-long test-torch-versions
+	$(MAKE) --no-print-directory test-triton-long test-vllm-ascend-long test-torch-versions
 
 lint: venv
 	$(PY) -m ruff check .

@@ -16,19 +16,6 @@ AARCH64_PROCESSORS := max neoverse-n1
 AARCH64_RUN := $(AARCH64_VENV)/run
 AARCH64_PYTEST = -m pytest -q -p no:cacheprovider --durations=5
 
-# In CI each processor runs its best level; `max` has the others too, in the long form.
-AARCH64_LEVEL_max := neon_bf16
-AARCH64_LEVEL_neoverse-n1 := neon and not neon_bf16
-# Every kind of test of the kernels, and of those with many sizes a few.
-AARCH64_SHORT := decodes_every or nan_codes or dequantizes_every or quantizes or halfway or infinities or magnitudes
-AARCH64_SHORT += or (bias_is and (1-dtype or 9-dtype)) or rows_may or empty_sizes
-AARCH64_SHORT += or (ragged_edges and (1-19- or 5-1- or 131-6- or 390-40-))
-AARCH64_SHORT += or (other_block_sizes and (block0-33 or block1-1 or block2-5 or block3-33))
-AARCH64_SHORT += or (batch_and_threads and w8a8 and not ue8m0) or (merged_ragged and (dtype0-9- or dtype2-1-w8a16 or dtype2-9-w8a8))
-# Layers of experts: the oracle, stages and batches in W8A8, threads in bf16, silu.
-AARCH64_SHORT += or ((layer_of_any_shape or its_parts_bit or depend_on_its_batch) and w8a8 and not ue8m0)
-AARCH64_SHORT += or (number_of_threads and w8a8-torch.bfloat16) or silu_has
-
 $(AARCH64_STAMP): scripts/create_venv_aarch64.sh | $(VENV)/.dependencies
 	PYTHON=$(PY) scripts/create_venv_aarch64.sh $(AARCH64_VENV) $(AARCH64_TORCH)
 	touch $@
@@ -53,8 +40,7 @@ test-aarch64-long: $(AARCH64_PROCESSORS:%=test-aarch64-long-%)  ## the same on a
 
 $(AARCH64_PROCESSORS:%=test-aarch64-%): test-aarch64-%: $(AARCH64_BUILT)
 	cd $(AARCH64_RUN) && CI=true AARCH64_PROCESSOR=$* ../bin/python-$* $(AARCH64_PYTEST) \
-		tests/aarch64 tests/backends/test_cpu_backend.py tests/backends/test_cpu_experts.py \
-		-k 'test_processor or ($(AARCH64_SHORT)) and $(AARCH64_LEVEL_$*)'
+		-p tests.aarch64.short tests/aarch64 $(addprefix tests/backends/test_cpu_,backend.py experts.py)
 
 $(AARCH64_PROCESSORS:%=test-aarch64-long-%): test-aarch64-long-%: $(AARCH64_BUILT)
 	cd $(AARCH64_RUN) && CI=true AARCH64_PROCESSOR=$* ../bin/python-$* $(AARCH64_PYTEST) tests/aarch64 \

@@ -45,8 +45,9 @@ $(TRITON_STAMP):
 
 .PHONY: test-triton-ascend test-triton test-triton-long triton-tables
 
-TRITON_INTERPRETED := $(patsubst %,tests/triton_kernels/test_%.py,configuration interpreter grouped_interpreter \
-	nvidia_interpreter nvidia_grouped_interpreter nvidia_scaled_mm nvidia_shapes)
+# Those that need no Triton (test_configuration.py, test_nvidia_shapes.py) are among the main tests.
+TRITON_INTERPRETED := $(patsubst %,tests/triton_kernels/test_%.py,interpreter grouped_interpreter \
+	nvidia_interpreter nvidia_grouped_interpreter nvidia_scaled_mm)
 TRITON_COMPILED := $(patsubst %,tests/triton_kernels/test_%.py,sm90 nvidia_compiled)
 
 # The tests that a mark chooses.
@@ -56,17 +57,21 @@ endef
 define test_triton_interpreted
 	TRITON_INTERPRET=1 .venv-triton/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_kernels $(TRITON_INTERPRETED)
 endef
+define test_triton_compiled
+	.venv-triton/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_kernels $(TRITON_COMPILED)
+endef
 
 test-triton-ascend: $(TRITON_ASCEND_STAMP)  ## compile the Triton kernels for every Ascend chip and execute them on x86
 	$(call test_triton_ascend,not long)
 
 test-triton: $(TRITON_STAMP)  ## the Triton kernels in the interpreter, and for NVIDIA GPUs
 	$(call test_triton_interpreted,not long)
-	.venv-triton/bin/python $(TRITON_PYTEST) --confcutdir=tests/triton_kernels $(TRITON_COMPILED)
+	$(call test_triton_compiled,not long)
 
 test-triton-long: $(TRITON_ASCEND_STAMP) $(TRITON_STAMP)  ## the rest of these two
 	$(call test_triton_ascend,long)
 	$(call test_triton_interpreted,long)
+	$(call test_triton_compiled,long)
 
 triton-tables: $(TRITON_ASCEND_STAMP)
 	.venv-triton-ascend/bin/python -m benchmarks.triton_hivm

@@ -18,9 +18,15 @@ $(VLLM_ASCEND_STAMP): scripts/create_venv_vllm_ascend.sh tests/support/vllm_asce
 		$(foreach release,$(VLLM_ASCEND_RELEASES),$(release)=$(VLLM_OF_$(release)))
 	touch $@
 
-.PHONY: test-vllm-ascend $(VLLM_ASCEND_RELEASES:%=test-vllm-ascend-%)
+.PHONY: test-vllm-ascend test-vllm-ascend-long
+.PHONY: $(VLLM_ASCEND_RELEASES:%=test-vllm-ascend-%) $(VLLM_ASCEND_RELEASES:%=test-vllm-ascend-long-%)
 
 test-vllm-ascend: $(VLLM_ASCEND_RELEASES:%=test-vllm-ascend-%)  ## the plugin beside vLLM-Ascend, on FakeTensors
 
 $(VLLM_ASCEND_RELEASES:%=test-vllm-ascend-%): test-vllm-ascend-%: $(VLLM_ASCEND_STAMP)
 	$(VLLM_ASCEND_VENV)/bin/python-$* -m pytest -q -p no:cacheprovider tests/vllm_ascend
+
+test-vllm-ascend-long: $(VLLM_ASCEND_RELEASES:%=test-vllm-ascend-long-%)  ## what it leaves out: a server of four interpreters
+
+$(VLLM_ASCEND_RELEASES:%=test-vllm-ascend-long-%): test-vllm-ascend-long-%: $(VLLM_ASCEND_STAMP)
+	$(VLLM_ASCEND_VENV)/bin/python-$* -m pytest -q -p no:cacheprovider --long -m long tests/vllm_ascend

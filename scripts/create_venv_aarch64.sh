@@ -77,7 +77,7 @@ LAUNCHER
 done
 echo "compiling the Python files that tests import (once)"
 # By this machine's Python where it writes the same bytecode, since that takes a tenth of the time that it takes under
-# qemu: what is imported here of the same packages. qemu compiles the rest, or all of it.
+# qemu: what is imported here of the same packages. qemu compiles the rest, or all of it, when tests import it.
 "$python" - "$version" "$venv" <<'NATIVELY'
 import compileall
 import importlib
@@ -101,4 +101,3 @@ for file in files:
         if twin.is_file():
             compileall.compile_file(twin, quiet=2)
 NATIVELY
-"$venv/bin/python-max" -c "import torch, numpy, pytest, hypothesis; print('AArch64 torch', torch.__version__)"

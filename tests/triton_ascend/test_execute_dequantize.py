@@ -1,5 +1,7 @@
 """Dequantization as the compilers lowered it, executed on x86: bit for bit its specification."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,12 +12,10 @@ from qwen3_fp8_ascend.triton_kernels.block_dequantize import (
 )
 from qwen3_fp8_ascend.triton_kernels.lanes import pack_lanes
 from tests.support.triton_ascend import cases
-from tests.support.triton_ascend.execution import CORES, FORMS, TYPES, executable, finite_codes
+from tests.support.triton_ascend.execution import CORES, FORMS, TYPES, executable, finite_codes, with_forms
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("subnormals", [False, True])
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("dtype", "subnormals", "form"), with_forms(list(itertools.product(TYPES, (True, False)))))
 def test_dequantize_has_no_mismatch(dtype, subnormals, form):
     n, k_blocks = 320, 3
     codes = torch.arange(256, dtype=torch.uint8).repeat(n * k_blocks // 2).view(n, -1).view(torch.int8)
@@ -25,9 +25,10 @@ def test_dequantize_has_no_mismatch(dtype, subnormals, form):
     assert same_numbers(out, block_dequantize_specification(codes, scale, TYPES[dtype]))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("subnormals", [False, True])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+PACKED = list(itertools.product(("fp16", "bf16"), (True, False)))
+
+
+@pytest.mark.parametrize(("dtype", "subnormals", "form"), with_forms(PACKED))
 def test_packed_dequantize_has_no_mismatch(dtype, subnormals, form):
     """fp16 is what the scratch holds, with scales that bring the largest weight below 1; much is subnormal here."""
     lanes, scale = pack_lanes(finite_codes(256, 512)), torch.rand(4, 256) + 0.1

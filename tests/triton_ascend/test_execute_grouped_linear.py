@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,17 @@ GROUPS = {
 }
 
 
+TILES = ((16, True), (16, False), (32, True), (64, True))
+TILES_AND_GROUPS = [
+    pytest.param(*tile, counts, id=f"{name}-{tile[0]}-{tile[1]}", marks=[] if short else pytest.mark.long)
+    for tile, (name, counts) in itertools.product(TILES, GROUPS.items())
+    for short in [tile == TILES[0] or name in ("uneven and empty", "all on one")]
+]
+"""(BLOCK_M, with subnormals, rows a group): all groups with one tile, with the others those that fill more than one."""
+
+
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("block_m", "subnormals"), [(16, True), (16, False), (32, True), (64, True)])
-@pytest.mark.parametrize("counts", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize(("block_m", "subnormals", "counts"), TILES_AND_GROUPS)
 def test_grouped_linear(counts, block_m, subnormals, form):
     n, k_blocks, owned = 256, 2, sum(counts)
     m = owned + 2  # two rows are nobody's

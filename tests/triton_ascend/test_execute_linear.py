@@ -7,12 +7,12 @@ from benchmarks.triton_folded import block_linear_folded_specification
 from qwen3_fp8_ascend.triton_kernels.block_linear import block_linear_specification
 from qwen3_fp8_ascend.triton_kernels.group_quantize import group_values_specification
 from tests.support.triton_ascend import cases
-from tests.support.triton_ascend.execution import CORES, FORMS, executable, linear_operands, relative
+from tests.support.triton_ascend.execution import CORES, FORMS, executable, linear_operands, relative, with_forms
+
+LINEARS = [(*shape, keeps) for keeps in (True, False) for shape in ((16, 32, 2), (32, 32, 1), (64, 64, 3))]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("subnormals", [False, True])
-@pytest.mark.parametrize(("block_m", "m", "split_k"), [(16, 32, 2), (32, 32, 1), (64, 64, 3)])
+@pytest.mark.parametrize(("block_m", "m", "split_k", "subnormals", "form"), with_forms(LINEARS))
 def test_linear(block_m, m, split_k, subnormals, form):
     n, k_blocks = 512, 6
     operands = linear_operands(m, n, k_blocks)

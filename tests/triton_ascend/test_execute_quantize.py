@@ -1,5 +1,7 @@
 """Quantization as the compilers lowered it, executed on x86: bit for bit its specification."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,12 +10,10 @@ from qwen3_fp8_ascend.testing.judges import beside_powers_of_two
 from qwen3_fp8_ascend.testing.nonfinite import same_numbers
 from qwen3_fp8_ascend.triton_kernels.group_quantize import group_quantize_specification, group_values_specification
 from tests.support.triton_ascend import cases
-from tests.support.triton_ascend.execution import CORES, FORMS, TYPES, executable, wide_range
+from tests.support.triton_ascend.execution import CORES, FORMS, TYPES, executable, wide_range, with_forms
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("ue8m0", [False, True])
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("dtype", "ue8m0", "form"), with_forms(list(itertools.product(TYPES, (False, True)))))
 def test_quantize_is_bit_exact(dtype, ue8m0, form):
     groups = 301
     x = wide_range(groups, 128, TYPES[dtype])
@@ -43,10 +43,10 @@ def test_quantize_any_nan_and_infinity(dtype, form):
     assert len(wrong) >= 16 and {name: what for name, what in wrong.items() if what} == {}
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "fp32"), (3, "bf16"), (3, "fp32")]
-)
+VALUES = [(0, "bf16"), (0, "fp32"), (1, "bf16"), (1, "fp32"), (2, "fp32"), (3, "bf16"), (3, "fp32")]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "form"), with_forms(VALUES))
 def test_values_are_bit_exact(kind, dtype, form):
     m, m_padded, x_blocks, k_blocks = 21, 32, 3, 4
     x = wide_range(m, x_blocks * 128, TYPES[dtype])

@@ -1,5 +1,7 @@
 """The static configuration; needs no Triton."""
 
+import itertools
+
 import pytest
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
@@ -46,16 +48,18 @@ def test_index_range():
         check_index_range("x", INDEX_LIMIT + 1)
 
 
+LINEARS = tuple(itertools.product((1, 16, 17, 32, 33, 512, 1000), (256, 4096, 6144, 24576), (2, 32, 96)))
+"""(m, n, blocks of K)."""
+
+
 @pytest.mark.parametrize("chip", ARCHITECTURES)
 @pytest.mark.parametrize("subnormals", [False, True])
-@pytest.mark.parametrize("m", [1, 16, 17, 32, 33, 512, 1000])
-@pytest.mark.parametrize("n", [256, 4096, 6144, 24576])
-@pytest.mark.parametrize("k_blocks", [2, 32, 96])
-def test_shapes_are_whole_tiles_and_every_split_has_work(chip, subnormals, m, n, k_blocks):
-    cut = linear_shape(m, n, k_blocks, 20, chip, subnormals)
-    assert cut.m_padded >= m and cut.m_padded % cut.block_m == 0 and cut.m_padded % chip.value_rows == 0
-    assert n % cut.block_n == 0 and N_ALIGNMENT % cut.block_n == 0
-    assert (cut.split_k - 1) * -(-k_blocks // cut.split_k) < k_blocks
+def test_shapes_are_whole_tiles_and_every_split_has_work(chip, subnormals):
+    for m, n, k_blocks in LINEARS:
+        cut, linear = linear_shape(m, n, k_blocks, 20, chip, subnormals), f"m={m}, n={n}, {k_blocks} blocks of K"
+        assert cut.m_padded >= m and cut.m_padded % cut.block_m == 0 and cut.m_padded % chip.value_rows == 0, linear
+        assert n % cut.block_n == 0 and N_ALIGNMENT % cut.block_n == 0, linear
+        assert (cut.split_k - 1) * -(-k_blocks // cut.split_k) < k_blocks, linear
 
 
 def test_split_fills_idle_cores():

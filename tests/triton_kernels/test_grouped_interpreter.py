@@ -22,7 +22,7 @@ from qwen3_fp8_ascend.testing.judges import Problem, assert_exact, assert_prefil
 from qwen3_fp8_ascend.triton_kernels import block_grouped_linear
 from qwen3_fp8_ascend.triton_kernels.configuration import INTERPRETER, grouped_shape
 from tests.support.groups import PATTERNS, ends_of, random_groups
-from tests.support.products import DTYPES
+from tests.support.products import with_dtypes_and_activations
 
 
 def grouped(x, weights, scales, grid, ends, activation=Activation.W8A8, unrounded=False):
@@ -30,9 +30,23 @@ def grouped(x, weights, scales, grid, ends, activation=Activation.W8A8, unrounde
     return ops.grouped_linear(x, packed, ends, activation, unrounded=unrounded)
 
 
-@pytest.mark.parametrize("counts", PATTERNS.values(), ids=PATTERNS)
-@pytest.mark.parametrize(("block_m", "cores"), [(16, 1), (16, 7), (64, 3)])
-def test_the_kernel_is_its_specification(counts, block_m, cores):
+SHORT = {
+    (16, 7): tuple(PATTERNS),
+    (16, 1): ("uneven and empty",),
+    (64, 3): ("all on one", "a tile and one row"),
+}
+"""(BLOCK_M, programs): every pattern in the smaller tile, and those that another tile or a single program changes."""
+TILES_AND_PATTERNS = [
+    pytest.param(
+        *tile, PATTERNS[name], id=f"m{tile[0]}-{tile[1]}-{name}", marks=[] if name in short else pytest.mark.long
+    )
+    for tile, short in SHORT.items()
+    for name in PATTERNS
+]
+
+
+@pytest.mark.parametrize(("block_m", "cores", "counts"), TILES_AND_PATTERNS)
+def test_the_kernel_is_its_specification(block_m, cores, counts):
     groups, k_blocks, n = len(counts), 4, 256
     weights, scales, grid = random_groups(groups, (n,), 128 * k_blocks)
     lanes, w_scale, _ = backend.pack_experts(iter(weights), scales, grid)
@@ -64,9 +78,13 @@ def test_the_kernel_is_its_specification(counts, block_m, cores):
     assert (out[owned:] == 7.0).all(), "rows that are nobody's were written"
 
 
-@pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("counts", "widths", "k"), [((5, 0, 18), (130, 62), 300), ((2,), (1,), 1)])
+GROUPED = (((5, 0, 18), (130, 62), 300), ((2,), (1,), 1))
+"""(counts, widths, k). Every dtype and activation meets the smaller one."""
+
+
+@pytest.mark.parametrize(
+    ("counts", "widths", "k", "dtype", "activation"), with_dtypes_and_activations(GROUPED, whole=GROUPED[1:])
+)
 def test_a_grouped_linear_passes_the_gates_of_the_dense_one(counts, widths, k, dtype, activation):
     weights, scales, grid = random_groups(len(counts), widths, k)
     x = torch.randn(sum(counts) + 1, k).to(dtype)
@@ -79,9 +97,9 @@ def test_a_grouped_linear_passes_the_gates_of_the_dense_one(counts, widths, k, d
         assert torch.equal(unrounded[start:end].to(dtype), got[start:end])
 
 
-@pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("hidden", "intermediate"), [(256, 128), (300, 200)])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "dtype", "activation"), with_dtypes_and_activations([(256, 128), (300, 200)])
+)
 def test_a_layer_is_the_specification(hidden, intermediate, dtype, activation):
     """Ragged gate and up projections, an expert named twice, tokens that go nowhere."""
     problem = random_experts(9, 5, 3, hidden, intermediate, dtype=dtype)
@@ -156,11 +174,12 @@ def test_planted_faults_are_found(fault, monkeypatch):
     assert bool(faults) == (fault is not None), faults
 
 
-def test_weights_beyond_32_bits_are_found():
+def test_weights_beyond_32_bits_are_found(monkeypatch):
     """A layer of 4.3 GB of lanes: memory that nothing touches is never there, so only two experts are real.
 
-    With offsets of 32 bits the last expert's would be negative.
+    With offsets of 32 bits the last expert's would be negative. One program, since each walks over all experts.
     """
+    monkeypatch.setattr(launch, "cores_of", lambda *_: (1, 1))
     n, k = 2048, 2048
     lanes_of_one = n * k // 2
     experts = (1 << 31) // lanes_of_one + 2

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 (the skips come before the imports that would fail)
 
+import itertools
 import os
 import re
 import subprocess
@@ -22,6 +23,19 @@ from triton.compiler import ASTSource
 from qwen3_fp8_ascend.triton_kernels.nvidia import dequantize, grouped_linear, linear, quantize, shapes
 
 CAPABILITIES = (80, 89, 90, 100)
+WHOLE = (80, 90)
+"""Those on which the short form compiles every tile: of one that decodes e4m3 itself, and of the one with tiles of its
+own. The others share their tiles with the first: there the largest, which take what there is, and the smallest."""
+
+
+def on_every_gpu(cases, short, whole=WHOLE):
+    """Parameters (*case, capability): on GPUs that are not in `whole` the short form has the cases in `short`."""
+    return [
+        pytest.param(*case, capability, marks=[] if capability in whole or case in short else pytest.mark.long)
+        for case, capability in itertools.product(cases, CAPABILITIES)
+    ]
+
+
 CODES, SCALE, SPANS = {"codes_ptr": "*u8"}, {"w_scale_ptr": "*fp32", "x_scale_ptr": "*fp32"}, {"spans_ptr": "*i32"}
 OPERANDS = {"w8a8": ("*fp16", tl.float16), "bf16": ("*bf16", tl.bfloat16), "fp32": ("*fp32", tl.bfloat16)}
 """What x is by the time it is multiplied. fp16 as it is differs from W8A8 in a scale that is not there."""
@@ -75,11 +89,12 @@ def check(built, operand, capability, folder):
 
 CUTS = {16: (4096, 2), 32: (4096, 4), 64: (4096, 3), 512: (4096, 1)}
 """(n, split) by tokens."""
-SERVED = [(m, n, split, operand) for m, (n, split) in CUTS.items() for operand in ("w8a8", "bf16")]
+LINEARS = [(m, n, split, operand) for m, (n, split) in CUTS.items() for operand in ("w8a8", "bf16")]
+LINEARS += [(16, 24576, 1, "bf16"), (512, 4096, 1, "fp32")]
+EXTREMES = [case for case in LINEARS if case[0] == 512 or case == (16, 4096, 2, "w8a8")]
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(("m", "n", "split", "operand"), [*SERVED, (16, 24576, 1, "bf16"), (512, 4096, 1, "fp32")])
+@pytest.mark.parametrize(("m", "n", "split", "operand", "capability"), on_every_gpu(LINEARS, EXTREMES))
 def test_linear(m, n, split, operand, capability, tmp_path):
     tile = shapes.tile_for(m, n, shapes.chip(capability), 4 if operand == "fp32" else 2)
     pointers = CODES | SCALE | SPANS | {"x_ptr": OPERANDS[operand][0], "bias_ptr": "*bf16", "out_ptr": "*bf16"}
@@ -100,9 +115,12 @@ def test_linear(m, n, split, operand, capability, tmp_path):
         )
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("operand", ["w8a8", "bf16"])
-@pytest.mark.parametrize("rows", [1, 20, 64, 200])
+GROUPED = list(itertools.product((1, 20, 64, 200), ("w8a8", "bf16")))
+
+
+@pytest.mark.parametrize(
+    ("rows", "operand", "capability"), on_every_gpu(GROUPED, [(1, "w8a8"), (200, "w8a8"), (200, "bf16")])
+)
 def test_grouped_linear(rows, operand, capability, tmp_path):
     tile = shapes.tile_for(rows, 1536, shapes.chip(capability), 2)
     built = build(
@@ -117,9 +135,12 @@ def test_grouped_linear(rows, operand, capability, tmp_path):
     check(built, operand, capability, tmp_path)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(("codes", "groups"), [(False, 1), (False, 8), (True, 8)])
-@pytest.mark.parametrize("x", ["*bf16", "*fp16", "*fp32"])
+OUTS, INPUTS = ((False, 1), (False, 8), (True, 8)), ("*bf16", "*fp16", "*fp32")
+QUANTIZED = [(x, *out) for x in INPUTS for out in OUTS]
+ONE_OF_EACH = [(x, *out) for x, out in zip(INPUTS, OUTS, strict=True)]
+
+
+@pytest.mark.parametrize(("x", "codes", "groups", "capability"), on_every_gpu(QUANTIZED, ONE_OF_EACH, whole=()))
 def test_quantize_divides_exactly(x, codes, groups, capability):
     built = build(
         quantize.quantize_kernel,

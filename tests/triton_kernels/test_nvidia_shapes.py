@@ -1,6 +1,7 @@
 """The table of shapes for NVIDIA GPUs, and the counters of split K; needs neither Triton nor a GPU."""
 
 import contextlib
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -13,17 +14,22 @@ from qwen3_fp8_ascend.triton_kernels.nvidia.shapes import CHIPS, MIN_BLOCKS_PER_
 QWEN3_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
 
 
+TOKENS = (1, 16, 17, 32, 33, 64, 65, 512, 1000)
+WEIGHTS = ((1, 1), (9, 5), (32, 32), (48, 32), (192, 32), (32, 96))
+"""(scale rows, blocks of K)."""
+
+
 @pytest.mark.parametrize("here", CHIPS, ids=lambda line: line.name)
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("m", [1, 16, 17, 32, 33, 64, 65, 512, 1000])
-@pytest.mark.parametrize(("scale_rows", "k_blocks"), [(1, 1), (9, 5), (32, 32), (48, 32), (192, 32), (32, 96)])
-def test_every_stretch_has_work_and_every_program_fits(here, itemsize, m, scale_rows, k_blocks):
-    cut = cut_for(m, scale_rows, 128 * scale_rows, k_blocks, here, 132, itemsize)
-    assert 128 % cut.tile.block_n == 0 and cut.tile.stages >= 1
-    assert cut.tile.stages * stage_bytes(cut.tile, itemsize) <= here.shared_kib << 10
-    per_split = -(-k_blocks // cut.split_k)
-    assert (cut.split_k - 1) * per_split < k_blocks
-    assert cut.split_k == 1 or per_split >= MIN_BLOCKS_PER_SPLIT
+def test_every_stretch_has_work_and_every_program_fits(here, itemsize):
+    for m, (scale_rows, k_blocks) in itertools.product(TOKENS, WEIGHTS):
+        linear = f"m={m}, {scale_rows} scale rows, {k_blocks} blocks of K"
+        cut = cut_for(m, scale_rows, 128 * scale_rows, k_blocks, here, 132, itemsize)
+        assert 128 % cut.tile.block_n == 0 and cut.tile.stages >= 1, linear
+        assert cut.tile.stages * stage_bytes(cut.tile, itemsize) <= here.shared_kib << 10, linear
+        per_split = -(-k_blocks // cut.split_k)
+        assert (cut.split_k - 1) * per_split < k_blocks, linear
+        assert cut.split_k == 1 or per_split >= MIN_BLOCKS_PER_SPLIT, linear
 
 
 @pytest.mark.parametrize(("n", "k"), QWEN3_8B.values(), ids=QWEN3_8B)

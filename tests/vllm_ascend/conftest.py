@@ -7,13 +7,14 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
@@ -37,9 +38,10 @@ MOE = {
 }
 
 
+RELEASE = None if MISSING else importlib.metadata.version("vllm-ascend")
 ONE_RELEASE = "0.30.0rc2"
 once = pytest.mark.skipif(
-    MISSING is None and importlib.metadata.version("vllm-ascend") != ONE_RELEASE,
+    RELEASE not in (None, ONE_RELEASE),
     reason=f"torch-npu and this package alone, whatever the release: run beside vLLM-Ascend {ONE_RELEASE}",
 )
 """For what has nothing of vLLM-Ascend in it: beside one of the releases that `make test-vllm-ascend` goes through."""
@@ -76,6 +78,34 @@ def engine_config(folder: Path, quantization: str | None = "ascend", **changes: 
 
     arguments = {"skip_tokenizer_init": True, "load_format": "dummy", "max_model_len": 128, "enforce_eager": True}
     return EngineArgs(model=str(folder), quantization=quantization, **arguments | changes).create_engine_config()
+
+
+def run_in_a_fork(look: Callable[[], Any]) -> Any:
+    """As vLLM's `_run_in_subprocess`, which imports vLLM and its plugins anew to look at a model's class."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(look, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def _send(look: Callable[[], Any], sender: Any) -> None:
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    sender.send(look())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def classes_are_inspected_in_forks() -> Iterator[None]:
+    from vllm.model_executor.models import registry
+
+    with patch.object(registry, "_run_in_subprocess", run_in_a_fork):
+        yield
 
 
 @contextlib.contextmanager

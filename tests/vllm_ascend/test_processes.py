@@ -1,4 +1,4 @@
-"""A real `vllm serve --quantization ascend` beside vLLM-Ascend, as far as a machine without CANN lets it come."""
+"""`vllm serve --quantization ascend` beside vLLM-Ascend, as far as a machine without CANN lets it come."""
 
 import json
 import os
@@ -6,9 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from qwen3_fp8_ascend.serving import free_port
+from tests.support import forked_server
 
 from .conftest import BLOCK_FP8, write_config
+
+COMMANDS = [
+    pytest.param(forked_server.MODULE, id="forks"),
+    pytest.param(forked_server.MAIN, id="interpreters", marks=pytest.mark.long),
+]
+"""Engine and ranks are forks of a first process that has imported what they need and loaded no plugin, or a user's."""
 
 WITNESS = """
 import atexit, json, multiprocessing, multiprocessing.util, os, sys, time
@@ -57,7 +66,8 @@ def register():
 """
 
 
-def test_every_process_of_a_real_vllm_serve_has_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_process_of_vllm_serve_has_it(command: str, tmp_path: Path) -> None:
     """Two ranks, up to where the workers ask for CANN, when a plugin of the test's says what `ascend` is."""
     info = tmp_path / "witness-0.dist-info"
     info.mkdir()
@@ -74,7 +84,7 @@ def test_every_process_of_a_real_vllm_serve_has_it(tmp_path: Path) -> None:
     arguments = ["--quantization", "ascend", "--load-format", "dummy", "--skip-tokenizer-init"]
     arguments += ["--max-model-len", "128", "--tensor-parallel-size", "2", "--host", "127.0.0.1"]
     done = subprocess.run(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder, *arguments, "--port", str(free_port())],
+        [sys.executable, "-m", command, "serve", folder, *arguments, "--port", str(free_port())],
         env=environment,
         capture_output=True,
         text=True,

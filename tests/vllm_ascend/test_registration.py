@@ -1,5 +1,6 @@
 """`--quantization ascend` beside vLLM-Ascend: block FP8 is ours, all else is theirs, in every process."""
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -7,7 +8,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +26,8 @@ from qwen3_fp8_ascend.vllm_plugin import versions
 from qwen3_fp8_ascend.vllm_plugin.ascend import AscendConfig, BlockFp8NpuConfig
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 
-from .conftest import BLOCK_FP8, MOE, engine_config, write_config
+from .conftest import BLOCK_FP8, MOE, RELEASE, engine_config, write_config
 
-RELEASE = importlib.metadata.version("vllm-ascend")
 OURS = BlockFp8NpuConfig.linear_method()
 
 MISMATCH = (
@@ -36,8 +35,6 @@ MISMATCH = (
     "the `quantization` argument (ascend)."
 )
 THEIR_PLUGINS = ("ascend", "ascend_kv_connector", "ascend_model_loader", "ascend_service_profiling", "ascend_model")
-SERVE = "import sys; from tests.vllm_ascend.conftest import engine_config; engine_config(sys.argv[1])"
-
 
 pytestmark = pytest.mark.usefixtures("any_backend")
 
@@ -48,15 +45,51 @@ def linear_methods(model: torch.nn.Module) -> dict[str, Any]:
     return {name: module.quant_method for name, module in model.named_modules() if isinstance(module, LinearBase)}
 
 
-def test_before_and_after(tmp_path: Path, build: Callable[[Any], torch.nn.Module]) -> None:
-    """Qwen3-8B-FP8's own config: refused by vLLM-Ascend alone, ours on every projection with this package."""
-    folder = write_config(tmp_path / "Qwen3-8B-FP8", **QWEN3_8B, quantization_config=BLOCK_FP8)
-    alone = os.environ | {"VLLM_PLUGINS": ",".join(THEIR_PLUGINS)}
-    before = subprocess.run([sys.executable, "-c", SERVE, folder], capture_output=True, text=True, env=alone)
-    assert before.returncode != 0
-    assert MISMATCH in " ".join(before.stderr.split())
+@dataclasses.dataclass(frozen=True)
+class Fresh:
+    """What forks of a spawned process said: it has imported vLLM and registered nothing.
 
-    config = engine_config(folder)
+    alone: the error of an engine's config of Qwen3-8B-FP8 without this package.
+    orders: what `ascend` is and what a pickled config of this process's is, for each of `ORDERS` and of ours first or
+        last.
+    """
+
+    alone: str
+    orders: list[tuple[str, bool, str, str]]
+
+
+@pytest.fixture(scope="module")
+def qwen3_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("any") / "Qwen3-8B-FP8", **QWEN3_8B, quantization_config=BLOCK_FP8)
+
+
+@pytest.fixture(scope="module")
+def excluding(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    quantization = BLOCK_FP8 | {"modules_to_not_convert": ["lm_head"]}
+    return engine_config(write_config(tmp_path_factory.mktemp("any"), quantization_config=quantization)).quant_config
+
+
+@pytest.fixture(scope="module")
+def fresh(qwen3_8b: Path, excluding: Any) -> Fresh:
+    """A spawned process inherits nothing but its arguments, and imports for ten seconds: one for all that is asked."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=report_from_process, args=(qwen3_8b, pickle.dumps(excluding), sender))
+    process.start()
+    sender.close()
+    try:
+        alone, *orders = [receiver.recv() for _ in range(1 + 2 * len(ORDERS))]
+    finally:
+        process.join(300)
+    assert process.exitcode == 0
+    return Fresh(alone, orders)
+
+
+def test_before_and_after(qwen3_8b: Path, fresh: Fresh, build: Callable[[Any], torch.nn.Module]) -> None:
+    """Qwen3-8B-FP8's own config: refused by vLLM-Ascend alone, ours on every projection with this package."""
+    assert MISMATCH in " ".join(fresh.alone.split())
+
+    config = engine_config(qwen3_8b)
     assert type(config.quant_config) is BlockFp8NpuConfig
     methods = linear_methods(build(config))
     assert len(methods) == 4 * 36
@@ -72,20 +105,24 @@ def test_our_config_extends_theirs() -> None:
 ORDERS = ("plugins, platform, plugins", "platform, plugins, platform")
 
 
-def report_from_process(pickled: bytes, sender: Any) -> None:
-    """What fresh processes think `ascend` is: a spawned process inherits nothing but its arguments.
-
-    It has imported vLLM and registered nothing; a fork of it stands for a process of each order.
-    """
+def report_from_process(folder: Path, pickled: bytes, sender: Any) -> None:
+    """A fork of this process stands for one without this package, and for one of each order."""
     fork = multiprocessing.get_context("fork")
-    for order in ORDERS:
-        for ours_first in (True, False):
-            arguments = (order, ours_first, pickled, sender)
-            process = fork.Process(target=report_from_order, args=arguments, daemon=True)
-            process.start()
-            process.join(120)
-            if process.exitcode != 0:
-                sys.exit(f"{order}, ours {'first' if ours_first else 'last'}: exit code {process.exitcode}")
+    orders = [(report_from_order, (order, first, pickled, sender)) for order in ORDERS for first in (True, False)]
+    for report, arguments in ((report_alone, (folder, sender)), *orders):
+        process = fork.Process(target=report, args=arguments, daemon=True)
+        process.start()
+        process.join(120)
+        if process.exitcode != 0:
+            sys.exit(f"{report.__name__} {arguments[:2]}: exit code {process.exitcode}")
+
+
+def report_alone(folder: Path, sender: Any) -> None:
+    os.environ["VLLM_PLUGINS"] = ",".join(THEIR_PLUGINS)
+    with pytest.raises(ValueError) as refused:
+        engine_config(folder)
+    assert get_quantization_config("ascend").__module__.startswith("vllm_ascend.")
+    sender.send(str(refused.value))
 
 
 def report_from_order(order: str, ours_first: bool, pickled: bytes, sender: Any) -> None:
@@ -106,24 +143,12 @@ def report_from_order(order: str, ours_first: bool, pickled: bytes, sender: Any)
     sender.send((order, ours_first, f"{registered.__module__}.{registered.__name__}", repr(pickle.loads(pickled))))
 
 
-def test_it_survives_in_spawned_processes(tmp_path: Path) -> None:
+def test_it_survives_in_spawned_processes(excluding: Any, fresh: Fresh) -> None:
     """Whatever comes first, vLLM-Ascend's platform or the plugins, and whatever the order of their entry points."""
-    folder = write_config(tmp_path / "model", quantization_config=BLOCK_FP8 | {"modules_to_not_convert": ["lm_head"]})
-    config = engine_config(folder).quant_config
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=report_from_process, args=(pickle.dumps(config), sender))
-    process.start()
-    sender.close()
-    try:
-        reports = [receiver.recv() for _ in range(2 * len(ORDERS))]
-    finally:
-        process.join(300)
-    assert process.exitcode == 0
     ours = "qwen3_fp8_ascend.vllm_plugin.ascend.AscendConfig"
     described = "BlockFp8NpuConfig(block=128x128, 1 names excluded)"
-    assert repr(config) == described
-    assert reports == [(order, first, ours, described) for order in ORDERS for first in (True, False)]
+    assert repr(excluding) == described
+    assert fresh.orders == [(order, first, ours, described) for order in ORDERS for first in (True, False)]
 
 
 def write_modelslim(folder: Path) -> Path:

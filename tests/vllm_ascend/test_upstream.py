@@ -18,7 +18,7 @@ import torch
 from tests.support.documents import read
 
 from .conftest import FIGURES
-from .test_their_tests import SOURCE, SUPPORT, outcomes
+from .test_their_tests import SOURCE, outcomes, outcomes_with_and_without
 
 RELEASE = "vllm_ascend-0.30.0rc2"
 ROOT = Path(__file__).parents[2]
@@ -138,15 +138,14 @@ def test_the_commit_has_their_form(trees: dict[str, Path], name: str) -> None:
 
 def test_the_first_stands_alone(trees: dict[str, Path]) -> None:
     touched = [f"tests/ut/quantization/{file}" for file in TOUCHED["ascend_950"]]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "vllm_ascend_unit_tests", "-p", "no:cacheprovider", *touched]
-    done = run(command, trees["ascend_950"], PYTHONPATH=f"{SUPPORT}{os.pathsep}{os.environ['PYTHONPATH']}")
+    done = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *touched], trees["ascend_950"])
     passed = re.search(r"^(\d+) passed", done.stdout, re.M)
     assert done.returncode == 0 and passed, done.stdout[-3000:]
     assert int(passed[1]) >= 29
 
 
 def test_their_unit_tests_and_the_new_ones(trees: dict[str, Path]) -> None:
-    before, after = outcomes(False), outcomes(False, trees["a2_a3"])
+    before, after = outcomes_with_and_without()[0], outcomes(trees["a2_a3"])
     new = {name: outcome for name, outcome in after.items() if name not in before}
     FIGURES.append(f"the pull requests: {len(before)} tests of {RELEASE} as before, {len(new)} new ones passed")
     assert {name: after.get(name) for name in before} == before

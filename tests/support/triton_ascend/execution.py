@@ -1,5 +1,8 @@
 """What tests that execute compiled kernels share: the forms that run, each made once, and operands for them."""
 
+import itertools
+
+import pytest
 import torch
 
 from qwen3_fp8_ascend.triton_kernels.group_quantize import group_values_specification
@@ -11,6 +14,22 @@ from tests.support.triton_ascend.linalg_executor import LinalgKernel
 CHIP = "Ascend910B3"
 CORES = 3
 FORMS = ("linalg", *(f"hivm-{version}" for version in IR_VERSIONS))
+
+
+def with_forms(cases):
+    """Parameters (*case, form): the first case in all forms, each further one by one of the two compilers.
+
+    The rest is long. That every variant compiles by both is test_compile.py's.
+    """
+    parameters = []
+    for (index, case), form in itertools.product(enumerate(cases), FORMS):
+        # 1, 1, 0, 0, 1, ...: whatever alternates or changes once within the cases meets both.
+        short = index == 0 or form == FORMS[1 + (index + index // 2) % 2]
+        name = "-".join(map(str, (*case, form)))
+        parameters.append(pytest.param(*case, form, id=name, marks=[] if short else pytest.mark.long))
+    return parameters
+
+
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

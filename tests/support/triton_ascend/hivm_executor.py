@@ -187,7 +187,7 @@ class HivmKernel:
         }
         for name, arguments in translation.library.items():
             symbols[f"_mlir_ciface_{name}"] = self._callback(name, arguments)
-        self._module = NativeModule(to_llvm_ir(run_passes(translation.text, _TO_LLVM)), symbols, optimize=False)
+        self._module = NativeModule(to_llvm_ir(run_passes(translation.text, _TO_LLVM)), symbols)
         self.kernels = translation.kernels
         self.mixed = len(self.kernels) > 1
         size = translation.workspace_function

@@ -30,7 +30,7 @@ class NativeModule:
     MCJIT resolves names in one table per process, so two modules may not need different functions under one name.
     """
 
-    def __init__(self, llvm_ir: str, symbols: dict[str, Any] | None = None, optimize: bool = True) -> None:
+    def __init__(self, llvm_ir: str, symbols: dict[str, Any] | None = None) -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         self._kept = dict(symbols or {})
@@ -38,16 +38,10 @@ class NativeModule:
             llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
         module = llvm.parse_assembly(llvm_ir)
         module.verify()
+        # Hardly optimized: that would take longer than the kernels run here.
         machine = llvm.Target.from_default_triple().create_target_machine(
-            opt=3 if optimize else 1,
-            cpu=llvm.get_host_cpu_name(),
-            features=llvm.get_host_cpu_features().flatten(),
+            opt=1, cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten()
         )
-        if optimize:
-            tuning = llvm.create_pipeline_tuning_options(speed_level=3)
-            tuning.loop_vectorization = tuning.slp_vectorization = True
-            builder = llvm.create_pass_builder(machine, tuning)
-            builder.getModulePassManager().run(module, builder)
         self._engine = llvm.create_mcjit_compiler(module, machine)
         self._engine.finalize_object()
 
