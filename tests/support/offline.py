@@ -25,6 +25,7 @@ from tests.support import preloaded
 from tests.support.cpu_speculation import use_native_kernels
 from tests.support.forked_spawn import fork_what_is_spawned
 from tests.support.logprobs import TEXTS
+from tests.support.quiet_waits import sleep_at_once
 
 BUCKET = 7
 """Tensors that are pushed together."""
@@ -114,6 +115,8 @@ def answers(runs: Sequence[Run], folder: Path, timeout: float = 600, **environme
 def main(given: str, made: str) -> None:
     runs = [Run(**run) for run in json.loads(Path(given).read_text())]
     ranks = any("parallel_size" in option for run in runs for option in run.options)
+    if ranks:
+        sleep_at_once()
     with fork_what_is_spawned() if ranks else nullcontext():
         Path(made).write_text(json.dumps([_answer(run) for run in runs]))
 
