@@ -1,9 +1,9 @@
 """vLLM's processes sleep while they wait for each other, where vLLM lets them poll.
 
-The engine and its workers pass messages through shared memory. Whoever reads asks for the next one again and again until
-a second has gone by without any, and only then sleeps until it is told of one: the engine so takes a processor for as
-long as a worker computes, and each worker one for a second after each request. Where nobody times them, they sleep at
-once. What is sent, and what is computed, is the same.
+The engine and its workers pass messages through shared memory. Whoever reads asks for the next one again and again
+until a second has gone by without any, and only then sleeps until it is told of one: the engine so takes a processor
+for as long as a worker computes, and each worker one for a second after each request. Where nobody times them, they
+sleep at once. What is sent, and what is computed, is the same.
 """
 
 from __future__ import annotations
