@@ -133,8 +133,8 @@ def _answer(run: Run) -> dict[str, Any]:
         return NOTHING | {"packed": {}, "error": f"{type(error).__name__}: {error}"}
     finally:
         gc.collect()
-        cleanup_dist_env_and_memory()
-        gc.freeze()  # as it was (`preloaded`): the clean-up unfreezes
+        with patch.object(gc, "unfreeze"):  # else it would look through all that is imported (`preloaded`)
+            cleanup_dist_env_and_memory()
 
 
 def ask(run: Run) -> dict[str, Any]:
