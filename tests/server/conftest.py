@@ -86,22 +86,3 @@ def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with other weights."""
     return write_block_fp8_qwen3(tmp_path_factory.mktemp("models") / "qwen3", seed=1)
-
-
-@pytest.fixture(scope="session")
-def smollm2_server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """SmolLM2 in block FP8, W8A8 in bf16, with vLLM's developer endpoints; shared by all tests that leave it alive."""
-    yield from shared_server(smollm2, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def experts_server(smollm2_experts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same of SmolLM2 as a mixture of experts."""
-    yield from shared_server(smollm2_experts["copied"], tmp_path_factory)
-
-
-def shared_server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("shared") / "server.log"
-    environment = serving_environment(VLLM_SERVER_DEV_MODE="1")
-    with serve(model, *COMMON, *ASCEND, EAGER, log=log, environment=environment) as server:
-        yield server

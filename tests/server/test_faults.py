@@ -40,11 +40,17 @@ PATIENCE = 30
     ],
 )
 def test_a_killed_process_is_reported_and_a_restart_serves_again(
-    request: pytest.FixtureRequest, start: Start, model: str, victim: str, terminate: Callable[[int, int], None]
+    request: pytest.FixtureRequest,
+    start: Start,
+    start_forked: Start,
+    model: str,
+    victim: str,
+    terminate: Callable[[int, int], None],
 ) -> None:
     """In the same go the restarted server is told to stop: by itself, as containers do, or with all its processes,
 
-    as a terminal and systemd do.
+    as a terminal and systemd do. What is killed is of a `vllm serve`; the restart's engine and rank are forks, and a
+    `vllm serve` is told to stop in tests/server/test_scripts.py.
     """
     folder = request.getfixturevalue(model)
     server = start(folder, *ASCEND, EAGER)
@@ -66,7 +72,7 @@ def test_a_killed_process_is_reported_and_a_restart_serves_again(
     assert server.process.returncode is not None
     assert "EngineDeadError" in server.log.read_text()
 
-    restarted = start(folder, *ASCEND, EAGER)
+    restarted = start_forked(folder, *ASCEND, EAGER)
     assert answer(restarted).steps == before.steps
     processes = family(restarted.process.pid)
     told = time.monotonic()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -20,7 +21,8 @@ from tests.support.load import Outcome, Request, make_prompts, make_requests, re
 from tests.support.noise import largest_of_noise
 from tests.support.processes import record_memory
 
-from .conftest import MAX_MODEL_LEN
+from .conftest import ASCEND, EAGER, MAX_MODEL_LEN
+from .test_renewal import DEVELOPER
 
 pytestmark = pytest.mark.server
 
@@ -42,17 +44,19 @@ LONG = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 
 @pytest.mark.parametrize(
-    ("load", "served"),
+    ("load", "model", "started"),
     [
-        pytest.param(Load(100, 24, 16), "smollm2_server", id="short"),
-        pytest.param(Load(2000, 60, 32), "smollm2_server", id="long", marks=LONG),
-        pytest.param(Load(400, 24, 16), "experts_server", id="experts", marks=LONG),
+        pytest.param(Load(100, 24, 16), "smollm2", "start_forked", id="short"),
+        pytest.param(Load(2000, 60, 32), "smollm2", "start", id="long", marks=LONG),
+        pytest.param(Load(400, 24, 16), "copied_experts", "start", id="experts", marks=LONG),
     ],
 )
 def test_no_request_is_lost_or_wrong_and_memory_is_flat(
-    request: pytest.FixtureRequest, load: Load, served: str
+    request: pytest.FixtureRequest, load: Load, model: str, started: str
 ) -> None:
-    server, prompts = request.getfixturevalue(served), make_prompts(load.prompts)
+    """W8A8 in bf16. The long forms start `vllm` itself; in the short one the engine and its rank are forks."""
+    folder, start = request.getfixturevalue(model), request.getfixturevalue(started)
+    server, prompts = start(folder, *ASCEND, EAGER, **DEVELOPER), make_prompts(load.prompts)
     alone = answers_alone(server, prompts, load.max_tokens)
     idle = IdleServer(server)
     moved = moves_of_the_idle_server(idle, alone)
@@ -79,6 +83,12 @@ def test_no_request_is_lost_or_wrong_and_memory_is_flat(
     assert requests_left_in(server) == 0
     again = answers_alone(server, prompts[:10], load.max_tokens)
     assert {prompt: o.steps for prompt, o in again.items()} == {prompt: alone[prompt].steps for prompt in again}
+
+
+@pytest.fixture
+def copied_experts(smollm2_experts: dict[str, Path]) -> Path:
+    """SmolLM2 as a mixture of experts."""
+    return smollm2_experts["copied"]
 
 
 def answers_alone(server: Server, prompts: list[str], max_tokens: int) -> dict[str, Outcome]:

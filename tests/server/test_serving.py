@@ -107,7 +107,7 @@ def test_what_cannot_be_served_is_refused_before_weights_are_loaded(
     assert "Starting to load model" not in (tmp_path / "offline.log").read_text()
 
 
-def test_a_reason_in_a_worker_stops_the_server_with_it(start: Start, tiny_qwen3: Path) -> None:
+def test_a_reason_in_a_worker_stops_the_server_with_it(start_forked: Start, tiny_qwen3: Path) -> None:
     """From the innermost process to the exception that `serve` raises."""
     with pytest.raises(BlockFp8Error, match="unknown backend 'nonsense'"):
-        start(tiny_qwen3, *ASCEND, EAGER, QWEN3_FP8_ASCEND_BACKEND="nonsense")
+        start_forked(tiny_qwen3, *ASCEND, EAGER, QWEN3_FP8_ASCEND_BACKEND="nonsense")

@@ -1,7 +1,8 @@
 """`vllm` whose engine and ranks are forks: `python -m tests.support.forked_server serve MODEL ...`.
 
 Each of a server's three or more processes imports vLLM, which takes as long as all that most tests ask of it. Here the
-first one imports what all of them need. Tests of how a server starts, fails and ends, and of its memory, start `vllm`.
+first one imports what all of them need, and none polls (`quiet_waits`). Tests of processes
+that are killed start `vllm`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from unittest.mock import patch
 from qwen3_fp8_ascend import serving
 from tests.support.forked_spawn import fork_what_is_spawned
 from tests.support.preloaded import VLLM, import_for_forks
+from tests.support.quiet_waits import sleep_at_once
 
 MODULE = "tests.support.forked_server"
 MAIN = "vllm.entrypoints.cli.main"
@@ -37,6 +39,7 @@ def forked() -> AbstractContextManager[Callable[..., list[str]]]:
 def main() -> None:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # else NumPy starts threads when it is imported
     import_for_forks((*VLLM, *SERVER))
+    sleep_at_once()
     with fork_what_is_spawned(depth=2):  # the engine, and its ranks
         importlib.import_module(MAIN).main()
 

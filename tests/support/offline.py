@@ -25,6 +25,7 @@ from tests.support import preloaded
 from tests.support.cpu_speculation import use_native_kernels
 from tests.support.forked_spawn import fork_what_is_spawned
 from tests.support.logprobs import TEXTS
+from tests.support.quiet_waits import sleep_at_once
 
 BUCKET = 7
 """Tensors that are pushed together."""
@@ -114,6 +115,8 @@ def answers(runs: Sequence[Run], folder: Path, timeout: float = 600, **environme
 def main(given: str, made: str) -> None:
     runs = [Run(**run) for run in json.loads(Path(given).read_text())]
     ranks = any("parallel_size" in option for run in runs for option in run.options)
+    if ranks:
+        sleep_at_once()
     with fork_what_is_spawned() if ranks else nullcontext():
         Path(made).write_text(json.dumps([_answer(run) for run in runs]))
 
@@ -130,8 +133,8 @@ def _answer(run: Run) -> dict[str, Any]:
         return NOTHING | {"packed": {}, "error": f"{type(error).__name__}: {error}"}
     finally:
         gc.collect()
-        cleanup_dist_env_and_memory()
-        gc.freeze()  # as it was (`preloaded`): the clean-up unfreezes
+        with patch.object(gc, "unfreeze"):  # else it would look through all that is imported (`preloaded`)
+            cleanup_dist_env_and_memory()
 
 
 def ask(run: Run) -> dict[str, Any]:
