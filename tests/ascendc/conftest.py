@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import hashlib
 import json
 import os
@@ -30,7 +29,8 @@ W8A8 = ascendc.ACTIVATIONS[Activation.W8A8]
 KERNELS = ("group_quantize", "block_dequantize", "block_linear", "block_grouped_linear", "block_gemv")
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
-SANITIZERS = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SANITIZERS = ("-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+"""With what optimization they compile fastest among those that run fast."""
 FAULT_STATUS = 3
 FLAG_COUNTING = ("every-core", "arrivals")
 """How cross-core flags are counted: each core of the group once for each set, or so many sets from whichever cores.
@@ -54,9 +54,30 @@ def machine_flags() -> tuple[str, ...]:
     return ("-mf16c",) if cpuinfo.exists() and " f16c" in cpuinfo.read_text() else ()
 
 
+def sanitized_environment() -> dict[str, str]:
+    """For programs that sanitizers watch.
+
+    vLLM's CPU platform preloads libraries into whatever this process starts, and AddressSanitizer must come first.
+    A run ends with its process, and kernels allocate nothing: the search for leaks took as long as a small run.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    return environment | {"ASAN_OPTIONS": "detect_leaks=0"}
+
+
 def _compile(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-6000:]}"
+
+
+def compiler() -> str:
+    found = shutil.which("g++")
+    if found is None:
+        pytest.skip("no g++: the kernels cannot be compiled for the emulator")
+    return found
+
+
+def check_syntax(arguments: Sequence[str]) -> None:
+    _compile([compiler(), "-fsyntax-only", *arguments])
 
 
 def build(
@@ -67,22 +88,22 @@ def build(
     include: Sequence[Path],
     root: Path = SOURCES,
     depends: Sequence[Path] = (),
-    objects: Sequence[Path] = (),
 ) -> Path:
-    """What `flags` make of `sources` and `objects`, cached by their content, that of all headers and of `depends`."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++: the kernels cannot be compiled for the emulator")
+    """What `flags` make of `sources`, cached by their content, that of all headers and of `depends`.
+
+    The sources are one translation unit: the emulator's templates, most of the work, are compiled once, not once each.
+    """
+    command = [compiler(), *flags, *(f"-I{path}" for path in include)]
     digest = hashlib.sha256(" ".join(flags).encode())
-    for file in sorted({*sources, *objects, *depends, *root.rglob("*.h"), *EMULATOR.glob("*.h")}):
+    for file in sorted({*sources, *depends, *root.rglob("*.h"), *EMULATOR.glob("*.h")}):
         digest.update(file.read_bytes())
     folder = CACHE / f"{name}-{digest.hexdigest()[:16]}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / f"{name}.lock"):  # files of tests run in processes of their own, beside each other
-        return _built(folder, name, [compiler, *flags, *(f"-I{path}" for path in include)], sources, objects)
+        return _built(folder, name, command, sources)
 
 
-def _built(folder: Path, name: str, common: list[str], sources: Sequence[Path], objects: Sequence[Path]) -> Path:
+def _built(folder: Path, name: str, command: list[str], sources: Sequence[Path]) -> Path:
     executable = folder / name
     if executable.exists():
         return executable
@@ -90,13 +111,10 @@ def _built(folder: Path, name: str, common: list[str], sources: Sequence[Path], 
     for old in stale:
         shutil.rmtree(old, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    compiled = [folder / f"{source.stem}.o" for source in sources]
-    jobs = int(os.environ.get("ASCENDC_BUILD_JOBS", os.cpu_count() or 1))
-    commands = [[*common, "-c", str(s), "-o", str(o)] for s, o in zip(sources, compiled, strict=True)]
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(_compile, commands))
+    unit = folder / "unit.cpp"
+    unit.write_text("".join(f'#include "{source.resolve()}"\n' for source in sources))
     linked = folder / f"{name}.part"
-    _compile([*common, *map(str, [*compiled, *objects]), "-o", str(linked), "-pthread"])
+    _compile([*command, str(unit), "-o", str(linked), "-pthread"])
     linked.replace(executable)
     return executable
 
@@ -119,9 +137,7 @@ class Emulator:
                 value = path
             command.append(f"{key}={value}")
         command += [f"{name}={self.folder / name}" for name in outputs]
-        # vLLM's CPU platform preloads libraries into whatever this process starts; AddressSanitizer must come first.
-        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, env=sanitized_environment())
         if done.returncode == FAULT_STATUS:
             first, _, rest = done.stderr.partition("\n")
             raise EmulatorFault(first.removeprefix("fault "), rest)

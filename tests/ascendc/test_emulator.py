@@ -17,15 +17,18 @@ from qwen3_fp8_ascend.backends import ascendc
 from .conftest import (
     EMULATOR,
     KERNELS,
+    SANITIZERS,
     SOURCES,
     WARNINGS,
     Emulator,
     EmulatorFault,
     build,
+    check_syntax,
     machine_flags,
     random_activation,
     random_weight,
     relative_error,
+    sanitized_environment,
 )
 
 DEFECTS = {
@@ -65,23 +68,26 @@ DEFECTS = {
 
 @pytest.fixture(scope="module")
 def defects() -> Path:
-    flags = (*WARNINGS, "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", *machine_flags())
-    source = Path(__file__).parent / "defects.cpp"
+    source, flags = Path(__file__).parent / "defects.cpp", (*WARNINGS, *SANITIZERS, *machine_flags())
     return build("defects", [source], flags=flags, include=(EMULATOR,), root=EMULATOR)
+
+
+def run_defect(executable: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([executable, *arguments], capture_output=True, text=True, env=sanitized_environment())
 
 
 @pytest.mark.parametrize("name", DEFECTS)
 def test_a_defect_is_caught_by_name_and_its_absence_is_not(defects: Path, name: str) -> None:
-    caught = subprocess.run([defects, name], capture_output=True, text=True)
+    caught = run_defect(defects, name)
     assert caught.returncode == 3, caught.stderr
     assert caught.stderr.splitlines()[0] == f"fault {DEFECTS[name]}"
-    sound = subprocess.run([defects, name, "sound"], capture_output=True, text=True)
+    sound = run_defect(defects, name, "sound")
     assert sound.returncode == 0, sound.stderr
 
 
 def test_one_flag_for_two_stages_is_right_only_where_every_core_is_waited_for(defects: Path) -> None:
     def outcome(*arguments: str) -> str:
-        done = subprocess.run([defects, "one_flag_for_two_stages", *arguments], capture_output=True, text=True)
+        done = run_defect(defects, "one_flag_for_two_stages", *arguments)
         return done.stderr.splitlines()[0] if done.returncode else "sound"
 
     assert outcome("defect", "arrivals") == "fault cross-core-race"
@@ -283,6 +289,12 @@ def test_faults_of_the_grouped_linear_are_caught(
 
 def test_every_kernel_is_compiled_by_these_tests() -> None:
     assert {path.stem for path in (SOURCES / "kernels").glob("*.cpp")} == set(KERNELS)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_kernel_includes_what_it_needs(kernel: str) -> None:
+    """The vendor's compiler takes each alone; the emulator's executable has all in one translation unit."""
+    check_syntax([*WARNINGS, f"-I{EMULATOR}", f"-I{SOURCES}", str(SOURCES / "kernels" / f"{kernel}.cpp")])
 
 
 def test_kernels_name_nothing_of_the_emulator() -> None:

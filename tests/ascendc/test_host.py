@@ -1,13 +1,16 @@
 """The NPU operators' host code, run on a CPU over stand-ins for acl and torch_npu: streams, limits, and errors.
 
-Each test runs in a process of its own, since the operators' CPU implementation here is not the one of test_backend.py.
+Each test runs in a process of its own, with its own state of the host code, since the operators' CPU implementation
+here is not the one of test_backend.py. They are forked from one that has loaded torch and the libraries.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +18,37 @@ import pytest
 from .conftest import ROOT, SOURCES, build
 from .test_backend import build_schemas, link_flags, torch_flags
 
-Libraries = tuple[Path, Path]
-"""The schemas, and the host code over the stand-ins."""
+Host = Callable[[str], None]
+"""Runs a script on the host code over the stand-ins; fails where it fails."""
 
 HEADERS = ROOT / "tests" / "support" / "ascend_host"
 
-PRELUDE = """
-import sys
+# A script a line, in JSON, and for each an answer: how its process ended, and what it wrote to stderr.
+SERVER = """
+import json, os, sys, tempfile, traceback
 import torch
 for library in sys.argv[1:]:
     torch.ops.load_library(library)
+for line in sys.stdin:
+    with tempfile.TemporaryFile("w+") as errors:
+        child = os.fork()
+        if child == 0:
+            os.dup2(errors.fileno(), 2)
+            status = 1
+            try:
+                exec(json.loads(line), {})
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        errors.seek(0)
+        print(json.dumps([status, errors.read()]), flush=True)
+"""
+
+PRELUDE = """
+import torch
 operators, host = torch.ops.qwen3_fp8_ascend, torch.ops.ascend_host_test
 TILES, K = 64, 512
 packed = torch.zeros(TILES, K // 128, 16384, dtype=torch.uint8)
@@ -52,24 +76,28 @@ def error_of(function, *arguments):
 """
 
 
-@pytest.fixture(scope="session")
-def host_libraries() -> Libraries:
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
     flags = (*torch_flags(), "-Wall", "-Wextra", "-Werror", "-O0", "-fPIC", "-shared", *link_flags())
     source = Path(__file__).parent / "host_on_cpu.cpp"
     depends = [SOURCES / "host" / "torch_ops.cpp", *sorted(HEADERS.rglob("*.h"))]
-    return build_schemas(), build("host.so", [source], flags=flags, include=(HEADERS, SOURCES), depends=depends)
-
-
-def run(libraries: Libraries, script: str) -> None:
+    libraries = build_schemas(), build("host.so", [source], flags=flags, include=(HEADERS, SOURCES), depends=depends)
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    command = [sys.executable, "-c", PRELUDE + script, *map(str, libraries)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-6000:]
+    command = [sys.executable, "-c", SERVER, *map(str, libraries)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdin and server.stdout
+        requests, answers = server.stdin, server.stdout
+
+        def run(script: str) -> None:
+            print(json.dumps(PRELUDE + script), file=requests, flush=True)
+            status, errors = json.loads(answers.readline())
+            assert status == 0, errors[-6000:]
+
+        yield run
 
 
-def test_blocks_stay_within_the_cores_that_a_stream_may_use(host_libraries: Libraries) -> None:
-    run(
-        host_libraries,
+def test_blocks_stay_within_the_cores_that_a_stream_may_use(host: Host) -> None:
+    host(
         """
 every_operator()
 full = calls()
@@ -94,9 +122,8 @@ assert calls() == []
     )
 
 
-def test_a_launch_that_fails_raises_and_one_that_does_not_is_not_blamed(host_libraries: Libraries) -> None:
-    run(
-        host_libraries,
+def test_a_launch_that_fails_raises_and_one_that_does_not_is_not_blamed(host: Host) -> None:
+    host(
         """
 host.set("last_error", 107003)  # of an earlier call on this thread
 every_operator()
@@ -117,9 +144,8 @@ every_operator()
     )
 
 
-def test_the_stream_is_that_of_the_tensors_device(host_libraries: Libraries) -> None:
-    run(
-        host_libraries,
+def test_the_stream_is_that_of_the_tensors_device(host: Host) -> None:
+    host(
         """
 host.log()
 every_operator()
@@ -134,16 +160,14 @@ assert streams == ["stream of the tensor's device"] * 5, streams
     [("", "does not tell which chip this NPU is (aclrtGetSocName)"), ("Ascend310P3", "this NPU is Ascend310P3")],
     ids=["no name", "another chip"],
 )
-def test_a_chip_that_the_kernels_do_not_know_is_refused(host_libraries: Libraries, chip: str, complaint: str) -> None:
-    run(
-        host_libraries,
+def test_a_chip_that_the_kernels_do_not_know_is_refused(host: Host, chip: str, complaint: str) -> None:
+    host(
         f"host.set_chip({chip!r})\nassert {complaint!r} in error_of(every_operator)\nassert calls() == []\n",
     )
 
 
-def test_a_bias_is_in_the_dtype_of_x_or_in_fp32(host_libraries: Libraries) -> None:
-    run(
-        host_libraries,
+def test_a_bias_is_in_the_dtype_of_x_or_in_fp32(host: Host) -> None:
+    host(
         """
 x = torch.ones(2, K, dtype=torch.bfloat16)
 for dtype in (torch.bfloat16, torch.float32):
@@ -155,9 +179,8 @@ assert "in BFloat16 or float32" in error_of(operators.ascendc_block_linear, x, *
     )
 
 
-def test_experts_and_their_list_of_ends_are_checked(host_libraries: Libraries) -> None:
-    run(
-        host_libraries,
+def test_experts_and_their_list_of_ends_are_checked(host: Host) -> None:
+    host(
         """
 grouped, n = operators.ascendc_block_grouped_linear, TILES // 4 * 128
 x = torch.ones(5, K)

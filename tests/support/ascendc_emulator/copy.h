@@ -86,7 +86,7 @@ void load(const char *name, const LocalTensor<T> &to, const GlobalTensor<T> &fro
     core.instruction = name;
     to.require_aligned(core);
     require(length % sizeof(T) == 0 && from_step % sizeof(T) == 0, "misaligned",
-            core.where() + ": a length or a step is not a whole number of elements");
+            [&] { return core.where() + ": a length or a step is not a whole number of elements"; });
     issue_load(core, name, *core.machine.buffer_of(core, from), static_cast<double>(count) * length);
     for (uint32_t i = 0; i < count; ++i) {
         const T *source = from.touch(core, i * from_step / sizeof(T), length / sizeof(T), Direction::read).first;
@@ -105,7 +105,7 @@ void store(const char *name, const GlobalTensor<T> &to, const LocalTensor<T> &fr
     core.instruction = name;
     from.require_aligned(core);
     require(length % sizeof(T) == 0 && to_step % sizeof(T) == 0, "misaligned",
-            core.where() + ": a length or a step is not a whole number of elements");
+            [&] { return core.where() + ": a length or a step is not a whole number of elements"; });
     issue_store(core, name, *core.machine.buffer_of(core, to), static_cast<double>(count) * length);
     for (uint32_t i = 0; i < count; ++i) {
         const uint8_t *source = from.at(core, static_cast<uint32_t>(i * from_step), length, Direction::read);
@@ -117,7 +117,9 @@ void store(const char *name, const GlobalTensor<T> &to, const LocalTensor<T> &fr
 inline void require_blocks(uint64_t bytes) {
     using namespace ascendc_emulator;
     require(bytes % kBlockBytes == 0, "misaligned",
-            current_core().label() + ": DataCopy of " + text(bytes) + " bytes, which is not a multiple of 32 (DataCopyPad can)");
+            [&] {
+                return current_core().label() + ": DataCopy of " + text(bytes) + " bytes, which is not a multiple of 32 (DataCopyPad can)";
+            });
 }
 
 }  // namespace copy_detail
@@ -154,7 +156,8 @@ void DataCopyPad(const LocalTensor<T> &dst, const GlobalTensor<T> &src, const Da
     const uint32_t padded = (p.blockLen + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
     const uint32_t wanted = pad.rightPadding * static_cast<uint32_t>(sizeof(T));
     require(pad.leftPadding == 0, "unsupported", "DataCopyPad with padding on the left");
-    require(wanted <= padded - p.blockLen, "bad-parameter", current_core().label() + ": DataCopyPad pads beyond the DataBlock");
+    require(wanted <= padded - p.blockLen, "bad-parameter",
+            [&] { return current_core().label() + ": DataCopyPad pads beyond the DataBlock"; });
     // Without isPad, and beyond rightPadding, what fills the block is not defined: a signalling pattern here.
     T junk;
     std::memset(&junk, 0xCD, sizeof junk);

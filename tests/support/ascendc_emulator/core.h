@@ -48,7 +48,7 @@ public:
     // --- instructions -------------------------------------------------------------------------------------
     // An instruction is issued by the scalar unit in program order; it starts when its pipe is free and what
     // the pipe waits for is there; it ends `latency` after its last cycle of occupation.
-    void issue(int pipe, const std::string &name, double cycles, double latency) {
+    void issue(int pipe, const char *name, double cycles, double latency) {
         knows[PIPE_S].time += PathCost::scalar_issue;
         if (scalar_version_seen[pipe] != scalar_version && pipe != PIPE_S) {
             const double free_at = knows[pipe].time;
@@ -59,7 +59,7 @@ public:
         const double start = std::max(knows[pipe].time, knows[PIPE_S].time);
         knows[pipe].time = start + cycles;
         drained[pipe] = std::max(drained[pipe], start + cycles + latency);
-        counters.busy[(is_cube() ? "AIC." : "AIV.") + std::string(pipe_name(pipe))] += cycles;
+        busy[pipe] += cycles;
         counters.calls[name] += 1;
         instruction = name;
         current_pipe = pipe;
@@ -132,13 +132,14 @@ public:
     LocalMemory ub, l1, l0a, l0b, l0c;
     Counters counters;
     std::array<Knowledge, kPipes> knows;
+    std::array<double, kPipes> busy{};  // cycles
     std::array<double, kPipes> drained{};
     std::array<uint32_t, kPipes> issued{};
     std::map<std::pair<int, int>, std::deque<Knowledge>> events;  // (pair of pipes, id)
     std::map<std::pair<int, int>, bool> allocated_events;         // those that AllocEventID gave, by the same key
     std::array<std::deque<Knowledge>, kFlagIds> flags;            // cross-core flags, ready to be waited for
     std::array<std::deque<Knowledge>, kFlagIds> flags_set;        // reported by this core, not yet by its peers
-    std::string instruction = "nothing";
+    const char *instruction = "nothing";
     int current_pipe = PIPE_S;
 
 private:

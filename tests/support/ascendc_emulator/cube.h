@@ -72,7 +72,7 @@ void LoadData(const LocalTensor<T> &dst, const LocalTensor<T> &src, const LoadDa
     Core &core = current_core();
     core.instruction = "LoadData";
     src.require_in(core, core.l1);
-    require(dst.memory() == &core.l0a || dst.memory() == &core.l0b, "wrong-memory", core.where() + " writes to L0A or L0B");
+    require(dst.memory() == &core.l0a || dst.memory() == &core.l0b, "wrong-memory", [&] { return core.where() + " writes to L0A or L0B"; });
     require(!p.ifTranspose && p.addrMode == 0, "unsupported", "LoadData with transposition or descending addresses");
     src.require_aligned(core);
     dst.require_aligned(core, kFractalBytes);
@@ -145,7 +145,8 @@ void Fixpipe(const GlobalTensor<T> &dst, const LocalTensor<U> &src, const Fixpip
     src.require_aligned(core, 64);
     require(p.ndNum == 1 && p.quantPre == QuantMode_t::NoQuant && !p.reluEn && p.unitFlag == 0, "unsupported",
             "Fixpipe with more than a copy");
-    require(p.nSize % 16 == 0 && p.srcStride % 16 == 0 && p.srcStride >= p.mSize, "bad-parameter", core.where() + ": nSize or srcStride");
+    require(p.nSize % 16 == 0 && p.srcStride % 16 == 0 && p.srcStride >= p.mSize, "bad-parameter",
+            [&] { return core.where() + ": nSize or srcStride"; });
     issue_store(core, "Fixpipe", *core.machine.buffer_of(core, dst), static_cast<double>(p.nSize) * p.mSize * sizeof(T));
     for (uint32_t row = 0; row < p.mSize; ++row) {
         float *target = dst.touch(core, static_cast<uint64_t>(row) * p.dstStride, p.nSize, Direction::write).first;

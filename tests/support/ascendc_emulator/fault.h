@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace ascendc_emulator {
 
@@ -20,8 +21,13 @@ private:
 // Unwinds the other cores' threads after one of them has failed; never reported.
 struct Aborted {};
 
-inline void require(bool holds, const char *name, const std::string &detail) {
-    if (!holds) {
+// `detail` is a text or, where every access comes by, a function that gives one: none is put together for nothing.
+template <class Detail>
+void require(bool holds, const char *name, const Detail &detail) {
+    if (holds) return;
+    if constexpr (std::is_invocable_v<const Detail &>) {
+        throw Fault(name, detail());
+    } else {
         throw Fault(name, detail);
     }
 }

@@ -21,7 +21,8 @@ namespace ascendc_emulator {
 enum class FlagCounting { every_core, arrivals };
 
 inline FlagCounting counting_named(const std::string &name) {
-    require(name == "every-core" || name == "arrivals", "bad-parameter", "flags are counted by every-core or arrivals, not by " + name);
+    require(name == "every-core" || name == "arrivals", "bad-parameter",
+            [&] { return "flags are counted by every-core or arrivals, not by " + name; });
     return name == "arrivals" ? FlagCounting::arrivals : FlagCounting::every_core;
 }
 
@@ -64,10 +65,10 @@ public:
 
     // --- cross-core flags -----------------------------------------------------------------------------------
     void set_flag(Core &from, int mode, int pipe, int flag) {
-        require(flag < kFlagIds, "flag-misuse", from.label() + " sets flag " + text(static_cast<uint64_t>(flag)));
+        require(flag < kFlagIds, "flag-misuse", [&] { return from.label() + " sets flag " + text(static_cast<uint64_t>(flag)); });
         require(flag < kSyncAllFirst || flag > kSyncAllLast, "flag-misuse",
-                from.label() + " sets flag " + text(static_cast<uint64_t>(flag)) + ", which belongs to SyncAll (11 to 14)");
-        require(mode <= 2, "unsupported", "cross-core mode " + text(static_cast<uint64_t>(mode)));
+                [&] { return from.label() + " sets flag " + text(static_cast<uint64_t>(flag)) + ", which belongs to SyncAll (11 to 14)"; });
+        require(mode <= 2, "unsupported", [&] { return "cross-core mode " + text(static_cast<uint64_t>(mode)); });
         require(pipe != PIPE_S && pipe != PIPE_ALL, "flag-misuse", "CrossCoreSetFlag takes neither PIPE_S nor PIPE_ALL");
         require(type != AscendC::KERNEL_TYPE_AIV_ONLY, "flag-misuse",
                 "KERNEL_TYPE_AIV_ONLY has no cross-core flags; use KERNEL_TYPE_MIX_AIV_1_0");
@@ -128,7 +129,7 @@ public:
                                     : "at an address outside all buffers"));
         }
         if (buffer->storage == Storage::input) {
-            require(how == Direction::read, "write-to-input", core.where() + " writes to the input " + buffer->name);
+            require(how == Direction::read, "write-to-input", [&] { return core.where() + " writes to the input " + buffer->name; });
             return *buffer;
         }
         const uint64_t begin = static_cast<uint64_t>(address - buffer->base), end = begin + length;
@@ -170,7 +171,9 @@ private:
         const bool mix = type == AscendC::KERNEL_TYPE_MIX_AIC_1_2;
         const int limit = static_cast<int>(chip.cube_cores) * (mix ? 1 : kSubBlocks);
         require(blocks >= 1 && blocks <= limit, "bad-launch",
-                text(static_cast<uint64_t>(blocks)) + " blocks on " + chip.name + ", which has " + text(static_cast<uint64_t>(limit)));
+                [&] {
+                    return text(static_cast<uint64_t>(blocks)) + " blocks on " + chip.name + ", which has " + text(static_cast<uint64_t>(limit));
+                });
         const int count = mix ? blocks * (1 + kSubBlocks) : blocks;
         for (int id = 0; id < count; ++id) {
             const int group = mix ? id / (1 + kSubBlocks) : id / kSubBlocks;
@@ -197,7 +200,7 @@ private:
         auto &records = buffer.records[index];
         const bool writes = how == Direction::write;
         require(writes || buffer.initialised[index], "uninitialised-read",
-                core.where() + " reads " + buffer.name + " at byte " + text(index * kBlockBytes) + ", which nothing wrote");
+                [&] { return core.where() + " reads " + buffer.name + " at byte " + text(index * kBlockBytes) + ", which nothing wrote"; });
         for (size_t i = 0; i < records.size();) {
             GlobalBuffer::Record &record = records[i];
             const bool overlap = record.begin < end && begin < record.end;
@@ -224,7 +227,9 @@ private:
 
     void deliver(Core &core, int flag, const Knowledge &reached) {
         require(core.flags[flag].size() < kFlagLimit, "flag-misuse",
-                "flag " + text(static_cast<uint64_t>(flag)) + " of " + core.label() + " is set more than 15 times without a wait");
+                [&] {
+                    return "flag " + text(static_cast<uint64_t>(flag)) + " of " + core.label() + " is set more than 15 times without a wait";
+                });
         core.flags[flag].push_back(reached);
     }
 
@@ -265,6 +270,9 @@ private:
         for (const auto &core : cores) {
             Counters one = core->counters;
             for (double end : core->drained) one.cycles = std::max(one.cycles, end);
+            for (int pipe = 0; pipe < kPipes; ++pipe) {
+                if (core->issued[pipe]) one.busy[(core->is_cube() ? "AIC." : "AIV.") + std::string(pipe_name(pipe))] = core->busy[pipe];
+            }
             sum.add(one);
         }
         return sum;
@@ -272,11 +280,13 @@ private:
 
     void check_leftovers(Core &core) const {
         for (const auto &[key, queue] : core.events) {
-            require(queue.empty(), "flag-misuse", core.label() + " ends with an event that was set and not waited for");
+            require(queue.empty(), "flag-misuse", [&] { return core.label() + " ends with an event that was set and not waited for"; });
         }
         for (int flag = 0; flag < kFlagIds; ++flag) {
             require(core.flags[flag].empty(), "flag-misuse",
-                    core.label() + " ends with cross-core flag " + text(static_cast<uint64_t>(flag)) + " set and not waited for");
+                    [&] {
+                        return core.label() + " ends with cross-core flag " + text(static_cast<uint64_t>(flag)) + " set and not waited for";
+                    });
         }
     }
 

@@ -70,9 +70,9 @@ public:
         ascendc_emulator::Core &core = ascendc_emulator::current_core();
         Buffer &buffer = owner(core, tensor, "EnQue");
         ascendc_emulator::require(buffer.allocation->state == Allocation::State::held, "queue-misuse",
-                                  core.label() + ": EnQue of a tensor of " + label() + " that is not held");
+                                  [&] { return core.label() + ": EnQue of a tensor of " + label() + " that is not held"; });
         ascendc_emulator::require(static_cast<int32_t>(queued_.size()) < depth, "queue-misuse",
-                                  core.label() + ": EnQue on " + label() + " beyond its depth of " + std::to_string(depth));
+                                  [&] { return core.label() + ": EnQue on " + label() + " beyond its depth of " + std::to_string(depth); });
         buffer.allocation->state = Allocation::State::queued;
         buffer.filled = core.snapshot(producer_pipe<position>());
         queued_.push_back(&buffer);
@@ -82,7 +82,7 @@ public:
     template <class T>
     LocalTensor<T> DeQue() {
         ascendc_emulator::Core &core = ascendc_emulator::current_core();
-        ascendc_emulator::require(!queued_.empty(), "queue-misuse", core.label() + ": DeQue on an empty " + label());
+        ascendc_emulator::require(!queued_.empty(), "queue-misuse", [&] { return core.label() + ": DeQue on an empty " + label(); });
         Buffer &buffer = *queued_.front();
         queued_.pop_front();
         buffer.allocation->state = ascendc_emulator::Allocation::State::held;
@@ -96,7 +96,7 @@ public:
         ascendc_emulator::Core &core = ascendc_emulator::current_core();
         Buffer &buffer = owner(core, tensor, "FreeTensor");
         ascendc_emulator::require(buffer.allocation->state == Allocation::State::held, "queue-misuse",
-                                  core.label() + ": FreeTensor of a tensor of " + label() + " that is not held");
+                                  [&] { return core.label() + ": FreeTensor of a tensor of " + label() + " that is not held"; });
         buffer.allocation->state = Allocation::State::free;
         buffer.released = core.snapshot(consumer_pipe<position>());
     }
@@ -217,7 +217,7 @@ public:
     void ReleaseEventID(TEventID id) {
         ascendc_emulator::Core &core = ascendc_emulator::current_core();
         bool &allocated = core.allocated_events[{static_cast<int>(event), id}];
-        ascendc_emulator::require(allocated, "flag-misuse", core.label() + " releases an event that it was not given");
+        ascendc_emulator::require(allocated, "flag-misuse", [&] { return core.label() + " releases an event that it was not given"; });
         allocated = false;
         --events_[{static_cast<int>(event) / 10, static_cast<int>(event) % 10}];
     }
@@ -238,8 +238,10 @@ private:
         std::string name = memory.name + "-overflow";
         for (char &c : name) c = static_cast<char>(c >= 'A' && c <= 'Z' ? c + ('a' - 'A') : c);
         require(memory.used + bytes <= memory.capacity, name.c_str(),
-                core.label() + ": a buffer of " + text(bytes) + " bytes on top of " + text(memory.used) + " does not fit into the " +
-                    text(memory.capacity) + " bytes of " + memory.name + " of " + core.chip.name);
+                [&] {
+                    return core.label() + ": a buffer of " + text(bytes) + " bytes on top of " + text(memory.used) + " does not fit into the " +
+                           text(memory.capacity) + " bytes of " + memory.name + " of " + core.chip.name;
+                });
         const uint32_t offset = memory.used;
         memory.used += bytes;
         return offset;
@@ -257,8 +259,10 @@ private:
         events += count;
         const int kept = kept_events(core, from, to);
         require(events + kept <= kEventIds, "flag-misuse",
-                core.label() + ": " + std::to_string(events) + " events from " + pipe_name(from) + " to " + pipe_name(to) + " beside " +
-                    std::to_string(kept) + " that the pipe keeps for itself, and there are 8");
+                [&] {
+                    return core.label() + ": " + std::to_string(events) + " events from " + pipe_name(from) + " to " + pipe_name(to) + " beside " +
+                           std::to_string(kept) + " that the pipe keeps for itself, and there are 8";
+                });
     }
 
     std::map<std::pair<int, int>, int> events_;

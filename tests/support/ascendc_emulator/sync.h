@@ -41,11 +41,14 @@ template <HardEvent event>
 inline void SetFlag(int32_t id) {
     using namespace ascendc_emulator;
     Core &core = current_core();
-    require(id >= 0 && id < kEventIds, "flag-misuse", core.label() + " sets an event out of 0..7");
+    require(id >= 0 && id < kEventIds, "flag-misuse", [&] { return core.label() + " sets an event out of 0..7"; });
     require(id < kFreeEventIds || core.allocated_events[{static_cast<int>(event), id}], "flag-misuse",
-            core.label() + " sets event " + text(static_cast<uint64_t>(id)) + ", which AllocEventID did not give; 6 and 7 are reserved");
+            [&] {
+                return core.label() + " sets event " + text(static_cast<uint64_t>(id)) + ", which AllocEventID did not give; 6 and 7 are reserved";
+            });
     auto &queue = core.events[{static_cast<int>(event), id}];
-    require(queue.empty(), "flag-misuse", core.label() + " sets an event that nothing has waited for since it was last set");
+    require(queue.empty(), "flag-misuse",
+            [&] { return core.label() + " sets an event that nothing has waited for since it was last set"; });
     queue.push_back(core.snapshot(static_cast<int>(event) / 10));
 }
 
@@ -54,7 +57,7 @@ inline void WaitFlag(int32_t id) {
     using namespace ascendc_emulator;
     Core &core = current_core();
     auto &queue = core.events[{static_cast<int>(event), id}];
-    require(!queue.empty(), "deadlock", core.label() + " waits for an event that was never set");
+    require(!queue.empty(), "deadlock", [&] { return core.label() + " waits for an event that was never set"; });
     core.learn(static_cast<int>(event) % 10, queue.front());
     queue.pop_front();
 }

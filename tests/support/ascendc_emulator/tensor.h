@@ -43,8 +43,8 @@ public:
                                                            ascendc_emulator::Direction how) const {
         using namespace ascendc_emulator;
         require(offset + count <= count_, "gm-out-of-range",
-                core.where() + " touches elements " + text(offset) + ".." + text(offset + count) +
-                    " of a GlobalTensor that was given " + text(count_));
+                [&] { return core.where() + " touches elements " + text(offset) + ".." + text(offset + count) +
+                    " of a GlobalTensor that was given " + text(count_); });
         GlobalBuffer &buffer = core.machine.touch(core, reinterpret_cast<const uint8_t *>(base_ + offset), count * sizeof(T), how);
         return {base_ + offset, &buffer};
     }
@@ -67,7 +67,7 @@ public:
     LocalTensor operator[](uint32_t element) const {
         const uint64_t skip = static_cast<uint64_t>(element) * sizeof(T);
         ascendc_emulator::require(skip <= bytes_, "local-out-of-range",
-                                  "element " + std::to_string(element) + " of a tensor of " + std::to_string(GetSize()));
+                                  [&] { return "element " + std::to_string(element) + " of a tensor of " + std::to_string(GetSize()); });
         return LocalTensor(memory_, allocation_, offset_ + static_cast<uint32_t>(skip), bytes_ - static_cast<uint32_t>(skip));
     }
 
@@ -99,7 +99,8 @@ public:
     // --- for the emulator -----------------------------------------------------------------------------------
     uint8_t *at(ascendc_emulator::Core &core, uint32_t byte, uint32_t length, ascendc_emulator::Direction how,
                 bool needs_data = true) const {
-        ascendc_emulator::require(memory_ != nullptr, "local-out-of-range", core.where() + " uses a tensor without a buffer");
+        ascendc_emulator::require(memory_ != nullptr, "local-out-of-range",
+                                  [&] { return core.where() + " uses a tensor without a buffer"; });
         return core.touch(*memory_, *allocation_, offset_ + byte, length, how, needs_data);
     }
     bool initialised(uint32_t byte) const { return memory_->blocks[(offset_ + byte) / ascendc_emulator::kBlockBytes].initialised; }
@@ -110,13 +111,13 @@ public:
 
     void require_aligned(const ascendc_emulator::Core &core, uint32_t alignment = ascendc_emulator::kBlockBytes) const {
         ascendc_emulator::require(offset_ % alignment == 0, "misaligned",
-                                  core.where() + ": a local address of " + std::to_string(offset_) + " is not a multiple of " +
-                                      std::to_string(alignment) + " bytes");
+                                  [&] { return core.where() + ": a local address of " + std::to_string(offset_) + " is not a multiple of " +
+                                      std::to_string(alignment) + " bytes"; });
     }
     void require_in(const ascendc_emulator::Core &core, const ascendc_emulator::LocalMemory &memory) const {
         ascendc_emulator::require(memory_ == &memory, "wrong-memory",
-                                  core.where() + " needs a tensor in " + memory.name + ", got one in " +
-                                      (memory_ ? memory_->name : "no memory"));
+                                  [&] { return core.where() + " needs a tensor in " + memory.name + ", got one in " +
+                                      (memory_ ? memory_->name : "no memory"); });
     }
 
 private:

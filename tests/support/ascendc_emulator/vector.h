@@ -66,6 +66,10 @@ struct Operand {
     template <class Visit>
     void visit(uint32_t repeat, uint32_t lanes, Visit &&block) const {
         constexpr uint32_t width = lanes_of_block<T>();
+        if (block_stride == 1) {  // one piece
+            block(repeat * repeat_stride * ascendc_emulator::kBlockBytes, 0u, lanes);
+            return;
+        }
         for (uint32_t first = 0; first < lanes; first += width) {
             block((repeat * repeat_stride + first / width * block_stride) * ascendc_emulator::kBlockBytes, first,
                   std::min(width, lanes - first));
@@ -88,8 +92,8 @@ struct Operand {
 inline void check_shape(const ascendc_emulator::Core &core, uint64_t mask, uint32_t lanes, uint32_t repeats) {
     using namespace ascendc_emulator;
     require(mask >= 1 && mask <= lanes, "bad-parameter",
-            core.where() + ": a mask of " + text(mask) + " of " + text(lanes) + " lanes");
-    require(repeats <= kMaxRepeats, "bad-parameter", core.where() + ": more than 255 repeats");
+            [&] { return core.where() + ": a mask of " + text(mask) + " of " + text(lanes) + " lanes"; });
+    require(repeats <= kMaxRepeats, "bad-parameter", [&] { return core.where() + ": more than 255 repeats"; });
 }
 
 // Checks, then issues one vector instruction of `repeats` repeats.
@@ -138,7 +142,7 @@ template <class D, class F, class... S>
 void contiguous(const char *name, double cycles, int64_t count, F f, const LocalTensor<D> &dst, const LocalTensor<S> &...src) {
     constexpr size_t widest = std::max({sizeof(D), sizeof(S)...});
     constexpr uint32_t lanes = ascendc_emulator::kRepeatBytes / static_cast<uint32_t>(widest);
-    ascendc_emulator::require(count >= 0, "bad-parameter", std::string(name) + " of a negative count");
+    ascendc_emulator::require(count >= 0, "bad-parameter", [&] { return std::string(name) + " of a negative count"; });
     if (count == 0) return;
     const uint32_t total = static_cast<uint32_t>(count), repeats = (total + lanes - 1) / lanes;
     ascendc_emulator::Core &core = begin(name, cycles, repeats, dst, src...);

@@ -195,7 +195,7 @@ void group_sums(const char *name, uint32_t width, const LocalTensor<T> &dst, con
     constexpr uint32_t lanes = kRepeatBytes / sizeof(T);
     if (repeats == 0) return;
     check_shape(current_core(), static_cast<uint64_t>(mask), lanes, static_cast<uint32_t>(repeats));
-    require(static_cast<uint32_t>(mask) == lanes, "unsupported", std::string(name) + " with a partial mask");
+    require(static_cast<uint32_t>(mask) == lanes, "unsupported", [&] { return std::string(name) + " with a partial mask"; });
     Core &core = begin(name, VectorCost::reduce_block, static_cast<uint32_t>(repeats), dst, src);
     const Operand<T> operand{src, static_cast<uint32_t>(src_block), static_cast<uint32_t>(src_repeat)};
     const uint32_t results = lanes / width, bytes = results * static_cast<uint32_t>(sizeof(T));
