@@ -116,10 +116,9 @@ void store(const char *name, const GlobalTensor<T> &to, const LocalTensor<T> &fr
 
 inline void require_blocks(uint64_t bytes) {
     using namespace ascendc_emulator;
-    require(bytes % kBlockBytes == 0, "misaligned",
-            [&] {
-                return current_core().label() + ": DataCopy of " + text(bytes) + " bytes, which is not a multiple of 32 (DataCopyPad can)";
-            });
+    require(bytes % kBlockBytes == 0, "misaligned", [&] {
+        return current_core().label() + ": DataCopy of " + text(bytes) + " bytes, which is not a multiple of 32 (DataCopyPad can)";
+    });
 }
 
 }  // namespace copy_detail

@@ -170,10 +170,9 @@ private:
         cores.clear();
         const bool mix = type == AscendC::KERNEL_TYPE_MIX_AIC_1_2;
         const int limit = static_cast<int>(chip.cube_cores) * (mix ? 1 : kSubBlocks);
-        require(blocks >= 1 && blocks <= limit, "bad-launch",
-                [&] {
-                    return text(static_cast<uint64_t>(blocks)) + " blocks on " + chip.name + ", which has " + text(static_cast<uint64_t>(limit));
-                });
+        require(blocks >= 1 && blocks <= limit, "bad-launch", [&] {
+            return text(static_cast<uint64_t>(blocks)) + " blocks on " + chip.name + ", which has " + text(static_cast<uint64_t>(limit));
+        });
         const int count = mix ? blocks * (1 + kSubBlocks) : blocks;
         for (int id = 0; id < count; ++id) {
             const int group = mix ? id / (1 + kSubBlocks) : id / kSubBlocks;
@@ -226,10 +225,9 @@ private:
     }
 
     void deliver(Core &core, int flag, const Knowledge &reached) {
-        require(core.flags[flag].size() < kFlagLimit, "flag-misuse",
-                [&] {
-                    return "flag " + text(static_cast<uint64_t>(flag)) + " of " + core.label() + " is set more than 15 times without a wait";
-                });
+        require(core.flags[flag].size() < kFlagLimit, "flag-misuse", [&] {
+            return "flag " + text(static_cast<uint64_t>(flag)) + " of " + core.label() + " is set more than 15 times without a wait";
+        });
         core.flags[flag].push_back(reached);
     }
 
@@ -283,10 +281,9 @@ private:
             require(queue.empty(), "flag-misuse", [&] { return core.label() + " ends with an event that was set and not waited for"; });
         }
         for (int flag = 0; flag < kFlagIds; ++flag) {
-            require(core.flags[flag].empty(), "flag-misuse",
-                    [&] {
-                        return core.label() + " ends with cross-core flag " + text(static_cast<uint64_t>(flag)) + " set and not waited for";
-                    });
+            require(core.flags[flag].empty(), "flag-misuse", [&] {
+                return core.label() + " ends with cross-core flag " + text(static_cast<uint64_t>(flag)) + " set and not waited for";
+            });
         }
     }
 

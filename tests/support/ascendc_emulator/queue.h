@@ -45,62 +45,9 @@ inline ascendc_emulator::LocalMemory &memory_of(ascendc_emulator::Core &core, TP
     }
 }
 
-template <TPosition position, int32_t depth, auto mask = 0>
-class TQue {
+// What every queue does, between whichever pipes and whatever its tensors hold: compiled once.
+class Queue {
 public:
-    template <class T>
-    LocalTensor<T> AllocTensor() {
-        ascendc_emulator::Core &core = ascendc_emulator::current_core();
-        for (size_t step = 0; step < buffers_.size(); ++step) {  // in turn, so that two buffers do overlap
-            Buffer &buffer = buffers_[(next_ + step) % buffers_.size()];
-            if (buffer.allocation->state != ascendc_emulator::Allocation::State::free) continue;
-            next_ = (next_ + step + 1) % buffers_.size();
-            buffer.allocation->state = ascendc_emulator::Allocation::State::held;
-            if (buffer.used) core.learn(producer_pipe<position>(), buffer.released);
-            buffer.used = true;
-            return view<T>(buffer);
-        }
-        throw ascendc_emulator::Fault("queue-misuse", core.label() + ": AllocTensor on " + label() + " finds no free buffer of " +
-                                                          std::to_string(buffers_.size()) + "; the hardware would wait for ever");
-    }
-
-    template <class T>
-    bool EnQue(const LocalTensor<T> &tensor) {
-        using ascendc_emulator::Allocation;
-        ascendc_emulator::Core &core = ascendc_emulator::current_core();
-        Buffer &buffer = owner(core, tensor, "EnQue");
-        ascendc_emulator::require(buffer.allocation->state == Allocation::State::held, "queue-misuse",
-                                  [&] { return core.label() + ": EnQue of a tensor of " + label() + " that is not held"; });
-        ascendc_emulator::require(static_cast<int32_t>(queued_.size()) < depth, "queue-misuse",
-                                  [&] { return core.label() + ": EnQue on " + label() + " beyond its depth of " + std::to_string(depth); });
-        buffer.allocation->state = Allocation::State::queued;
-        buffer.filled = core.snapshot(producer_pipe<position>());
-        queued_.push_back(&buffer);
-        return true;
-    }
-
-    template <class T>
-    LocalTensor<T> DeQue() {
-        ascendc_emulator::Core &core = ascendc_emulator::current_core();
-        ascendc_emulator::require(!queued_.empty(), "queue-misuse", [&] { return core.label() + ": DeQue on an empty " + label(); });
-        Buffer &buffer = *queued_.front();
-        queued_.pop_front();
-        buffer.allocation->state = ascendc_emulator::Allocation::State::held;
-        core.learn(consumer_pipe<position>(), buffer.filled);
-        return view<T>(buffer);
-    }
-
-    template <class T>
-    void FreeTensor(LocalTensor<T> &tensor) {
-        using ascendc_emulator::Allocation;
-        ascendc_emulator::Core &core = ascendc_emulator::current_core();
-        Buffer &buffer = owner(core, tensor, "FreeTensor");
-        ascendc_emulator::require(buffer.allocation->state == Allocation::State::held, "queue-misuse",
-                                  [&] { return core.label() + ": FreeTensor of a tensor of " + label() + " that is not held"; });
-        buffer.allocation->state = Allocation::State::free;
-        buffer.released = core.snapshot(consumer_pipe<position>());
-    }
-
     // --- for TPipe ------------------------------------------------------------------------------------------
     void add(ascendc_emulator::Core &core, uint32_t offset, uint32_t bytes) {
         auto allocation = std::make_shared<ascendc_emulator::Allocation>();
@@ -108,36 +55,118 @@ public:
         allocation->owner = label();
         allocation->begin = offset;
         allocation->size = bytes;
-        buffers_.push_back({allocation, &memory_of(core, position), false, {}, {}});
+        buffers_.push_back({allocation, &memory_of(core, position_), false, {}, {}});
     }
-    static std::string label() { return std::string("a queue from ") + ascendc_emulator::pipe_name(producer_pipe<position>()) + " to " +
-                                        ascendc_emulator::pipe_name(consumer_pipe<position>()); }
-    static constexpr TPosition kPosition = position;
 
-private:
+protected:
+    using Allocated = std::shared_ptr<ascendc_emulator::Allocation>;
+
     struct Buffer {
-        std::shared_ptr<ascendc_emulator::Allocation> allocation;
+        Allocated allocation;
         ascendc_emulator::LocalMemory *memory;
         bool used;
         ascendc_emulator::Knowledge filled, released;
+
+        LocalView view() const { return LocalView(memory, allocation, allocation->begin, allocation->size); }
     };
 
-    template <class T>
-    LocalTensor<T> view(const Buffer &buffer) const {
-        return LocalTensor<T>(buffer.memory, buffer.allocation, buffer.allocation->begin, buffer.allocation->size);
+    Queue(TPosition position, pipe_t producer, pipe_t consumer, int32_t depth)
+        : position_(position), producer_(producer), consumer_(consumer), depth_(depth) {}
+
+    LocalView allocate() {
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        for (size_t step = 0; step < buffers_.size(); ++step) {  // in turn, so that two buffers do overlap
+            Buffer &buffer = buffers_[(next_ + step) % buffers_.size()];
+            if (buffer.allocation->state != ascendc_emulator::Allocation::State::free) continue;
+            next_ = (next_ + step + 1) % buffers_.size();
+            buffer.allocation->state = ascendc_emulator::Allocation::State::held;
+            if (buffer.used) core.learn(producer_, buffer.released);
+            buffer.used = true;
+            return buffer.view();
+        }
+        throw ascendc_emulator::Fault("queue-misuse", core.label() + ": AllocTensor on " + label() + " finds no free buffer of " +
+                                                          std::to_string(buffers_.size()) + "; the hardware would wait for ever");
     }
 
-    template <class T>
-    Buffer &owner(const ascendc_emulator::Core &core, const LocalTensor<T> &tensor, const char *step) {
+    void enqueue(const Allocated &allocation) {
+        using ascendc_emulator::Allocation;
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        Buffer &buffer = owner(core, allocation, "EnQue");
+        ascendc_emulator::require(buffer.allocation->state == Allocation::State::held, "queue-misuse",
+                                  [&] { return core.label() + ": EnQue of a tensor of " + label() + " that is not held"; });
+        ascendc_emulator::require(static_cast<int32_t>(queued_.size()) < depth_, "queue-misuse", [&] {
+            return core.label() + ": EnQue on " + label() + " beyond its depth of " + std::to_string(depth_);
+        });
+        buffer.allocation->state = Allocation::State::queued;
+        buffer.filled = core.snapshot(producer_);
+        queued_.push_back(&buffer);
+    }
+
+    LocalView dequeue() {
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        ascendc_emulator::require(!queued_.empty(), "queue-misuse", [&] { return core.label() + ": DeQue on an empty " + label(); });
+        Buffer &buffer = *queued_.front();
+        queued_.pop_front();
+        buffer.allocation->state = ascendc_emulator::Allocation::State::held;
+        core.learn(consumer_, buffer.filled);
+        return buffer.view();
+    }
+
+    void release(const Allocated &allocation) {
+        using ascendc_emulator::Allocation;
+        ascendc_emulator::Core &core = ascendc_emulator::current_core();
+        Buffer &buffer = owner(core, allocation, "FreeTensor");
+        ascendc_emulator::require(buffer.allocation->state == Allocation::State::held, "queue-misuse",
+                                  [&] { return core.label() + ": FreeTensor of a tensor of " + label() + " that is not held"; });
+        buffer.allocation->state = Allocation::State::free;
+        buffer.released = core.snapshot(consumer_);
+    }
+
+private:
+    std::string label() const {
+        return std::string("a queue from ") + ascendc_emulator::pipe_name(producer_) + " to " + ascendc_emulator::pipe_name(consumer_);
+    }
+
+    Buffer &owner(const ascendc_emulator::Core &core, const Allocated &allocation, const char *step) {
         for (Buffer &buffer : buffers_) {
-            if (buffer.allocation == tensor.allocation()) return buffer;
+            if (buffer.allocation == allocation) return buffer;
         }
         throw ascendc_emulator::Fault("queue-misuse", core.label() + ": " + step + " of a tensor that is not of " + label());
     }
 
+    TPosition position_;
+    pipe_t producer_, consumer_;
+    int32_t depth_;
     std::deque<Buffer> buffers_;
     size_t next_ = 0;
     std::deque<Buffer *> queued_;
+};
+
+template <TPosition position, int32_t depth, auto mask = 0>
+class TQue : public Queue {
+public:
+    TQue() : Queue(position, producer_pipe<position>(), consumer_pipe<position>(), depth) {}
+
+    template <class T>
+    LocalTensor<T> AllocTensor() {
+        return LocalTensor<T>(allocate());
+    }
+
+    template <class T>
+    bool EnQue(const LocalTensor<T> &tensor) {
+        enqueue(tensor.allocation());
+        return true;
+    }
+
+    template <class T>
+    LocalTensor<T> DeQue() {
+        return LocalTensor<T>(dequeue());
+    }
+
+    template <class T>
+    void FreeTensor(LocalTensor<T> &tensor) {
+        release(tensor.allocation());
+    }
 };
 
 template <TPosition position = TPosition::VECCALC>
@@ -145,7 +174,7 @@ class TBuf {
 public:
     template <class T>
     LocalTensor<T> Get() const {
-        return LocalTensor<T>(memory_, allocation_, allocation_->begin, allocation_->size);
+        return LocalTensor<T>(LocalView(memory_, allocation_, allocation_->begin, allocation_->size));
     }
 
     void add(ascendc_emulator::Core &core, uint32_t offset, uint32_t bytes) {
@@ -155,7 +184,6 @@ public:
         allocation_->begin = offset;
         allocation_->size = bytes;
     }
-    static constexpr TPosition kPosition = position;
 
 private:
     ascendc_emulator::LocalMemory *memory_ = nullptr;
@@ -237,11 +265,10 @@ private:
         bytes = (bytes + kBlockBytes - 1) / kBlockBytes * kBlockBytes;
         std::string name = memory.name + "-overflow";
         for (char &c : name) c = static_cast<char>(c >= 'A' && c <= 'Z' ? c + ('a' - 'A') : c);
-        require(memory.used + bytes <= memory.capacity, name.c_str(),
-                [&] {
-                    return core.label() + ": a buffer of " + text(bytes) + " bytes on top of " + text(memory.used) + " does not fit into the " +
-                           text(memory.capacity) + " bytes of " + memory.name + " of " + core.chip.name;
-                });
+        require(memory.used + bytes <= memory.capacity, name.c_str(), [&] {
+            return core.label() + ": a buffer of " + text(bytes) + " bytes on top of " + text(memory.used) + " does not fit into the " +
+                   text(memory.capacity) + " bytes of " + memory.name + " of " + core.chip.name;
+        });
         const uint32_t offset = memory.used;
         memory.used += bytes;
         return offset;
@@ -258,11 +285,10 @@ private:
         int &events = events_[{from, to}];
         events += count;
         const int kept = kept_events(core, from, to);
-        require(events + kept <= kEventIds, "flag-misuse",
-                [&] {
-                    return core.label() + ": " + std::to_string(events) + " events from " + pipe_name(from) + " to " + pipe_name(to) + " beside " +
-                           std::to_string(kept) + " that the pipe keeps for itself, and there are 8";
-                });
+        require(events + kept <= kEventIds, "flag-misuse", [&] {
+            return core.label() + ": " + std::to_string(events) + " events from " + pipe_name(from) + " to " + pipe_name(to) + " beside " +
+                   std::to_string(kept) + " that the pipe keeps for itself, and there are 8";
+        });
     }
 
     std::map<std::pair<int, int>, int> events_;

@@ -42,10 +42,9 @@ inline void SetFlag(int32_t id) {
     using namespace ascendc_emulator;
     Core &core = current_core();
     require(id >= 0 && id < kEventIds, "flag-misuse", [&] { return core.label() + " sets an event out of 0..7"; });
-    require(id < kFreeEventIds || core.allocated_events[{static_cast<int>(event), id}], "flag-misuse",
-            [&] {
-                return core.label() + " sets event " + text(static_cast<uint64_t>(id)) + ", which AllocEventID did not give; 6 and 7 are reserved";
-            });
+    require(id < kFreeEventIds || core.allocated_events[{static_cast<int>(event), id}], "flag-misuse", [&] {
+        return core.label() + " sets event " + text(static_cast<uint64_t>(id)) + ", which AllocEventID did not give; 6 and 7 are reserved";
+    });
     auto &queue = core.events[{static_cast<int>(event), id}];
     require(queue.empty(), "flag-misuse",
             [&] { return core.label() + " sets an event that nothing has waited for since it was last set"; });

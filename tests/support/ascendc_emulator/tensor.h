@@ -42,9 +42,10 @@ public:
     std::pair<T *, ascendc_emulator::GlobalBuffer *> touch(ascendc_emulator::Core &core, uint64_t offset, uint64_t count,
                                                            ascendc_emulator::Direction how) const {
         using namespace ascendc_emulator;
-        require(offset + count <= count_, "gm-out-of-range",
-                [&] { return core.where() + " touches elements " + text(offset) + ".." + text(offset + count) +
-                    " of a GlobalTensor that was given " + text(count_); });
+        require(offset + count <= count_, "gm-out-of-range", [&] {
+            return core.where() + " touches elements " + text(offset) + ".." + text(offset + count) +
+                   " of a GlobalTensor that was given " + text(count_);
+        });
         GlobalBuffer &buffer = core.machine.touch(core, reinterpret_cast<const uint8_t *>(base_ + offset), count * sizeof(T), how);
         return {base_ + offset, &buffer};
     }
@@ -54,26 +55,67 @@ private:
     uint64_t count_ = 0;
 };
 
+// Bytes of a buffer in the memory of a core, and the check of every access to them: compiled once for all types.
+class LocalView {
+public:
+    LocalView() = default;
+    LocalView(ascendc_emulator::LocalMemory *memory, std::shared_ptr<ascendc_emulator::Allocation> allocation, uint32_t offset,
+              uint32_t bytes)
+        : memory_(memory), allocation_(std::move(allocation)), offset_(offset), bytes_(bytes) {}
+
+    uint8_t *at(ascendc_emulator::Core &core, uint32_t byte, uint32_t length, ascendc_emulator::Direction how,
+                bool needs_data = true) const {
+        ascendc_emulator::require(memory_ != nullptr, "local-out-of-range",
+                                  [&] { return core.where() + " uses a tensor without a buffer"; });
+        return core.touch(*memory_, *allocation_, offset_ + byte, length, how, needs_data);
+    }
+    bool initialised(uint32_t byte) const { return memory_->blocks[(offset_ + byte) / ascendc_emulator::kBlockBytes].initialised; }
+    void forget(uint32_t byte) const { memory_->blocks[(offset_ + byte) / ascendc_emulator::kBlockBytes].initialised = false; }
+    uint32_t offset() const { return offset_; }
+    const ascendc_emulator::LocalMemory *memory() const { return memory_; }
+    const std::shared_ptr<ascendc_emulator::Allocation> &allocation() const { return allocation_; }
+
+    void require_aligned(const ascendc_emulator::Core &core, uint32_t alignment = ascendc_emulator::kBlockBytes) const {
+        ascendc_emulator::require(offset_ % alignment == 0, "misaligned", [&] {
+            return core.where() + ": a local address of " + std::to_string(offset_) + " is not a multiple of " +
+                   std::to_string(alignment) + " bytes";
+        });
+    }
+    void require_in(const ascendc_emulator::Core &core, const ascendc_emulator::LocalMemory &memory) const {
+        ascendc_emulator::require(memory_ == &memory, "wrong-memory", [&] {
+            return core.where() + " needs a tensor in " + memory.name + ", got one in " + (memory_ ? memory_->name : "no memory");
+        });
+    }
+
+protected:
+    LocalView behind(uint32_t element, uint32_t size) const {
+        const uint64_t skip = static_cast<uint64_t>(element) * size;
+        ascendc_emulator::require(skip <= bytes_, "local-out-of-range", [&] {
+            return "element " + std::to_string(element) + " of a tensor of " + std::to_string(bytes_ / size);
+        });
+        return LocalView(memory_, allocation_, offset_ + static_cast<uint32_t>(skip), bytes_ - static_cast<uint32_t>(skip));
+    }
+
+    ascendc_emulator::LocalMemory *memory_ = nullptr;
+    std::shared_ptr<ascendc_emulator::Allocation> allocation_;
+    uint32_t offset_ = 0, bytes_ = 0;
+};
+
 template <class T>
-class LocalTensor {
+class LocalTensor : public LocalView {
 public:
     using PrimType = T;
 
     LocalTensor() = default;
-    LocalTensor(ascendc_emulator::LocalMemory *memory, std::shared_ptr<ascendc_emulator::Allocation> allocation,
-                uint32_t offset, uint32_t bytes)
-        : memory_(memory), allocation_(std::move(allocation)), offset_(offset), bytes_(bytes) {}
+    explicit LocalTensor(LocalView view) : LocalView(std::move(view)) {}
+    template <class U>
+    explicit LocalTensor(const LocalTensor<U> &) = delete;  // that is ReinterpretCast's
 
-    LocalTensor operator[](uint32_t element) const {
-        const uint64_t skip = static_cast<uint64_t>(element) * sizeof(T);
-        ascendc_emulator::require(skip <= bytes_, "local-out-of-range",
-                                  [&] { return "element " + std::to_string(element) + " of a tensor of " + std::to_string(GetSize()); });
-        return LocalTensor(memory_, allocation_, offset_ + static_cast<uint32_t>(skip), bytes_ - static_cast<uint32_t>(skip));
-    }
+    LocalTensor operator[](uint32_t element) const { return LocalTensor(behind(element, sizeof(T))); }
 
     template <class U>
     LocalTensor<U> ReinterpretCast() const {
-        return LocalTensor<U>(memory_, allocation_, offset_, bytes_);
+        return LocalTensor<U>(static_cast<const LocalView &>(*this));
     }
 
     uint32_t GetSize() const { return bytes_ / static_cast<uint32_t>(sizeof(T)); }
@@ -95,35 +137,6 @@ public:
         require_aligned(core, sizeof(T));
         std::memcpy(at(core, element * static_cast<uint32_t>(sizeof(T)), sizeof(T), Direction::write), &value, sizeof(T));
     }
-
-    // --- for the emulator -----------------------------------------------------------------------------------
-    uint8_t *at(ascendc_emulator::Core &core, uint32_t byte, uint32_t length, ascendc_emulator::Direction how,
-                bool needs_data = true) const {
-        ascendc_emulator::require(memory_ != nullptr, "local-out-of-range",
-                                  [&] { return core.where() + " uses a tensor without a buffer"; });
-        return core.touch(*memory_, *allocation_, offset_ + byte, length, how, needs_data);
-    }
-    bool initialised(uint32_t byte) const { return memory_->blocks[(offset_ + byte) / ascendc_emulator::kBlockBytes].initialised; }
-    void forget(uint32_t byte) const { memory_->blocks[(offset_ + byte) / ascendc_emulator::kBlockBytes].initialised = false; }
-    uint32_t offset() const { return offset_; }
-    const ascendc_emulator::LocalMemory *memory() const { return memory_; }
-    const std::shared_ptr<ascendc_emulator::Allocation> &allocation() const { return allocation_; }
-
-    void require_aligned(const ascendc_emulator::Core &core, uint32_t alignment = ascendc_emulator::kBlockBytes) const {
-        ascendc_emulator::require(offset_ % alignment == 0, "misaligned",
-                                  [&] { return core.where() + ": a local address of " + std::to_string(offset_) + " is not a multiple of " +
-                                      std::to_string(alignment) + " bytes"; });
-    }
-    void require_in(const ascendc_emulator::Core &core, const ascendc_emulator::LocalMemory &memory) const {
-        ascendc_emulator::require(memory_ == &memory, "wrong-memory",
-                                  [&] { return core.where() + " needs a tensor in " + memory.name + ", got one in " +
-                                      (memory_ ? memory_->name : "no memory"); });
-    }
-
-private:
-    ascendc_emulator::LocalMemory *memory_ = nullptr;
-    std::shared_ptr<ascendc_emulator::Allocation> allocation_;
-    uint32_t offset_ = 0, bytes_ = 0;
 };
 
 }  // namespace AscendC
