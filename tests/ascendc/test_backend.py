@@ -116,7 +116,7 @@ PREFILLS = ((65, (256,), 512), (65, (130, 62), 300), (512, (72, 40), 260))
 
 
 @pytest.mark.parametrize(
-    ("m", "widths", "k", "dtype", "activation"), with_dtypes_and_activations(PREFILLS, whole=PREFILLS[1:2])
+    ("m", "widths", "k", "dtype", "activation"), with_dtypes_and_activations(PREFILLS, whole=PREFILLS)
 )
 def test_more_rows_than_the_fused_kernel_takes_go_through_the_scratch(
     on_cpu: Emulator, m: int, widths: tuple[int, ...], k: int, dtype: torch.dtype, activation: Activation
