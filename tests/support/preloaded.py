@@ -37,21 +37,7 @@ VLLM = (
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.worker.cpu_model_runner",
-    # Whichever quantization a model has, vLLM looks at all of them.
-    *(
-        f"vllm.model_executor.layers.quantization.{name}"
-        for name in (
-            "auto_awq",
-            "auto_gptq",
-            "compressed_tensors.compressed_tensors",
-            "fp8",
-            "fp_quant",
-            "humming",
-            "modelopt",
-            "moe_wna16",
-            "quark.quark",
-        )
-    ),
+    "tests.support.vllm_quantizations",
 )
 
 
