@@ -56,8 +56,9 @@ def test_a_killed_process_is_reported_and_a_restart_serves_again(
     server = start(folder, *ASCEND, EAGER)
     before = answer(server)
     processes = family(server.process.pid)
-    running = Background(server)
-    os.kill(named(server.process.pid, victim).pid, signal.SIGKILL)
+    running, pid = Background(server), named(server.process.pid, victim).pid
+    running.hold(pid)
+    os.kill(pid, signal.SIGKILL)
     killed = time.monotonic()
     health, after = reported_by(server), time.monotonic() - killed
     failures = running.failures()
@@ -123,7 +124,7 @@ class Background:
         self._outcomes: list[Outcome] = []
         requests = [Request("stream", f"Notes of day {day}.", 900) for day in range(80)]
         self._thread = threading.Thread(
-            target=lambda: self._outcomes.extend(run_load(server.url, server.model, requests, concurrency=4)),
+            target=lambda: run_load(server.url, server.model, requests, concurrency=4, each=self._outcomes.append),
             daemon=True,
         )
         self._thread.start()
@@ -131,6 +132,18 @@ class Background:
         while requests_held(server.url) < 2:
             assert time.monotonic() < deadline, "no requests arrived"
             time.sleep(0.02)
+
+    def hold(self, pid: int) -> None:
+        """Stop a process without which no request ends, and wait until every client waits for it.
+
+        The four clients' requests end together, and a busy machine takes long to send the next ones: a process that was
+        killed then had none.
+        """
+        os.kill(pid, signal.SIGSTOP)
+        ended = -1
+        while ended != len(self._outcomes):
+            ended = len(self._outcomes)
+            time.sleep(2)
 
     def failures(self) -> Counter[str]:
         """Why requests failed, each reason with its number; a request that hangs fails the test."""
