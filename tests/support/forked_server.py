@@ -1,8 +1,7 @@
 """`vllm` whose engine and ranks are forks: `python -m tests.support.forked_server serve MODEL ...`.
 
 Each of a server's three or more processes imports vLLM, which takes as long as all that most tests ask of it. Here the
-first one imports what all of them need, and none polls (`quiet_waits`). Tests of processes
-that are killed start `vllm`.
+first one imports what all of them need, and none polls (`quiet_waits`). Processes that are killed are of `vllm`.
 """
 
 from __future__ import annotations
