@@ -1,9 +1,10 @@
 // The kernels for AVX2, FMA and F16C: any x86-64 server since 2013.
 //
 // A few panels are taken together, chunk by chunk: a chunk of activations is widened to fp32 once for all of them, and
-// the memory has several places to read from. Few rows multiply a chunk as fp16, which F16C widens while it loads; more
-// rows share one that was widened before. The next chunk (with one row: the next quad) is decoded beside the products,
-// so that the memory is read all the time and decoding takes what the multiplier leaves.
+// the memory has several places to read from. A chunk is taken in strips, so that what is decoded of it leaves most of
+// L1 to the activations. A strip is decoded to fp16 while the one before it is multiplied (with one row: quad by quad),
+// so that the memory is read all the time and decoding takes what the multiplier leaves. F16C widens it while the first
+// rows load it; what was widened is kept for the others.
 #include <algorithm>
 #include <cstring>
 
@@ -14,21 +15,22 @@ namespace qwen3_fp8_ascend::cpu {
 namespace {
 
 constexpr std::int64_t kMaxRows = 256;
-constexpr std::int64_t kMaxRegisterRows = 5;
+constexpr std::int64_t kFewRows = 3;         // from four rows on, two groups of weights keep the multiplier busy
 constexpr std::int64_t kPanelsTogether = 4;  // as many as the gate or the up projection of an expert gives a task
 
-// Processors take a load to depend on a store before it whose address ends in the same 12 bits. While one chunk is read
+// Processors take a load to depend on a store before it whose address ends in the same 12 bits. While one strip is read
 // another is written at the same place: half of 4096 bytes apart, the store is long done.
-struct HalfChunk {
-  alignas(64) Decoded<std::uint16_t> weights;
+struct HalfStrip {
+  alignas(64) std::uint16_t numbers[strip_numbers(4)];
   std::uint8_t apart[2048];
 };
 
 struct Scratch {
   alignas(64) float x[kMaxRows][kChunk];  // one chunk of activations as fp32
   alignas(64) float sums[kPanelsTogether][kMaxRows][kPanelRows];
-  HalfChunk half[2];  // the chunk that is multiplied, and the next one
-  alignas(64) Decoded<float> numbers;
+  HalfStrip half[2];                                      // the strip that is multiplied, and the next one
+  alignas(64) float kept[strip_numbers(2)];               // that strip as fp32
+  alignas(64) std::uint16_t row[strip_numbers(kGroups)];  // a whole chunk, for one row
   DecodeMasks masks;
 };
 
@@ -81,24 +83,27 @@ void widen_activations(const Activation& x, const Walk& now, float (*out)[kChunk
   }
 }
 
-template <class Number>
-Operands<Number> operands(const Decoded<Number>& weights, const Walk& now, const Activation& x, Scratch& scratch) {
-  return {weights, now.quads(), scratch.x, x.scales_of(now.chunk(), 0), now.scale(), scratch.sums[now.panel()]};
+// Of the strip that begins with weight row `row` of the panel.
+Operands operands(const Walk& now, const Activation& x, Scratch& scratch, int row = 0) {
+  auto* sums = reinterpret_cast<float (*)[kPanelRows]>(&scratch.sums[now.panel()][0][row]);
+  return {now.quads(), scratch.x, x.scales_of(now.chunk(), 0), now.scale(), sums};
 }
 
-// All rows times one chunk, and `work` beside the first of them.
-template <class Work>
-void multiply_chunk(const Problem& problem, const Walk& now, const Decoded<std::uint16_t>& half, const Work& work,
-                    Scratch& scratch) {
-  const Activation& x = problem.activation;
-  if (problem.path == Path::registers) {
-    multiply_tile(operands(half, now, x, scratch), x.rows, work);
-    return;
+// All rows times one strip, and `work` beside the first of them.
+template <int Groups, class Work>
+void multiply_rows(const Operands& o, std::int64_t rows, const std::uint16_t* half, float* kept, const Work& work) {
+  if constexpr (Groups == 4) {
+    if (rows == 2) {
+      multiply_strip<2, 4>(o, Half{half}, work);
+    } else {
+      multiply_strip<3, 4>(o, Half{half}, work);
+    }
+  } else if (rows <= kTileRows) {
+    multiply_tile(o, rows, Half{half}, work);
+  } else {
+    std::int64_t row = multiply_tile(o, rows, HalfAndKeep{half, kept}, work);
+    while (row < rows) row += multiply_tile(o.from_row(row), rows - row, Kept{kept}, Nothing{});
   }
-  widen_weights(half, now.quads(), scratch.numbers);
-  const auto o = operands(scratch.numbers, now, x, scratch);
-  std::int64_t row = multiply_tile(o, x.rows, work);
-  while (row < x.rows) row += multiply_tile(o.from_row(row), x.rows - row, Nothing{});
 }
 
 void multiply_one(const Problem& problem, Walk now, Scratch& scratch) {
@@ -107,38 +112,48 @@ void multiply_one(const Problem& problem, Walk now, Scratch& scratch) {
   next.advance();
   for (; !now.ended(); now.advance()) {
     if (now.panel() == 0) widen_activations(problem.activation, now, scratch.x);
-    auto& half = scratch.half[0].weights;
-    const auto o = operands(half, now, problem.activation, scratch);
+    const Operands o = operands(now, problem.activation, scratch);
     const Prefetch prefetch{next.ended() ? now.codes() : next.codes()};
     if (now.has_nan()) {
-      multiply_row<true>(o, now.codes(), half, prefetch);
+      multiply_row<true>(o, now.codes(), scratch.row, prefetch);
     } else {
-      multiply_row<false>(o, now.codes(), half, prefetch);
+      multiply_row<false>(o, now.codes(), scratch.row, prefetch);
     }
     if (!next.ended()) next.advance();
   }
 }
 
+template <int Groups>
 void multiply_panels(const Problem& problem, Walk now, Scratch& scratch) {
+  constexpr int kStrips = kGroups / Groups;
+  static_assert(kStrips % 2 == 0, "a chunk's first strip is decoded into half[0]");
+  const Activation& x = problem.activation;
   if (now.ended()) return;
-  decode_chunk(now.codes(), now.quads(), now.has_nan(), scratch.half[0].weights);
+  decode_strip<Groups>(now.codes(), now.quads(), now.has_nan(), scratch.half[0].numbers);
   Walk next = now;
   next.advance();
   Walk later = next;
   if (!later.ended()) later.advance();
-  for (int current = 0; !now.ended(); current = 1 - current) {
-    if (now.panel() == 0) widen_activations(problem.activation, now, scratch.x);
-    const auto& half = scratch.half[current].weights;
-    auto& out = scratch.half[1 - current].weights;
+  for (; !now.ended(); now.advance()) {
+    if (now.panel() == 0) widen_activations(x, now, scratch.x);
     // Where nothing comes later, codes that are in the cache.
-    const Prefetch prefetch{later.ended() ? now.codes() : later.codes()};
-    if (!next.ended() && !next.has_nan() && next.quads() == now.quads()) {
-      multiply_chunk(problem, now, half, DecodeNext{next.codes(), out, scratch.masks, prefetch}, scratch);
-    } else {
-      multiply_chunk(problem, now, half, prefetch, scratch);
-      if (!next.ended()) decode_chunk(next.codes(), next.quads(), next.has_nan(), out);
+    const std::uint8_t* ahead = later.ended() ? now.codes() : later.codes();
+    for (int strip = 0; strip < kStrips; ++strip) {
+      const Operands o = operands(now, x, scratch, strip * Groups * kGroupRows);
+      const std::uint16_t* half = scratch.half[strip % 2].numbers;
+      std::uint16_t* out = scratch.half[1 - strip % 2].numbers;
+      const bool last = strip + 1 == kStrips;
+      const Walk& source = last ? next : now;  // of the strip after this one
+      const Prefetch prefetch{ahead + strip * (Groups * kGroupBytes * kChunk / 4)};
+      const std::uint8_t* codes =
+          source.ended() ? nullptr : source.codes() + (last ? 0 : strip + 1) * Groups * kGroupBytes;
+      if (codes != nullptr && !source.has_nan() && source.quads() == now.quads()) {
+        multiply_rows<Groups>(o, x.rows, half, scratch.kept, DecodeNext{codes, out, &scratch.masks, prefetch});
+      } else {
+        multiply_rows<Groups>(o, x.rows, half, scratch.kept, prefetch);
+        if (codes != nullptr) decode_strip<Groups>(codes, source.quads(), source.has_nan(), out);
+      }
     }
-    now.advance();
     if (!next.ended()) next.advance();
     if (!later.ended()) later.advance();
   }
@@ -156,8 +171,10 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
     const Walk start(problem.weight, first, panels);
     if (x.rows == 1) {
       multiply_one(problem, start, scratch);
+    } else if (x.rows <= kFewRows) {
+      multiply_panels<4>(problem, start, scratch);
     } else {
-      multiply_panels(problem, start, scratch);
+      multiply_panels<2>(problem, start, scratch);
     }
     for (std::int64_t p = 0; p < panels; ++p) {
       store_panel(problem, first + p, scratch.sums[p][0], kPanelRows, 0, x.rows);
@@ -172,7 +189,7 @@ constexpr Kernels kAvx2Kernels = [] {
   kernels.linear = linear;
   kernels.scratch_bytes = sizeof(Scratch);
   kernels.max_rows = kMaxRows;
-  kernels.register_rows = kMaxRegisterRows;
+  kernels.register_rows = kFewRows;
   kernels.paths_agree = true;
   kernels.multiply_add = multiply_add;
   return kernels;

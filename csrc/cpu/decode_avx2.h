@@ -15,11 +15,11 @@ constexpr float kDecodeFactor = 256.0f;  // undoes the 2^-8 of the decoded numbe
 constexpr int kGroupRows = 4;
 constexpr int kGroups = kPanelRows / kGroupRows;
 constexpr int kGroupBytes = 4 * kGroupRows;  // of a quad
-constexpr int kPairs = kChunk / 2;
 
-// Decoded numbers of a chunk, as fp16 bits or as fp32: [pair of k][group][weight row, k within the pair].
-template <class Number>
-using Decoded = Number[kPairs][kGroups][2 * kGroupRows];
+// A chunk of a panel is decoded in strips of two, four or all groups, as fp16 bits or as fp32:
+// [pair of k][group of the strip][weight row, k within the pair].
+constexpr int kGroupNumbers = 2 * kGroupRows;
+constexpr int strip_numbers(int groups) { return kChunk / 2 * groups * kGroupNumbers; }
 
 // Constants of the decoder. Where registers are short they are kept in memory, and read there each time: as constants
 // the compiler would hold them in registers, and spill sums for it.
@@ -44,8 +44,9 @@ inline __m256i restore_nan(__m256i half) {
 
 // 32 codes of a quad.
 template <bool HasNan>
-inline TwoGroups decode(const std::uint8_t* codes, const DecodeMasks& masks) {
-  const __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+[[gnu::always_inline]] inline TwoGroups decode(const std::uint8_t* codes, const DecodeMasks& masks) {
+  __m256i code = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+  asm("" : "+x"(code));  // g++ would load it twice
   // An arithmetic shift doubles the sign; the mask clears its copy and what is left of the neighbouring byte. Even
   // bytes are moved by a shuffle, which is done elsewhere than shifts, conversions and multiplications.
   const __m256i even = _mm256_srai_epi16(_mm256_shuffle_epi8(code, masks.to_top), 1);
@@ -55,52 +56,39 @@ inline TwoGroups decode(const std::uint8_t* codes, const DecodeMasks& masks) {
   return half;
 }
 
-// Stores a part of a quad: two groups of `out[0]` (k, k + 1) and of `out[1]`.
-inline void store_groups(const TwoGroups& half, int group, std::uint16_t (*out)[kGroups][2 * kGroupRows]) {
-  _mm256_store_si256(reinterpret_cast<__m256i*>(out[0][group]), half.pair0);
-  _mm256_store_si256(reinterpret_cast<__m256i*>(out[1][group]), half.pair1);
-}
-
-// A group's numbers as fp32.
-inline __m256 load_group(const std::uint16_t* half) {
-  return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(half)));
-}
-
-inline __m256 load_group(const float* numbers) { return _mm256_load_ps(numbers); }
-
-// A quad, as two pairs of k.
-template <bool HasNan>
-inline void decode_quad(const std::uint8_t* codes, const DecodeMasks& masks,
-                        std::uint16_t (*out)[kGroups][2 * kGroupRows]) {
+// A quad's part of a strip, as two pairs of k.
+template <bool HasNan, int Groups>
+[[gnu::always_inline]] inline void decode_quad(const std::uint8_t* codes, const DecodeMasks& masks,
+                                               std::uint16_t* out) {
 #pragma GCC unroll 4
-  for (int group = 0; group < kGroups; group += 2) {
-    store_groups(decode<HasNan>(codes + group * kGroupBytes, masks), group, out);
+  for (int group = 0; group < Groups; group += 2) {
+    const TwoGroups half = decode<HasNan>(codes + group * kGroupBytes, masks);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out + group * kGroupNumbers), half.pair0);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out + (Groups + group) * kGroupNumbers), half.pair1);
   }
 }
 
-template <bool HasNan>
-void decode_quads(const std::uint8_t* codes, std::int64_t quads, Decoded<std::uint16_t>& out) {
+template <bool HasNan, int Groups>
+void decode_quads(const std::uint8_t* codes, std::int64_t quads, std::uint16_t* out) {
   const DecodeMasks masks;
   for (std::int64_t quad = 0; quad < quads; ++quad) {
-    decode_quad<HasNan>(codes + quad * kQuadBytes, masks, out + 2 * quad);
+    decode_quad<HasNan, Groups>(codes + quad * kQuadBytes, masks, out + quad * (2 * Groups * kGroupNumbers));
   }
 }
 
-// A whole chunk.
-inline void decode_chunk(const std::uint8_t* codes, std::int64_t quads, bool has_nan, Decoded<std::uint16_t>& out) {
+// A whole strip.
+template <int Groups>
+void decode_strip(const std::uint8_t* codes, std::int64_t quads, bool has_nan, std::uint16_t* out) {
   if (has_nan) {
-    decode_quads<true>(codes, quads, out);
+    decode_quads<true, Groups>(codes, quads, out);
   } else {
-    decode_quads<false>(codes, quads, out);
+    decode_quads<false, Groups>(codes, quads, out);
   }
 }
 
-// Conversions from memory take one operation where those from registers take two and a move.
-inline void widen_weights(const Decoded<std::uint16_t>& half, std::int64_t quads, Decoded<float>& out) {
-  for (std::int64_t pair = 0; pair < 2 * quads; ++pair) {
-#pragma GCC unroll 8
-    for (int group = 0; group < kGroups; ++group) _mm256_store_ps(out[pair][group], load_group(half[pair][group]));
-  }
+// A group's numbers as fp32. Conversions from memory take one operation where those from registers take two or more.
+[[gnu::always_inline]] inline __m256 load_group(const std::uint16_t* half) {
+  return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(half)));
 }
 
 }  // namespace

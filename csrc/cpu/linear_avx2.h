@@ -1,8 +1,14 @@
-// Products with a decoded chunk in AVX2.
+// Products with a decoded strip in AVX2.
 //
 // x is repeated in pairs to match a group of weights; each output is one chain of multiply-adds for even k and one for
 // odd k, added at the end of a chunk. So a row's bits depend on no other row, and not on how many there are.
+//
+// Where another program uses the same core's units, it is the number of instructions that decides, not that of the
+// multiply-adds. The loops are written for few of them beside: all that a turn needs is addressed from two counters,
+// and nothing is read from the stack or through a pointer that a store could change.
 #pragma once
+
+#include <type_traits>
 
 #include "decode_avx2.h"
 
@@ -27,162 +33,220 @@ inline __m256 add_pairs(__m256 a, __m256 b) {
   return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sums), _MM_SHUFFLE(3, 1, 2, 0)));
 }
 
-// A decoded chunk of a panel, and what it is multiplied with and added to.
-template <class Number>
+// What a strip is multiplied with and added to.
 struct Operands {
-  const Number (*weights)[kGroups][2 * kGroupRows];
   std::int64_t quads;
   const float (*x)[kChunk];
   const float* x_scale;
   float w_scale;
-  float (*sums)[kPanelRows];
+  float (*sums)[kPanelRows];  // from the strip's first weight row on
 
-  Operands from_row(std::int64_t row) const { return {weights, quads, x + row, x_scale + row, w_scale, sums + row}; }
+  Operands from_row(std::int64_t row) const { return {quads, x + row, x_scale + row, w_scale, sums + row}; }
 };
 
-// What is done beside the products of a part of the panel, quad by quad, so that it takes none of their time:
+// Where a loop over quads is, in bytes: of a row of activations, and of a strip as fp16.
+struct Place {
+  static constexpr std::int64_t kStepX = 4 * sizeof(float);
+
+  std::int64_t x = 0;
+  std::int64_t half = 0;
+
+  template <int Groups>
+  [[gnu::always_inline]] void advance() {
+    x += kStepX;
+    half += 2 * Groups * kGroupNumbers * static_cast<std::int64_t>(sizeof(std::uint16_t));
+    asm("" : "+r"(x), "+r"(half));  // g++ would replace them by a pointer for each operand
+  }
+};
+
+template <class T>
+[[gnu::always_inline]] inline T* at_byte(T* first, std::int64_t offset) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + offset);
+}
+
+// What is done beside the products of a strip, quad by quad, so that it takes none of their time:
 // nothing, prefetching, or decoding. Inlined always: g++ drops calls of a function that does nothing but prefetch.
 struct Nothing {
   template <int Groups>
-  [[gnu::always_inline]] void beside(int, std::int64_t) const {}
+  [[gnu::always_inline]] void beside(const Place&) const {}
 };
 
-// Codes that will be wanted soon: a chunk's, in equal parts.
+// Codes that will be wanted soon: as many as a strip has, in the order of memory.
 struct Prefetch {
   const std::uint8_t* codes;
 
   template <int Groups>
-  [[gnu::always_inline]] void beside(int group, std::int64_t quad) const {
-    const std::uint8_t* part = codes + group * (kGroupBytes * kChunk / 4) + quad * (kGroupBytes * Groups);
+  [[gnu::always_inline]] void beside(const Place& place) const {
+    constexpr int kPart = Groups * kGroupBytes;
+    const std::uint8_t* part = codes + place.x * (kPart / Place::kStepX);
 #pragma GCC unroll 2
-    for (int at = 0; at < kGroupBytes * Groups; at += kLine) prefetch(part + at);
+    for (int at = 0; at < kPart; at += kLine) prefetch(part + at);
   }
 };
 
-// The next chunk to multiply, which has as many quads and no NaN, and prefetching of the one after it.
+// The next strip to multiply, which has as many quads and no NaN, and prefetching of a later one.
 struct DecodeNext {
   const std::uint8_t* codes;
-  std::uint16_t (*out)[kGroups][2 * kGroupRows];
-  const DecodeMasks& masks;
+  std::uint16_t* out;
+  const DecodeMasks* masks;
   Prefetch later;
 
   template <int Groups>
-  [[gnu::always_inline]] void beside(int group, std::int64_t quad) const {
-    later.beside<Groups>(group, quad);
-#pragma GCC unroll 4
-    for (int g = group; g < group + Groups; g += 2) {
-      store_groups(decode<false>(codes + quad * kQuadBytes + g * kGroupBytes, masks), g, out + 2 * quad);
-    }
+  [[gnu::always_inline]] void beside(const Place& place) const {
+    later.beside<Groups>(place);
+    decode_quad<false, Groups>(codes + place.x * (kQuadBytes / Place::kStepX), *masks, at_byte(out, place.half));
   }
 };
 
-// One pair of k: whichever is less, activations or weights, is kept in registers.
-template <int Rows, int Groups, class Number>
-void multiply_pair(const Number (*weights)[2 * kGroupRows], const float (*x)[kChunk], std::int64_t k,
-                   __m256 (&partial)[Rows][Groups]) {
+// Where weights come from: a strip as fp16, which is widened while it is loaded; the same, and what was widened is kept
+// for other rows; what was kept.
+struct Half {
+  const std::uint16_t* strip;
+
+  [[gnu::always_inline]] __m256 load(const Place& place, int group) const {
+    return load_group(at_byte(strip, place.half) + group * kGroupNumbers);
+  }
+};
+
+struct HalfAndKeep {
+  const std::uint16_t* strip;
+  float* kept;
+
+  [[gnu::always_inline]] __m256 load(const Place& place, int group) const {
+    const __m256 w = load_group(at_byte(strip, place.half) + group * kGroupNumbers);
+    _mm256_store_ps(at_byte(kept, 2 * place.half) + group * kGroupNumbers, w);
+    return w;
+  }
+};
+
+struct Kept {
+  const float* strip;
+
+  [[gnu::always_inline]] __m256 load(const Place& place, int group) const {
+    return _mm256_load_ps(at_byte(strip, 2 * place.half) + group * kGroupNumbers);
+  }
+};
+
+// One pair of k, the first or the second of a quad: whichever is less, activations or weights, is kept in registers.
+template <int Pair, int Rows, int Groups, class Weights>
+[[gnu::always_inline]] inline void multiply_pair(const Weights& weights, const float* x, const Place& place,
+                                                 __m256 (&partial)[Rows][Groups]) {
+  const float* pair = at_byte(x, place.x) + 2 * Pair;
   if constexpr (Rows <= Groups) {
     __m256 value[Rows];
 #pragma GCC unroll 6
-    for (int r = 0; r < Rows; ++r) value[r] = repeat_pair(x[r] + k);
+    for (int r = 0; r < Rows; ++r) value[r] = repeat_pair(pair + r * kChunk);
 #pragma GCC unroll 8
     for (int g = 0; g < Groups; ++g) {
-      const __m256 w = load_group(weights[g]);
+      const __m256 w = weights.load(place, Pair * Groups + g);
 #pragma GCC unroll 6
       for (int r = 0; r < Rows; ++r) partial[r][g] = _mm256_fmadd_ps(w, value[r], partial[r][g]);
     }
   } else {
     __m256 w[Groups];
 #pragma GCC unroll 8
-    for (int g = 0; g < Groups; ++g) w[g] = load_group(weights[g]);
+    for (int g = 0; g < Groups; ++g) w[g] = weights.load(place, Pair * Groups + g);
 #pragma GCC unroll 6
     for (int r = 0; r < Rows; ++r) {
-      const __m256 value = repeat_pair(x[r] + k);
+      const __m256 value = repeat_pair(pair + r * kChunk);
 #pragma GCC unroll 8
       for (int g = 0; g < Groups; ++g) partial[r][g] = _mm256_fmadd_ps(w[g], value, partial[r][g]);
     }
   }
 }
 
-// sum += (partial * 2^8) * x_scale * w_scale for two groups.
-inline void scale_and_add(__m256 a, __m256 b, float x_scale, float w_scale, float* sum) {
-  const __m256 exact = _mm256_mul_ps(add_pairs(a, b), _mm256_set1_ps(kDecodeFactor));
-  const __m256 scaled = _mm256_mul_ps(exact, _mm256_set1_ps(x_scale));
-  _mm256_store_ps(sum, _mm256_fmadd_ps(scaled, _mm256_set1_ps(w_scale), _mm256_load_ps(sum)));
+// sum += (partial * 2^8) * x_scale * w_scale.
+template <int Rows, int Groups>
+[[gnu::always_inline]] inline void scale_and_add(const __m256 (&partial)[Rows][Groups], const Operands& o) {
+  const __m256 w_scale = _mm256_set1_ps(o.w_scale);
+  const float* x_scale = o.x_scale;
+  float* sums = o.sums[0];
+#pragma GCC unroll 6
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int g = 0; g < Groups; g += 2) {
+      const __m256 sum_of_pairs = add_pairs(partial[r][g], partial[r][g + 1]);
+      const __m256 exact = _mm256_mul_ps(sum_of_pairs, _mm256_set1_ps(kDecodeFactor));
+      const __m256 scaled = _mm256_mul_ps(exact, _mm256_set1_ps(x_scale[r]));
+      float* sum = sums + r * kPanelRows + g * kGroupRows;
+      _mm256_store_ps(sum, _mm256_fmadd_ps(scaled, w_scale, _mm256_load_ps(sum)));
+    }
+  }
 }
 
-// `Rows` rows times `Groups` groups from `group` on, scaled and added to the sums.
-template <int Rows, int Groups, class Number, class Work>
-void multiply_groups(const Operands<Number>& o, int group, const Work& work) {
-  __m256 partial[Rows][Groups];
+template <int Rows, int Groups>
+[[gnu::always_inline]] inline void clear(__m256 (&partial)[Rows][Groups]) {
 #pragma GCC unroll 6
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
     for (int g = 0; g < Groups; ++g) partial[r][g] = _mm256_setzero_ps();
   }
-  for (std::int64_t quad = 0; quad < o.quads; ++quad) {
-    work.template beside<Groups>(group, quad);
-    multiply_pair<Rows, Groups>(o.weights[2 * quad] + group, o.x, 4 * quad, partial);
-    multiply_pair<Rows, Groups>(o.weights[2 * quad + 1] + group, o.x, 4 * quad + 2, partial);
-  }
-#pragma GCC unroll 6
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 4
-    for (int g = 0; g < Groups; g += 2) {
-      float* sum = o.sums[r] + (group + g) * kGroupRows;
-      scale_and_add(partial[r][g], partial[r][g + 1], o.x_scale[r], o.w_scale, sum);
-    }
-  }
 }
 
-// `Rows` rows times the whole panel, by as many groups as registers hold sums for.
-template <int Rows, class Number, class Work>
-void multiply_panel(const Operands<Number>& o, const Work& work) {
-  constexpr int kAtOnce = Rows == 1 ? 8 : Rows <= 3 ? 4 : 2;
-#pragma GCC unroll 1
-  for (int group = 0; group < kGroups; group += kAtOnce) multiply_groups<Rows, kAtOnce>(o, group, work);
+// `Rows` rows times a strip, scaled and added to the sums. Not inlined, and with copies of what it is given: its loop
+// gets all registers.
+template <int Rows, int Groups, class Weights, class Work>
+[[gnu::noinline]] void multiply_strip(const Operands& o, const Weights& given_weights, const Work& given_work) {
+  const Weights weights = given_weights;
+  const Work work = given_work;
+  const float* x = o.x[0];
+  const std::int64_t end = o.quads * Place::kStepX;
+  __m256 partial[Rows][Groups];
+  clear(partial);
+  for (Place place; place.x < end; place.advance<Groups>()) {
+    work.template beside<Groups>(place);
+    multiply_pair<0>(weights, x, place, partial);
+    multiply_pair<1>(weights, x, place, partial);
+  }
+  scale_and_add(partial, o);
 }
 
-// How many of `rows` rows the next tile takes. Ten are two tiles of five: a multiply-add takes four cycles and two
-// begin in each, so that the eight sums of a tile of four have no time to spare.
+// Tiles of a batch have as many rows as each other, or one more: a multiply-add takes four cycles and two begin in
+// each, so that two groups times less than four rows leave the multiplier idle.
 inline std::int64_t tile_rows(std::int64_t rows) {
-  if (rows == 10) return 5;
-  return rows < kTileRows ? rows : kTileRows;
+  return ceil_div(rows, ceil_div(rows, static_cast<std::int64_t>(kTileRows)));
 }
 
-// The first of `rows` rows, at most a tile of them; returns how many.
-template <class Number, class Work>
-std::int64_t multiply_tile(const Operands<Number>& o, std::int64_t rows, const Work& work) {
+// The first of `rows` rows, at most a tile of them, times a strip of two groups; returns how many.
+template <class Weights, class Work>
+std::int64_t multiply_tile(const Operands& o, std::int64_t rows, const Weights& weights, const Work& work) {
   const std::int64_t taken = tile_rows(rows);
   switch (taken) {
-    case 1: multiply_panel<1>(o, work); break;
-    case 2: multiply_panel<2>(o, work); break;
-    case 3: multiply_panel<3>(o, work); break;
-    case 4: multiply_panel<4>(o, work); break;
-    case 5: multiply_panel<5>(o, work); break;
-    default: multiply_panel<kTileRows>(o, work); break;
+    case 1: multiply_strip<1, 2>(o, weights, work); break;
+    case 2: multiply_strip<2, 2>(o, weights, work); break;
+    case 3: multiply_strip<3, 2>(o, weights, work); break;
+    case 4: multiply_strip<4, 2>(o, weights, work); break;
+    case 5: multiply_strip<5, 2>(o, weights, work); break;
+    default: multiply_strip<kTileRows, 2>(o, weights, work); break;
   }
   return taken;
 }
 
 // One row: each quad is decoded, into `half`, while the one before it is multiplied.
 template <bool HasNan>
-void multiply_row(const Operands<std::uint16_t>& o, const std::uint8_t* codes, Decoded<std::uint16_t>& half,
-                  const Prefetch& ahead) {
+[[gnu::noinline]] void multiply_row(const Operands& o, const std::uint8_t* codes, std::uint16_t* half,
+                                    const Prefetch& given_ahead) {
   const DecodeMasks masks;
+  const Prefetch ahead = given_ahead;
+  const Half weights{half};
+  const float* x = o.x[0];
+  const std::int64_t last = (o.quads - 1) * Place::kStepX;
   __m256 partial[1][kGroups];
-#pragma GCC unroll 8
-  for (int g = 0; g < kGroups; ++g) partial[0][g] = _mm256_setzero_ps();
-  decode_quad<HasNan>(codes, masks, half);
-  for (std::int64_t quad = 0; quad < o.quads; ++quad) {
-    ahead.beside<kGroups>(0, quad);
-    if (quad + 1 < o.quads) decode_quad<HasNan>(codes + (quad + 1) * kQuadBytes, masks, half + 2 * (quad + 1));
-    multiply_pair<1, kGroups>(half[2 * quad], o.x, 4 * quad, partial);
-    multiply_pair<1, kGroups>(half[2 * quad + 1], o.x, 4 * quad + 2, partial);
+  clear(partial);
+  decode_quad<HasNan, kGroups>(codes, masks, half);
+  Place place;
+  for (; place.x < last; place.advance<kGroups>()) {
+    ahead.beside<kGroups>(place);
+    decode_quad<HasNan, kGroups>(codes + kQuadBytes + place.x * (kQuadBytes / Place::kStepX), masks,
+                                 at_byte(half, place.half) + 2 * kGroups * kGroupNumbers);
+    multiply_pair<0>(weights, x, place, partial);
+    multiply_pair<1>(weights, x, place, partial);
   }
-#pragma GCC unroll 4
-  for (int g = 0; g < kGroups; g += 2) {
-    scale_and_add(partial[0][g], partial[0][g + 1], o.x_scale[0], o.w_scale, o.sums[0] + g * kGroupRows);
-  }
+  ahead.beside<kGroups>(place);
+  multiply_pair<0>(weights, x, place, partial);
+  multiply_pair<1>(weights, x, place, partial);
+  scale_and_add(partial, o);
 }
 
 // The multiplier's limit: as many chains as a tile has, and nothing else. 1 = 0.5 * 1 + 0.5 stays an ordinary number.
