@@ -52,9 +52,18 @@ struct Place {
   std::int64_t half = 0;
 
   template <int Groups>
-  [[gnu::always_inline]] void advance() {
-    x += kStepX;
-    half += 2 * Groups * kGroupNumbers * static_cast<std::int64_t>(sizeof(std::uint16_t));
+  static constexpr std::int64_t kStepHalf =
+      2 * Groups * kGroupNumbers * static_cast<std::int64_t>(sizeof(std::uint16_t));
+
+  template <int Groups>
+  [[gnu::always_inline]] Place next() const {
+    return {x + kStepX, half + kStepHalf<Groups>};
+  }
+
+  template <int Groups>
+  [[gnu::always_inline]] void advance(int quads) {
+    x += quads * kStepX;
+    half += quads * kStepHalf<Groups>;
     asm("" : "+r"(x), "+r"(half));  // g++ would replace them by a pointer for each operand
   }
 };
@@ -194,11 +203,17 @@ template <int Rows, int Groups, class Weights, class Work>
   const std::int64_t end = o.quads * Place::kStepX;
   __m256 partial[Rows][Groups];
   clear(partial);
-  for (Place place; place.x < end; place.advance<Groups>()) {
-    work.template beside<Groups>(place);
-    multiply_pair<0>(weights, x, place, partial);
-    multiply_pair<1>(weights, x, place, partial);
+  const auto multiply_quad = [&](const Place& at) __attribute__((always_inline)) {
+    work.template beside<Groups>(at);
+    multiply_pair<0>(weights, x, at, partial);
+    multiply_pair<1>(weights, x, at, partial);
+  };
+  Place place;
+  for (; place.x + Place::kStepX < end; place.advance<Groups>(2)) {
+    multiply_quad(place);
+    multiply_quad(place.next<Groups>());
   }
+  if (place.x < end) multiply_quad(place);
   scale_and_add(partial, o);
 }
 
@@ -208,13 +223,12 @@ inline std::int64_t tile_rows(std::int64_t rows) {
   return ceil_div(rows, ceil_div(rows, static_cast<std::int64_t>(kTileRows)));
 }
 
-// The first of `rows` rows, at most a tile of them, times a strip of two groups; returns how many.
+// The first of `rows` rows, at most a tile of them, times a strip of two groups; returns how many. Of four rows or
+// more, no tile has less than three.
 template <class Weights, class Work>
 std::int64_t multiply_tile(const Operands& o, std::int64_t rows, const Weights& weights, const Work& work) {
   const std::int64_t taken = tile_rows(rows);
   switch (taken) {
-    case 1: multiply_strip<1, 2>(o, weights, work); break;
-    case 2: multiply_strip<2, 2>(o, weights, work); break;
     case 3: multiply_strip<3, 2>(o, weights, work); break;
     case 4: multiply_strip<4, 2>(o, weights, work); break;
     case 5: multiply_strip<5, 2>(o, weights, work); break;
@@ -236,7 +250,7 @@ template <bool HasNan>
   clear(partial);
   decode_quad<HasNan, kGroups>(codes, masks, half);
   Place place;
-  for (; place.x < last; place.advance<kGroups>()) {
+  for (; place.x < last; place.advance<kGroups>(1)) {
     ahead.beside<kGroups>(place);
     decode_quad<HasNan, kGroups>(codes + kQuadBytes + place.x * (kQuadBytes / Place::kStepX), masks,
                                  at_byte(half, place.half) + 2 * kGroups * kGroupNumbers);
