@@ -24,13 +24,18 @@ LIMITS = {"read": "of the raw read", "multiply-adds": "of the multiply-adds"}
 
 
 def main() -> None:
-    csv = Path(sys.argv[1]) if len(sys.argv) > 1 else max(RESULTS.glob("linear-*.csv"))
+    csv = Path(sys.argv[1]) if len(sys.argv) > 1 else max(RESULTS.glob("linear-*.csv"), key=_made_at)
     frame = pd.read_csv(csv)
     isa = frame.iloc[0]["isa"]
     picture = ROOT / "docs" / f"cpu_linear_{isa}.png"
     draw(frame, picture)
     insert_table(DOCUMENT, f"linear {isa}", table(frame, csv))
     print(f"{csv.name}: wrote {picture.relative_to(ROOT)} and the table in {DOCUMENT.relative_to(ROOT)}")
+
+
+def _made_at(csv: Path) -> str:
+    """The date and time that end its name; what comes before says what was measured."""
+    return "-".join(csv.stem.split("-")[-2:])
 
 
 def layer_times(frame: pd.DataFrame) -> pd.DataFrame:
