@@ -1,7 +1,8 @@
 """pytest plugin: what each part of the tests costs, printed at the end, also by several workers.
 
 A part is a folder of `tests`, or the tests that stand in none. Seconds of a processor count those of processes that a
-test started and waited for; seconds on the clock include waiting, for a server to start or for another worker.
+test started and waited for; seconds on the clock include waiting, for a server to start or for another worker. The
+tests that cost most are named; what several share is counted where it was made.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import PurePosixPath
 import pytest
 
 KEY = "cost"
-
+NAMED, LEAST = 20, 3.0
+"""So many tests are named, of those that took at least so many seconds of a processor."""
 
 _elsewhere = 0.0
 
@@ -58,6 +60,7 @@ def part_of(nodeid: str) -> str:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     costs: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    tests = []
     for reports in terminalreporter.stats.values():
         for report in reports:
             for key, value in getattr(report, "user_properties", ()):
@@ -66,9 +69,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                     row[0] += 1
                     row[1] += value[0]
                     row[2] += value[1]
+                    tests.append((value[1], value[0], report.nodeid))
     if not costs:
         return
     terminalreporter.section("what each part cost")
     terminalreporter.write_line(f"{'part':<24}{'tests':>8}{'clock s':>10}{'processor s':>13}")
-    for part, (tests, clock, processor) in sorted(costs.items(), key=lambda item: -item[1][1]):
-        terminalreporter.write_line(f"{part:<24}{tests:>8}{clock:>10.0f}{processor:>13.0f}")
+    for part, (number, clock, processor) in sorted(costs.items(), key=lambda item: -item[1][1]):
+        terminalreporter.write_line(f"{part:<24}{number:>8}{clock:>10.0f}{processor:>13.0f}")
+    for processor, clock, nodeid in sorted(tests, reverse=True)[:NAMED]:
+        if processor >= LEAST:
+            terminalreporter.write_line(f"{clock:>42.0f}{processor:>13.0f}  {nodeid}")
