@@ -24,8 +24,8 @@ fi
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 # Most files are never imported: Python compiles those that are when they are, which takes a quarter of the time.
 install() { pip install -qq --no-compile "$@"; }
-# The pip that Python 3.11 brings takes a minute of a processor to resolve what vLLM requires, a newer one 20 seconds.
-install --upgrade 'pip>=25' 'setuptools>=77,<81' wheel
+# The pip that Python 3.11 brings takes twice as long to install what vLLM requires, most of it to choose versions.
+install --upgrade 'pip>=25,<28' 'setuptools>=77,<81' wheel
 
 # CPU torch: the `+cpu` build is on no package index but PyTorch's own, unless this machine provides it.
 torch=$(sed -n 's/^torch==//p' constraints.txt)
