@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.serving import Server
@@ -27,6 +31,8 @@ from .test_renewal import DEVELOPER
 pytestmark = pytest.mark.server
 
 CONCURRENCY = 32
+LAYERS = 6
+"""Of the model that the short form serves."""
 GROWTH = 0.01
 """Largest growth of resident memory from the first half of the run to the second."""
 FOUND = 0.9
@@ -46,7 +52,7 @@ LONG = [pytest.mark.long, pytest.mark.timeout(1800)]
 @pytest.mark.parametrize(
     ("load", "model", "started"),
     [
-        pytest.param(Load(100, 24, 16), "smollm2", "start_forked", id="short"),
+        pytest.param(Load(100, 24, 16), "shallow_smollm2", "start_forked", id="short"),
         pytest.param(Load(2000, 60, 32), "smollm2", "start", id="long", marks=LONG),
         pytest.param(Load(400, 24, 16), "copied_experts", "start", id="experts", marks=LONG),
     ],
@@ -54,7 +60,10 @@ LONG = [pytest.mark.long, pytest.mark.timeout(1800)]
 def test_no_request_is_lost_or_wrong_and_memory_is_flat(
     request: pytest.FixtureRequest, load: Load, model: str, started: str
 ) -> None:
-    """W8A8 in bf16. The long forms start `vllm` itself; in the short one the engine and its rank are forks."""
+    """W8A8 in bf16. The long forms start `vllm` itself; in the short one the engine and its rank are forks.
+
+    The short one has a few of SmolLM2's layers: what is judged is who gets which answer, and all layers are alike.
+    """
     folder, start = request.getfixturevalue(model), request.getfixturevalue(started)
     server, prompts = start(folder, *ASCEND, EAGER, **DEVELOPER), make_prompts(load.prompts)
     alone = answers_alone(server, prompts, load.max_tokens)
@@ -83,6 +92,20 @@ def test_no_request_is_lost_or_wrong_and_memory_is_flat(
     assert requests_left_in(server) == 0
     again = answers_alone(server, prompts[:10], load.max_tokens)
     assert {prompt: o.steps for prompt, o in again.items()} == {prompt: alone[prompt].steps for prompt in again}
+
+
+@pytest.fixture
+def shallow_smollm2(smollm2: Path, tmp_path: Path) -> Path:
+    """SmolLM2 in block FP8 with its first `LAYERS` of thirty."""
+    shallow = tmp_path / "SmolLM2-shallow-FP8"
+    shutil.copytree(smollm2, shallow)
+    config = json.loads((shallow / "config.json").read_text())
+    (shallow / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}))
+    weights = load_file(shallow / "model.safetensors")
+    behind = re.compile(r"model\.layers\.(\d+)\.")
+    kept = {n: w for n, w in weights.items() if not (layer := behind.match(n)) or int(layer[1]) < LAYERS}
+    save_file(kept, shallow / "model.safetensors", metadata={"format": "pt"})
+    return shallow
 
 
 @pytest.fixture

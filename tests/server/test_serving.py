@@ -11,8 +11,9 @@ import pytest
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.answers import QUESTIONS, ask
+from qwen3_fp8_ascend.serving import Server
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
-from tests.support.logprobs import distance, transformers_logprobs
+from tests.support.logprobs import TEXTS, distance, transformers_logprobs
 from tests.support.offline import Run, answers
 from tests.support.quiet_waits import quiet_environment
 
@@ -25,15 +26,34 @@ W8A16 = W8A8 | {"additional_config": {"qwen3_fp8_ascend": {"activation": "w8a16"
 COMPILED = {"enforce_eager": False}
 
 
-def test_smollm2_speaks_english_through_the_compiled_model(start: Start, smollm2: Path, tmp_path: Path) -> None:
-    """`vllm serve` with default settings: bf16, torch.compile, the automatic backend.
+def test_default_settings_compile_the_model(start_forked: Start, tiny_qwen3: Path) -> None:
+    """bf16, torch.compile, the automatic backend: a completion and its log-probabilities.
 
-    Its engine sleeps while it waits: it would take a processor for as long as the worker compiles.
+    What the compiled model computes is compared below.
+    """
+    server = start_forked(tiny_qwen3, *ASCEND)
+    body = {"model": server.model, "prompt": TEXTS[0], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    (choice,) = server.post("/v1/completions", body | {"logprobs": 1})["choices"]
+    said = np.array(choice["logprobs"]["token_logprobs"])
+    assert said.shape == (8,) and (said <= 0).all() and np.isfinite(said).all(), choice
+    assert_default_settings(server)
+
+
+@pytest.mark.long
+def test_smollm2_speaks_english_through_the_compiled_model(start: Start, smollm2: Path, tmp_path: Path) -> None:
+    """The same of `vllm serve` as it is typed, and of a model that has learnt something.
+
+    The tutorial serves it eagerly in every run. Its engine sleeps while it waits: it would take a processor for as long
+    as the worker compiles.
     """
     server = start(smollm2, *ASCEND, **quiet_environment(tmp_path))
     answer = ask(server.url, server.model, QUESTIONS[0])
     print(f"\n{answer.prompt} {answer.text}")
     assert answer.verdict == "passed", answer
+    assert_default_settings(server)
+
+
+def assert_default_settings(server: Server) -> None:
     log = server.log.read_text()
     assert "Failed to load plugin" not in log
     assert re.search(r"block FP8 on cpu: backend cpu \(\w+\); rejected: ", log)
