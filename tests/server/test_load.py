@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -16,7 +13,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 
 from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.serving import Server
@@ -31,10 +27,11 @@ from .test_renewal import DEVELOPER
 pytestmark = pytest.mark.server
 
 CONCURRENCY = 32
-LAYERS = 6
-"""Of the model that the short form serves."""
 GROWTH = 0.01
 """Largest growth of resident memory from the first half of the run to the second."""
+ROUNDING = 0.5
+"""Nats by which rounding may move a log-probability, however seldom: by that of two logits below 64 in bf16, which are
+multiples of 0.25. Where the kernels' bits do not depend on the batch, a sample may hold no move at all."""
 FOUND = 0.9
 """Of answers that are mixed up on purpose, the share to be found: prompts that end alike may be answered alike."""
 
@@ -44,7 +41,13 @@ class Load:
     requests: int
     prompts: int
     max_tokens: int
+    facts: int
+    """In the longest prompt: the head is computed for each of its tokens too when the idle server is asked."""
+    settings: tuple[str, ...] = ()
+    """Of the server."""
 
+
+FP8_HEAD = ("--hf-overrides", '{"qwen3_fp8_ascend": {"lm_head": "fp8"}}')
 
 LONG = [pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -52,9 +55,9 @@ LONG = [pytest.mark.long, pytest.mark.timeout(1800)]
 @pytest.mark.parametrize(
     ("load", "model", "started"),
     [
-        pytest.param(Load(100, 24, 16), "shallow_smollm2", "start_forked", id="short"),
-        pytest.param(Load(2000, 60, 32), "smollm2", "start", id="long", marks=LONG),
-        pytest.param(Load(400, 24, 16), "copied_experts", "start", id="experts", marks=LONG),
+        pytest.param(Load(100, 22, 16, 6, FP8_HEAD), "smollm2", "start_forked", id="short"),
+        pytest.param(Load(2000, 60, 32, 32), "smollm2", "start", id="long", marks=LONG),
+        pytest.param(Load(400, 24, 16, 32), "copied_experts", "start", id="experts", marks=LONG),
     ],
 )
 def test_no_request_is_lost_or_wrong_and_memory_is_flat(
@@ -62,10 +65,11 @@ def test_no_request_is_lost_or_wrong_and_memory_is_flat(
 ) -> None:
     """W8A8 in bf16. The long forms start `vllm` itself; in the short one the engine and its rank are forks.
 
-    The short one has a few of SmolLM2's layers: what is judged is who gets which answer, and all layers are alike.
+    Its head is FP8: where a processor has no bf16 instructions, torch's takes longer than all of the layers.
     """
     folder, start = request.getfixturevalue(model), request.getfixturevalue(started)
-    server, prompts = start(folder, *ASCEND, EAGER, **DEVELOPER), make_prompts(load.prompts)
+    server = start(folder, *ASCEND, EAGER, *load.settings, **DEVELOPER)
+    prompts = make_prompts(load.prompts, load.facts)
     alone = answers_alone(server, prompts, load.max_tokens)
     idle = IdleServer(server)
     moved = moves_of_the_idle_server(idle, alone)
@@ -81,7 +85,7 @@ def test_no_request_is_lost_or_wrong_and_memory_is_flat(
     answered = sorted((o for o in outcomes if o.steps), key=lambda o: len(o.steps), reverse=True)
     compared = [compare(o.steps, idle.logprobs(o.request.prompt, o.steps)) for o in answered]
     # Each token of an answer, and the best one in its place, has a log-probability that may have moved.
-    limit = largest_of_noise(moved, 2 * sum(len(o.steps) for o in answered))
+    limit = max(ROUNDING, largest_of_noise(moved, 2 * sum(len(o.steps) for o in answered)))
     report(load, outcomes, compared, moved, limit, memory.halves(), seconds)
     assert [o.lost for o in outcomes if o.lost] == []
     assert len(outcomes) == load.requests
@@ -92,20 +96,6 @@ def test_no_request_is_lost_or_wrong_and_memory_is_flat(
     assert requests_left_in(server) == 0
     again = answers_alone(server, prompts[:10], load.max_tokens)
     assert {prompt: o.steps for prompt, o in again.items()} == {prompt: alone[prompt].steps for prompt in again}
-
-
-@pytest.fixture
-def shallow_smollm2(smollm2: Path, tmp_path: Path) -> Path:
-    """SmolLM2 in block FP8 with its first `LAYERS` of thirty."""
-    shallow = tmp_path / "SmolLM2-shallow-FP8"
-    shutil.copytree(smollm2, shallow)
-    config = json.loads((shallow / "config.json").read_text())
-    (shallow / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}))
-    weights = load_file(shallow / "model.safetensors")
-    behind = re.compile(r"model\.layers\.(\d+)\.")
-    kept = {n: w for n, w in weights.items() if not (layer := behind.match(n)) or int(layer[1]) < LAYERS}
-    save_file(kept, shallow / "model.safetensors", metadata={"format": "pt"})
-    return shallow
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -83,15 +84,15 @@ class Outcome:
         return None
 
 
-def make_prompts(count: int, seed: int = 0) -> list[str]:
-    """Different prompts of about 15 to 600 tokens: numbered facts, then a question that continues them."""
+def make_prompts(count: int, facts: int = 32, seed: int = 0) -> list[str]:
+    """Different prompts of 15 tokens to about 18 for each of `facts`, which are numbered; a question continues them."""
     generator = random.Random(seed)
     prompts = []
     for number in range(count):
-        facts = [f"Notes of day {number + 1}."]
-        for _ in range(int(2 ** generator.uniform(0, 5))):
+        sentences = [f"Notes of day {number + 1}."]
+        for _ in range(int(2 ** generator.uniform(0, math.log2(facts)))):
             a, b = generator.randrange(2, 90), generator.randrange(2, 90)
-            facts.append(
+            sentences.append(
                 generator.choice(
                     (
                         f"The sum of {a} and {b} is {a + b}.",
@@ -100,12 +101,12 @@ def make_prompts(count: int, seed: int = 0) -> list[str]:
                     )
                 )
             )
-        facts.append(
+        sentences.append(
             generator.choice(
                 ("In short, the day was", "The capital of France is", "Water boils at", "The next note says that")
             )
         )
-        prompts.append(" ".join(facts))
+        prompts.append(" ".join(sentences))
     return prompts
 
 
