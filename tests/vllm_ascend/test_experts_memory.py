@@ -72,7 +72,9 @@ def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "fill_with_small_values", lambda codes, scale: None)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module", params=["Qwen3-30B-A3B-FP8", pytest.param("Qwen3-235B-A22B-FP8", marks=pytest.mark.long)]
+)
 def name(request: pytest.FixtureRequest) -> str:
     chosen: str = request.param
     return chosen

@@ -1,7 +1,7 @@
 """docs/upstream: the pull requests apply to the release, follow its rules, and compute what ours does.
 
 The second is applied to the first, as it would be. Of vLLM-Ascend's own quantization tests all are run with both, and
-with the first alone those that it touches.
+in the long form those that the first touches with the first alone.
 """
 
 import hashlib
@@ -136,6 +136,7 @@ def test_the_commit_has_their_form(trees: dict[str, Path], name: str) -> None:
     assert re.match(r"feat\(\w+\): [^\n]{20,72}\n\n- .+\n\nSigned-off-by: A <a@b>\n", message, re.DOTALL), done.stdout
 
 
+@pytest.mark.long
 def test_the_first_stands_alone(trees: dict[str, Path]) -> None:
     touched = [f"tests/ut/quantization/{file}" for file in TOUCHED["ascend_950"]]
     done = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *touched], trees["ascend_950"])
