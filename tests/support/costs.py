@@ -2,7 +2,7 @@
 
 A part is a folder of `tests`, or the tests that stand in none. Seconds of a processor count those of processes that a
 test started and waited for; seconds on the clock include waiting, for a server to start or for another worker. The
-tests that cost most are named; what several share is counted where it was made.
+files and the tests that cost most are named; what several share is counted where it was made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pytest
 
 KEY = "cost"
 NAMED, LEAST = 20, 3.0
-"""So many tests are named, of those that took at least so many seconds of a processor."""
+"""So many files and tests are named, of those that took at least so many seconds of a processor."""
 
 _elsewhere = 0.0
 
@@ -53,29 +53,37 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
+def file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
 def part_of(nodeid: str) -> str:
-    folders = PurePosixPath(nodeid.partition("::")[0]).parts[:-1]
-    return "/".join(folders[:2])
+    return "/".join(PurePosixPath(file_of(nodeid)).parts[:-1][:2])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    costs: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
-    tests = []
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            for key, value in getattr(report, "user_properties", ()):
-                if key == KEY:
-                    row = costs[part_of(report.nodeid)]
-                    row[0] += 1
-                    row[1] += value[0]
-                    row[2] += value[1]
-                    tests.append((value[1], value[0], report.nodeid))
-    if not costs:
+    tests = [
+        (report.nodeid, *value)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for key, value in getattr(report, "user_properties", ())
+        if key == KEY
+    ]
+    if not tests:
         return
+
+    def write(name: str, number: object, clock: object, processor: object) -> None:
+        terminalreporter.write_line(f"{number:>8}{clock:>10}{processor:>13}  {name}")
+
+    def write_sums(sums: dict[str, list[float]]) -> None:
+        for name, (number, clock, processor) in sorted(sums.items(), key=lambda item: -item[1][2])[:NAMED]:
+            if processor >= LEAST:
+                write(name, f"{number:.0f}", f"{clock:.0f}", f"{processor:.0f}")
+
     terminalreporter.section("what each part cost")
-    terminalreporter.write_line(f"{'part':<24}{'tests':>8}{'clock s':>10}{'processor s':>13}")
-    for part, (number, clock, processor) in sorted(costs.items(), key=lambda item: -item[1][1]):
-        terminalreporter.write_line(f"{part:<24}{number:>8}{clock:>10.0f}{processor:>13.0f}")
-    for processor, clock, nodeid in sorted(tests, reverse=True)[:NAMED]:
-        if processor >= LEAST:
-            terminalreporter.write_line(f"{clock:>42.0f}{processor:>13.0f}  {nodeid}")
+    write("part", "tests", "clock s", "processor s")
+    for key in (part_of, file_of, str):
+        sums: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+        for nodeid, *cost in tests:
+            sums[key(nodeid)] = [a + b for a, b in zip(sums[key(nodeid)], (1, *cost), strict=True)]
+        write_sums(sums)
