@@ -47,7 +47,8 @@ def largest_of_noise(sample: np.ndarray, count: int, false_alarms: float = FALSE
     to a normal distribution's. Then what a draw has above the threshold u that a share p of all draws exceeds is, at
     most, exponential with some mean b, and one of `count` draws is above u + b log(p count / false_alarms) with a
     probability of at most `false_alarms`. b is the mean of n excesses, raised by four of its standard errors
-    b / sqrt(n) since it is estimated.
+    b / sqrt(n) since it is estimated. Noise that is rare breaks the assumption: a sample without any has a limit of 0,
+    and whoever judges by it needs a bound of another origin beside it.
 
     Shapes: sample (draws,), all >= 0.
     Source: peaks over threshold (Pickands 1975) with shape 0, the exponential tail.
