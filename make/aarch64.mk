@@ -16,7 +16,8 @@ AARCH64_PROCESSORS := max neoverse-n1
 AARCH64_RUN := $(AARCH64_VENV)/run
 # pytest would put its own `assert` into all modules of a plugin that it finds by itself, and Hypothesis is one: that
 # takes most of a minute under qemu.
-AARCH64_PYTEST = -m pytest -q -p no:cacheprovider -p pytest_timeout -p _hypothesis_pytestplugin --durations=5
+AARCH64_PYTEST = CI=true PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 AARCH64_PROCESSOR=$* ../bin/python-$* -m pytest -q \
+	-p no:cacheprovider -p pytest_timeout -p _hypothesis_pytestplugin --durations=5
 
 $(AARCH64_STAMP): scripts/create_venv_aarch64.sh | $(VENV)/.dependencies
 	PYTHON=$(PY) scripts/create_venv_aarch64.sh $(AARCH64_VENV) $(AARCH64_TORCH)
@@ -41,9 +42,9 @@ test-aarch64: $(AARCH64_PROCESSORS:%=test-aarch64-%)  ## the CPU kernels for AAr
 test-aarch64-long: $(AARCH64_PROCESSORS:%=test-aarch64-long-%)  ## the same on all problems; long, since all of it is emulated
 
 $(AARCH64_PROCESSORS:%=test-aarch64-%): test-aarch64-%: $(AARCH64_BUILT)
-	cd $(AARCH64_RUN) && CI=true PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 AARCH64_PROCESSOR=$* ../bin/python-$* $(AARCH64_PYTEST) \
+	cd $(AARCH64_RUN) && $(AARCH64_PYTEST) \
 		-p tests.aarch64.short tests/aarch64 $(addprefix tests/backends/test_cpu_,backend.py experts.py)
 
 $(AARCH64_PROCESSORS:%=test-aarch64-long-%): test-aarch64-long-%: $(AARCH64_BUILT)
-	cd $(AARCH64_RUN) && CI=true PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 AARCH64_PROCESSOR=$* ../bin/python-$* $(AARCH64_PYTEST) tests/aarch64 \
+	cd $(AARCH64_RUN) && $(AARCH64_PYTEST) tests/aarch64 \
 		$(addprefix tests/backends/test_cpu_,backend.py experts.py determinism.py misuse.py odd_calls.py) tests/test_ops.py

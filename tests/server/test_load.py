@@ -65,7 +65,7 @@ def test_no_request_is_lost_or_wrong_and_memory_is_flat(
 ) -> None:
     """W8A8 in bf16. The long forms start `vllm` itself; in the short one the engine and its rank are forks.
 
-    Its head is FP8: where a processor has no bf16 instructions, torch's takes longer than all of the layers.
+    Its head is FP8: torch's is slow where a processor has no bf16 instructions.
     """
     folder, start = request.getfixturevalue(model), request.getfixturevalue(started)
     server = start(folder, *ASCEND, EAGER, *load.settings, **DEVELOPER)

@@ -72,7 +72,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not tests:
         return
 
-    def write(name: str, number: object, clock: object, processor: object) -> None:
+    def write(name: str, number: str, clock: str, processor: str) -> None:
         terminalreporter.write_line(f"{number:>8}{clock:>10}{processor:>13}  {name}")
 
     def write_sums(sums: dict[str, list[float]]) -> None:
