@@ -6,6 +6,7 @@ written outside the tensors on the way to either.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -32,37 +33,44 @@ HUGE = 2**63 - 4
 Arguments = dict[str, Any]
 
 
-def good_arguments(name: str) -> Arguments:
-    """Arguments of an operator that it accepts, made anew."""
+@functools.cache
+def all_good_arguments() -> dict[str, Arguments]:
+    """Of each operator, arguments that it accepts."""
     problem = random_problem(3, (N,), K, bias=True)
     codes, scales, panels = ops.pack_weight(problem.weight, problem.scale, backend="cpu").tensors
     weight = problem.weight.view(torch.uint8)
     experts = random_experts(3, 3, 2, K, INTERMEDIATE)
     w13, w2 = (packed.tensors for packed in experts.pack("cpu"))
     return {
-        "cpu_pack": lambda: {"weight": weight, "panels": panels, "codes": torch.zeros_like(codes)},
-        "cpu_block_linear": lambda: {
+        "cpu_pack": {"weight": weight, "panels": panels, "codes": torch.zeros_like(codes)},
+        "cpu_block_linear": {
             **{"x": problem.x, "codes": codes, "scales": scales, "panels": panels, "bias": problem.bias},
             **{"n": N, "k": K, "block_k": BLOCK, "quantization": 1},
         },
-        "cpu_quantize_activation": lambda: {"x": problem.x, "block_k": BLOCK, "quantization": 1},
-        "cpu_dequantize_weight": lambda: {
+        "cpu_quantize_activation": {"x": problem.x, "block_k": BLOCK, "quantization": 1},
+        "cpu_dequantize_weight": {
             **{"weight": weight, "scales": scales, "scale_rows": torch.zeros(N, dtype=torch.int32)},
             **{"block_k": BLOCK, "dtype": torch.float32},
         },
-        "cpu_read": lambda: {"bytes": weight},
-        "cpu_grouped_linear": lambda: {
+        "cpu_read": {"bytes": weight},
+        "cpu_grouped_linear": {
             **{"x": experts.x, "codes": w13[0], "scales": w13[1], "panels": w13[2], "ends": torch.tensor([1, 1, 3])},
             **{"n": 2 * INTERMEDIATE, "k": K, "block_k": BLOCK, "quantization": 1},
         },
-        "cpu_silu_product": lambda: {"x": experts.x},
-        "cpu_block_experts": lambda: {
+        "cpu_silu_product": {"x": experts.x},
+        "cpu_block_experts": {
             **{"x": experts.x, "w13_codes": w13[0], "w13_scales": w13[1], "w13_panels": w13[2], "w2_codes": w2[0]},
             **{"w2_scales": w2[1], "w2_panels": w2[2], "topk_weights": experts.topk_weights},
             **{"topk_ids": torch.tensor([[0, -1], [2, 2], [1, 0]])},
             **{"intermediate": INTERMEDIATE, "block_k": BLOCK, "quantization": 1},
         },
-    }[name]()
+    }
+
+
+def good_arguments(name: str) -> Arguments:
+    """Arguments of an operator that it accepts, each tensor in memory of its own."""
+    arguments = all_good_arguments()[name]
+    return {key: value.clone() if torch.is_tensor(value) else value for key, value in arguments.items()}
 
 
 LINEARS = ("cpu_pack", "cpu_block_linear", "cpu_quantize_activation", "cpu_dequantize_weight")

@@ -33,6 +33,8 @@ pytestmark = needs_cpu_backend
 WIDTHS = (576, 192, 192)
 OPERATORS = torch.ops.qwen3_fp8_ascend
 FORK_SECONDS = 60
+PAUSE = 1e-4
+"""Seconds between two changes: a call takes several times as long. Without, calls would wait for the interpreter's lock."""
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 
@@ -103,10 +105,9 @@ def test_the_instruction_set_may_change_while_others_compute() -> None:
     stop = threading.Event()
 
     def change() -> None:
-        for name in itertools.cycle(here):
-            if stop.is_set():
-                return
-            cpu.set_isa(name)
+        levels = itertools.cycle(here)
+        while not stop.wait(PAUSE):
+            cpu.set_isa(next(levels))
 
     changer = threading.Thread(target=change)
     changer.start()
