@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,19 @@ def serving_environment(**changes: str) -> dict[str, str]:
     return defaults | dict(os.environ) | changes
 
 
+def start_process(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own; what it prints is written to `log`."""
+    with log.open("wb") as sink:
+        return subprocess.Popen(
+            command,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+
+
 @contextlib.contextmanager
 def serve(
     model: str | Path,
@@ -97,15 +110,7 @@ def serve(
     port = free_port()
     command = serve_command(model, port, name, *arguments)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            command,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment if environment is not None else serving_environment(),
-            start_new_session=True,
-        )
+    process = start_process(command, log, serving_environment() if environment is None else environment)
     try:
         server = Server(f"http://127.0.0.1:{port}", name, process, log)
         _wait_until_ready(server, command, timeout, on_wait)

@@ -26,34 +26,38 @@ from .conftest import ASCEND, EAGER, Start
 
 pytestmark = pytest.mark.server
 
+LONG = pytest.mark.long
 PATIENCE = 30
 """Seconds within which a fault must have been reported, and a server have ended."""
 
 
 @pytest.mark.parametrize(
-    ("model", "victim", "terminate"),
+    ("started", "model", "victim", "terminate"),
     [
-        pytest.param("tiny_qwen3", "Worker", os.kill, id="worker-process"),
-        pytest.param("tiny_qwen3", "EngineCore", os.killpg, id="engine-group", marks=pytest.mark.long),
-        pytest.param("tiny_experts", "Worker", os.kill, id="experts-worker-process", marks=pytest.mark.long),
-        pytest.param("tiny_experts", "EngineCore", os.killpg, id="experts-engine-group", marks=pytest.mark.long),
+        pytest.param("start_forked", "tiny_qwen3", "Worker", os.kill, id="forked-worker-process"),
+        pytest.param("start", "tiny_qwen3", "Worker", os.kill, id="worker-process", marks=pytest.mark.long),
+        pytest.param("start", "tiny_qwen3", "EngineCore", os.killpg, id="engine-group", marks=pytest.mark.long),
+        pytest.param("start", "tiny_experts", "Worker", os.kill, id="experts-worker-process", marks=pytest.mark.long),
+        pytest.param(
+            "start", "tiny_experts", "EngineCore", os.killpg, id="experts-engine-group", marks=pytest.mark.long
+        ),
     ],
 )
 def test_a_killed_process_is_reported_and_a_restart_serves_again(
     request: pytest.FixtureRequest,
-    start: Start,
     start_forked: Start,
+    started: str,
     model: str,
     victim: str,
     terminate: Callable[[int, int], None],
 ) -> None:
     """In the same go the restarted server is told to stop: by itself, as containers do, or with all its processes,
 
-    as a terminal and systemd do. What is killed is of a `vllm serve`; the restart's engine and rank are forks, and a
-    `vllm serve` is told to stop in tests/server/test_scripts.py.
+    as a terminal and systemd do. What is killed is of a `vllm serve`, in the short form one whose processes are forks;
+    the restart's are. A `vllm serve` is told to stop in tests/server/test_scripts.py.
     """
     folder = request.getfixturevalue(model)
-    server = start(folder, *ASCEND, EAGER)
+    server = request.getfixturevalue(started)(folder, *ASCEND, EAGER)
     before = answer(server)
     processes = family(server.process.pid)
     running, pid = Background(server), named(server.process.pid, victim).pid
@@ -91,7 +95,7 @@ def tiny_experts(tmp_path: Path) -> Path:
     return write_experts(tmp_path / "experts", "qwen3_moe")
 
 
-@pytest.mark.long
+@LONG
 @pytest.mark.parametrize("terminate", [os.kill, os.killpg], ids=["process", "group"])
 def test_sigterm_while_clients_stream_leaves_nothing_behind(
     start: Start, tiny_qwen3: Path, terminate: Callable[[int, int], None]

@@ -1,43 +1,42 @@
 """`vllm` whose engine and ranks are forks: `python -m tests.support.forked_server serve MODEL ...`.
 
 Each of a server's three or more processes imports vLLM, which takes as long as all that most tests ask of it. Here the
-first one imports what all of them need, and none polls (`quiet_waits`). Processes that are killed are of `vllm`.
+first one has what all of them need, or is a fork of one that has (`forked`), and none polls (`quiet_waits`).
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from qwen3_fp8_ascend import serving
+from tests.support import preloaded
 from tests.support.forked_spawn import fork_what_is_spawned
-from tests.support.preloaded import VLLM, import_for_forks
 from tests.support.quiet_waits import sleep_at_once
 
 MODULE = "tests.support.forked_server"
 MAIN = "vllm.entrypoints.cli.main"
-SERVER = (MAIN, "vllm.entrypoints.cli.serve", "vllm.entrypoints.openai.api_server")
 
 
-def forked() -> AbstractContextManager[Callable[..., list[str]]]:
-    """For the length of a `with` block, `qwen3_fp8_ascend.serving.serve` starts such servers."""
-    command = serving.serve_command
+def forked() -> AbstractContextManager[Any]:
+    """For the length of a `with` block, `qwen3_fp8_ascend.serving.serve` starts such servers, by a fork of its own."""
 
-    def of(model: str | Path, port: int, name: str, *arguments: str) -> list[str]:
-        _, *rest = command(model, port, name, *arguments)
-        return [sys.executable, "-m", MODULE, *rest]
+    def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> preloaded.Forked:
+        log.touch()  # may be read at once
+        _, *arguments = command
+        return preloaded.shared().start(MODULE, *arguments, environment=environment, log=log)
 
-    return patch.object(serving, "serve_command", of)
+    return patch.object(serving, "start_process", start)
 
 
 def main() -> None:
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # else NumPy starts threads when it is imported
-    import_for_forks((*VLLM, *SERVER))
+    preloaded.import_for_forks(preloaded.VLLM)
     sleep_at_once()
     with fork_what_is_spawned(depth=2):  # the engine, and its ranks
         importlib.import_module(MAIN).main()

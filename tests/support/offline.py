@@ -104,7 +104,8 @@ def answers(runs: Sequence[Run], folder: Path, timeout: float = 600, **environme
     given.write_text(json.dumps([asdict(run) for run in runs]))
     inherited = serving_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0", **environment)
     inherited.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole gigabytes, which would win over the option
-    status = preloaded.run(__name__, str(given), str(made), environment=inherited, log=log, timeout=timeout)
+    template = preloaded.shared()
+    status = template.run(__name__, str(given), str(made), environment=inherited, log=log, timeout=timeout)
     assert status == 0, log.read_text()[-4000:]
     return [
         Answer(**one | {key: np.array(one.get(key, [])) for key in ("logprobs", "guesses")})

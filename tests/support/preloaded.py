@@ -2,9 +2,9 @@
 
 Importing vLLM's engine takes ten seconds of a processor, more than most runs do. What starts fresh in a new process
 starts fresh here: before the fork no plugin is loaded, no config read, and no thread started, or it refuses to fork.
-Servers, and what a user starts, import all that they need themselves: tests of how a process starts ask `vllm serve`.
+What a user starts imports all that it needs itself: tests of how a process starts ask `vllm serve`.
 
-`python -m tests.support.preloaded MODULES...` is the process: one request a line, as `Request` is in JSON; `run` asks.
+`python -m tests.support.preloaded MODULES...` is the process: a line asks it to start a run, or how one ended.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import contextlib
 import gc
 import importlib
 import json
+import math
 import os
-import resource
 import runpy
+import select
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tests.support import costs
 
@@ -37,6 +38,9 @@ VLLM = (
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.worker.cpu_model_runner",
+    "vllm.entrypoints.cli.main",
+    "vllm.entrypoints.cli.serve",
+    "vllm.entrypoints.openai.api_server",
     "tests.support.vllm_quantizations",
 )
 
@@ -59,10 +63,50 @@ class Ended:
     seconds: float
 
 
+class Forked:
+    """A run that has been started, as far as `subprocess.Popen` has a word for it. It leads a session of its own."""
+
+    def __init__(self, template: Preloaded, arguments: Sequence[str], pid: int) -> None:
+        self.args, self.pid, self.returncode = list(arguments), pid, None
+        self._template, self._ending = template, os.pidfd_open(pid)
+
+    args: list[str]
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """Its exit status as of `subprocess` (negative: a signal), None while it runs."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit status, within so many seconds.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs.
+        """
+        if self.returncode is None:
+            ending = select.poll()
+            ending.register(self._ending, select.POLLIN)
+            if not ending.poll(None if timeout is None else math.ceil(1000 * timeout)):
+                raise subprocess.TimeoutExpired(self.args, timeout or 0)
+            ended = Ended(**self._template.ask({"ended": self.pid}))
+            os.close(self._ending)
+            self.returncode = ended.status
+            costs.add(ended.seconds)
+        return self.returncode
+
+    def kill(self) -> None:
+        """With all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
 class Preloaded:
     """A process that has these modules imported; it ends when this one does, however that ends."""
 
     def __init__(self, modules: Sequence[str], environment: Mapping[str, str] = os.environ) -> None:
+        self._lock = threading.Lock()
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, *modules],
             stdin=subprocess.PIPE,
@@ -73,36 +117,40 @@ class Preloaded:
             start_new_session=True,  # Ctrl-C is for the tests, which then end and take it along
         )
 
+    def start(self, module: str, *arguments: str, environment: Mapping[str, str], log: Path) -> Forked:
+        """Begin to run a module in a fork."""
+        request = Request(module, list(arguments), dict(environment), str(log))
+        return Forked(self, [module, *arguments], self.ask({"start": asdict(request)})["pid"])
+
     def run(self, module: str, *arguments: str, environment: Mapping[str, str], log: Path, timeout: float) -> int:
         """Run a module in a fork. Returns the exit status.
 
         Raises:
             subprocess.TimeoutExpired: it was not done in time, and has been killed with all that it started.
         """
+        forked = self.start(module, *arguments, environment=environment, log=log)
+        try:
+            return forked.wait(timeout)
+        except BaseException:  # a test's own time limit and Ctrl-C among them
+            forked.kill()
+            forked.wait()
+            raise
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """What the process answers."""
         process = self._process
         assert process.stdin is not None and process.stdout is not None
-        request = Request(module, list(arguments), dict(environment), str(log))
-        started, late = "", threading.Event()
-        try:
-            process.stdin.write(json.dumps(asdict(request)) + "\n")
-            process.stdin.flush()
-            started = process.stdout.readline()
-            assert started, f"the process with the imports ended with status {process.wait()}, see above"
-            timer = threading.Timer(timeout, _end, (late, started))
-            timer.start()
+        with self._lock:
             try:
-                ended = Ended(**json.loads(process.stdout.readline()))
-            finally:
-                timer.cancel()
-        except BaseException:  # a test's own time limit, Ctrl-C: the next run must not read what is left of this one
-            _kill_group(started)
-            process.kill()
-            process.wait()
-            raise
-        costs.add(ended.seconds)
-        if late.is_set():
-            raise subprocess.TimeoutExpired([module, *arguments], timeout)
-        return ended.status
+                process.stdin.write(json.dumps(question) + "\n")
+                process.stdin.flush()
+                answer = process.stdout.readline()
+            except BaseException:  # whoever asks next must not get what is left of this answer
+                process.kill()
+                process.wait()
+                raise
+        assert answer, f"the process with the imports ended with status {process.wait()}, see above"
+        return json.loads(answer)
 
     def has_ended(self) -> bool:
         return self._process.poll() is not None
@@ -116,29 +164,11 @@ class Preloaded:
 _SHARED: dict[tuple[str, ...], Preloaded] = {}
 
 
-def run(
-    module: str,
-    *arguments: str,
-    environment: Mapping[str, str],
-    log: Path,
-    timeout: float,
-    imported: tuple[str, ...] = VLLM,
-) -> int:
-    """As the method of this name, of a process that is started when it is first needed."""
+def shared(imported: tuple[str, ...] = VLLM) -> Preloaded:
+    """A process that is started when it is first needed."""
     if imported not in _SHARED or _SHARED[imported].has_ended():
         _SHARED[imported] = Preloaded(imported)
-    return _SHARED[imported].run(module, *arguments, environment=environment, log=log, timeout=timeout)
-
-
-def _end(late: threading.Event, pid: str) -> None:
-    late.set()
-    _kill_group(pid)
-
-
-def _kill_group(pid: str) -> None:
-    if pid:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(int(pid), signal.SIGKILL)
+    return _SHARED[imported]
 
 
 def import_for_forks(modules: Sequence[str]) -> None:
@@ -152,6 +182,10 @@ def import_for_forks(modules: Sequence[str]) -> None:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever the imports print
+    with contextlib.suppress(
+        ImportError
+    ):  # it finds a title's place while the environment is where it was at the start
+        importlib.import_module("setproctitle").getproctitle()
     import_for_forks(sys.argv[1:])
     requested = _request_in_a_fork(answers)
     if requested is not None:
@@ -161,23 +195,20 @@ def main() -> None:
 def _request_in_a_fork(answers: TextIO) -> Request | None:
     """Serve requests until there are no more (None); in a fork, return the one that it is for."""
     for line in sys.stdin:
-        threads = len(os.listdir("/proc/self/task"))
-        assert threads == 1, f"{threads} threads: what they hold would be held for ever in a fork"
-        used = _seconds_of_children()
-        if (pid := os.fork()) == 0:
-            os.setsid()
-            answers.close()
-            return Request(**json.loads(line))
-        print(pid, file=answers)
-        _, status = os.waitpid(pid, 0)
-        ended = Ended(os.waitstatus_to_exitcode(status), _seconds_of_children() - used)
-        print(json.dumps(asdict(ended)), file=answers)
+        question = json.loads(line)
+        if "ended" in question:
+            _, status, used = os.wait4(question["ended"], 0)
+            answer = asdict(Ended(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime))
+        else:
+            threads = len(os.listdir("/proc/self/task"))
+            assert threads == 1, f"{threads} threads: what they hold would be held for ever in a fork"
+            if (pid := os.fork()) == 0:
+                os.setsid()
+                answers.close()
+                return Request(**question["start"])
+            answer = {"pid": pid}
+        print(json.dumps(answer), file=answers)
     return None
-
-
-def _seconds_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def _become(request: Request) -> None:

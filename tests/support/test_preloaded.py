@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -48,9 +49,8 @@ def ask(tmp_path: Path) -> Ask:
         file, log = tmp_path / "script.py", tmp_path / "log"
         file.write_text(script)
         given = dict(os.environ) | environment
-        status = preloaded.run(
-            __name__, str(file), *arguments, environment=given, log=log, timeout=timeout, imported=LIGHT
-        )
+        template = preloaded.shared(LIGHT)
+        status = template.run(__name__, str(file), *arguments, environment=given, log=log, timeout=timeout)
         return status, log.read_text()
 
     return run
@@ -76,6 +76,28 @@ def test_a_run_that_hangs_is_killed_with_its_children(ask: Ask, tmp_path: Path) 
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert ask(LOOKS, GIVEN="again")[0] == 0
+
+
+def test_several_may_run_at_a_time(ask: Ask, tmp_path: Path) -> None:
+    """As servers do while other runs come and go."""
+    script, environment = tmp_path / "waits.py", dict(os.environ)
+    script.write_text("import signal, sys; print('ready', flush=True); signal.pause()")
+    logs = [tmp_path / "first", tmp_path / "second"]
+    first, second = (
+        preloaded.shared(LIGHT).start(__name__, str(script), environment=environment, log=log) for log in logs
+    )
+    assert ask(LOOKS, GIVEN="between")[0] == 0
+    deadline = time.monotonic() + 300
+    while not all(log.is_file() and "ready" in log.read_text() for log in logs):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert first.poll() is None and second.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        first.wait(0.01)
+    second.kill()
+    assert second.wait(300) == second.poll() == -signal.SIGKILL
+    os.kill(first.pid, signal.SIGTERM)
+    assert first.wait() == first.returncode == -signal.SIGTERM
 
 
 def test_what_it_takes_of_processors_is_counted(ask: Ask) -> None:
