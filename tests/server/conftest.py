@@ -16,6 +16,12 @@ ASCEND = ("--quantization", "ascend")
 MAX_MODEL_LEN = 1024
 COMMON = ("--max-model-len", str(MAX_MODEL_LEN))
 EAGER = "--enforce-eager"
+TRACED = {"VLLM_CPU_CI_ENV": "1"}
+"""Environment: what torch.compile would hand to Inductor runs as one graph of the operators as they are.
+
+It is vLLM's own, for its tests. An operator that cannot be traced, or is lost or misplaced in a graph, is seen without
+the minutes that Inductor and g++ take for a model. Whole models are compiled in tests/server/test_serving.py.
+"""
 
 Start = Callable[..., Server]
 

@@ -29,7 +29,7 @@ from tests.support.noise import FALSE_ALARMS, rank_sum_probability
 from tests.support.offline import Run, answers
 from tests.support.padded_heads import write_with_more_heads
 
-from .conftest import ASCEND, EAGER, Start
+from .conftest import ASCEND, EAGER, TRACED, Start
 from .test_ranks import TWO_CORES, distances
 from .test_renewal import DEVELOPER, reload
 
@@ -115,7 +115,7 @@ def test_families_against_the_same_weights_dequantized(families: dict[str, Path]
 
 @pytest.mark.long
 def test_shared_experts_compiled(families: dict[str, Path], tmp_path: Path) -> None:
-    """The short suite compiles experts for two ranks, below."""
+    """The short suite traces experts for two ranks, below."""
     runs = [Run(str(families["qwen2_moe"]), W8A16 | {"enforce_eager": eager}) for eager in (True, False)]
     eager, compiled = (answer.logprobs for answer in answers(runs, tmp_path))
     assert distance(compiled, eager) < NEAR
@@ -130,7 +130,7 @@ def _master(folder: Path) -> Path:
 
 
 def test_expert_parallel_ranks_give_what_one_process_gives(start_forked: Start, tmp_path: Path) -> None:
-    """A server of two ranks, each with half of the experts, compiled, against eager processes without a server.
+    """A server of two ranks, each with half of the experts, traced, against eager processes without a server.
 
     It is then given other weights, and at last bad ones, which are named.
     """
@@ -138,7 +138,7 @@ def test_expert_parallel_ranks_give_what_one_process_gives(start_forked: Start, 
     folders = [write_experts(tmp_path / f"seed{seed}", "qwen3_moe", seed, **heads) for seed in (0, 1)]
     one, other = (answer.logprobs for answer in answers([Run(str(f), W8A16) for f in folders], tmp_path))
     options = (*ASCEND, "--dtype", "float32", "--additional-config", json.dumps(SETTINGS), *EXPERT_PARALLEL)
-    server = start_forked(folders[0], *options, **TWO_CORES, **DEVELOPER)
+    server = start_forked(folders[0], *options, **TWO_CORES, **DEVELOPER, **TRACED)
     two = prompt_logprobs(server)
     assert reload(server, folders[1]).status_code == 200
     renewed = prompt_logprobs(server)

@@ -28,7 +28,7 @@ from tests.support.offline import Run as OfflineRun
 from tests.support.offline import answers
 from tests.support.padded_heads import write_with_more_heads
 
-from .conftest import ASCEND, EAGER, Start
+from .conftest import ASCEND, EAGER, TRACED, Start
 
 pytestmark = pytest.mark.server
 
@@ -180,7 +180,7 @@ def compare_offline(folder: Path, tmp_path: Path, mode: str) -> None:
     ranks = {"tensor_parallel_size": 2}
     one = answers([OfflineRun(str(folder), o) for o in (w8a8, w8a16)], tmp_path)
     split = (w8a8 | ranks | {"enforce_eager": mode == EAGER_RANKS}, w8a16 | ranks)
-    without_inductor = {"VLLM_CPU_CI_ENV": "1"} if mode == TRACED_RANKS else {}
+    without_inductor = TRACED if mode == TRACED_RANKS else {}
     two = answers([OfflineRun(str(folder), o) for o in split], tmp_path, **TWO_CORES, **without_inductor)
     moved, exact = (distance(b.logprobs, a.logprobs) for a, b in zip(one, two, strict=True))
     quantizing = distance(one[0].logprobs, one[1].logprobs)
