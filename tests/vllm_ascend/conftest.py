@@ -19,6 +19,9 @@ from unittest.mock import MagicMock, patch
 import pytest
 import torch
 
+from tests.support import vllm_ascend_forks
+from tests.support.forked_spawn import fork_what_is_spawned
+
 MISSING = (
     None
     if importlib.util.find_spec("vllm_ascend") and importlib.util.find_spec("torch_npu")
@@ -54,6 +57,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if FIGURES:
         terminalreporter.section("figures")
         terminalreporter.write("\n".join(FIGURES) + "\n")
+
+
+def pytest_unconfigure() -> None:
+    vllm_ascend_forks.end()
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -105,6 +112,16 @@ def classes_are_inspected_in_forks() -> Iterator[None]:
     from vllm.model_executor.models import registry
 
     with patch.object(registry, "_run_in_subprocess", run_in_a_fork):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def spawned_processes_are_forks() -> Iterator[None]:
+    """Of this process before the first test: it has imported all that they need, and registered nothing."""
+    from vllm import plugins
+
+    assert not plugins.plugins_loaded
+    with fork_what_is_spawned():
         yield
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from qwen3_fp8_ascend.serving import free_port
-from tests.support import forked_server
+from tests.support import forked_server, vllm_ascend_forks
 
 from .conftest import BLOCK_FP8, write_config
 
+ROOT = Path(__file__).parents[2]
 COMMANDS = [
     pytest.param(forked_server.MODULE, id="forks"),
     pytest.param(forked_server.MAIN, id="interpreters", marks=pytest.mark.long),
@@ -83,13 +84,12 @@ def test_every_process_of_vllm_serve_has_it(command: str, tmp_path: Path) -> Non
     }
     arguments = ["--quantization", "ascend", "--load-format", "dummy", "--skip-tokenizer-init"]
     arguments += ["--max-model-len", "128", "--tensor-parallel-size", "2", "--host", "127.0.0.1"]
-    done = subprocess.run(
-        [sys.executable, "-m", command, "serve", folder, *arguments, "--port", str(free_port())],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    arguments += ["--port", str(free_port())]
+    if command == forked_server.MODULE:
+        done = vllm_ascend_forks.run(command, "serve", str(folder), *arguments, folder=ROOT, environment=environment)
+    else:
+        line = [sys.executable, "-m", command, "serve", str(folder), *arguments]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
     log = done.stdout + done.stderr
     assert done.returncode != 0 and "No module named 'acl'" in log, log[-5000:]
     assert "quantization=ascend" in log, "the engine core did not say so"

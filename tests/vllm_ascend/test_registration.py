@@ -47,7 +47,7 @@ def linear_methods(model: torch.nn.Module) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Fresh:
-    """What forks of a spawned process said: it has imported vLLM and registered nothing.
+    """What forks of a process said that has imported vLLM and registered nothing.
 
     alone: the error of an engine's config of Qwen3-8B-FP8 without this package.
     orders: what `ascend` is and what a pickled config of this process's is, for each of `ORDERS` and of ours first or
@@ -71,7 +71,7 @@ def excluding(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def fresh(qwen3_8b: Path, excluding: Any) -> Fresh:
-    """A spawned process inherits nothing but its arguments, and imports for ten seconds: one for all that is asked."""
+    """From a spawned process, which the fixture `spawned_processes_are_forks` makes without imports."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=report_from_process, args=(qwen3_8b, pickle.dumps(excluding), sender))

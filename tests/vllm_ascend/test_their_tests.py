@@ -3,11 +3,11 @@
 import functools
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+
+from tests.support import vllm_ascend_forks
 
 from .conftest import FIGURES
 
@@ -25,7 +25,7 @@ def outcomes(tree: Path) -> dict[str, str]:
 def outcomes_with_and_without() -> tuple[dict[str, str], dict[str, str]]:
     """Outcomes in the release with this package, and without it of those that do not pass with it.
 
-    Both in forks of one process, which has imported the release: that and the tests take most of a minute.
+    Both in forks of one process, which has imported the release.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "with")
@@ -34,17 +34,14 @@ def outcomes_with_and_without() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _run(tree: Path, file: Path, **variables: str) -> dict[str, str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "vllm_ascend_unit_tests", "-p", "no:cacheprovider"]
+    arguments = ["-q", "-p", "vllm_ascend_unit_tests", "-p", "no:cacheprovider", "tests/ut/quantization"]
     environment = os.environ | {
         "PYTHONPATH": f"{SUPPORT}{os.pathsep}{os.environ['PYTHONPATH']}",
         "OUTCOMES": str(file),
         "HF_HUB_OFFLINE": "1",
-        "OPENBLAS_NUM_THREADS": "1",  # else NumPy starts threads when it is imported
     }
-    done = subprocess.run(
-        [*command, "tests/ut/quantization"], cwd=tree, env=environment | variables, capture_output=True, text=True
-    )
-    assert file.exists(), done.stdout[-3000:] + done.stderr[-3000:]
+    done = vllm_ascend_forks.run("pytest", *arguments, folder=tree, environment=environment | variables)
+    assert file.exists(), done.stdout[-5000:]
     found: dict[str, str] = json.loads(file.read_text())
     return found
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support import vllm_ascend_forks
 from tests.support.documents import read
 
 from .conftest import FIGURES
@@ -79,6 +80,11 @@ def run(command: list[str], tree: Path, **environment: str) -> subprocess.Comple
     return subprocess.run(command, cwd=tree, env=os.environ | environment, capture_output=True, text=True)
 
 
+def run_pytest(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    options = ("-q", "-p", "no:cacheprovider")
+    return vllm_ascend_forks.run("pytest", *options, *arguments, folder=tree, environment=os.environ)
+
+
 @pytest.mark.parametrize("name", PULL_REQUESTS)
 def test_it_follows_their_style(trees: dict[str, Path], name: str) -> None:
     """ruff by their rules; a file of theirs that this ruff would format otherwise anyway is not looked at for that."""
@@ -139,7 +145,7 @@ def test_the_commit_has_their_form(trees: dict[str, Path], name: str) -> None:
 @pytest.mark.long
 def test_the_first_stands_alone(trees: dict[str, Path]) -> None:
     touched = [f"tests/ut/quantization/{file}" for file in TOUCHED["ascend_950"]]
-    done = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *touched], trees["ascend_950"])
+    done = run_pytest(trees["ascend_950"], *touched)
     passed = re.search(r"^(\d+) passed", done.stdout, re.M)
     assert done.returncode == 0 and passed, done.stdout[-3000:]
     assert int(passed[1]) >= 29
@@ -159,8 +165,8 @@ def test_they_compute_what_the_specification_says(trees: dict[str, Path]) -> Non
     """With the real torch-npu, so outside their tests, whose conftest replaces it."""
     file = trees["a2_a3"] / "test_numerics.py"
     shutil.copy(Path(__file__).with_name("upstream_numerics.py"), file)
-    done = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)], trees["a2_a3"])
-    assert done.returncode == 0 and "29 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+    done = run_pytest(trees["a2_a3"], str(file))
+    assert done.returncode == 0 and "29 passed" in done.stdout, done.stdout[-5000:]
 
 
 def test_the_copied_kernels_compile(trees: dict[str, Path]) -> None:
