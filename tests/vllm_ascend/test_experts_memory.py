@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,29 @@ def process(model: Any, config: Any) -> list[Any]:
 
 
 @pytest.fixture
-def remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers are alike: the first is packed expert by expert, the others get tensors of the same shapes."""
+def remembered(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are alike, and so are experts: of the first layer two are packed and three, in the long form all.
+
+    What else there is gets tensors of the same shapes.
+    """
     first: dict[Any, PackedWeight] = {}
     honest = ops.pack_experts
 
-    def pack(weights: Any, scales: Any, grid: Any, *backend: Any, **options: Any) -> PackedWeight:
-        if grid not in first:
+    def pack(weights: Any, scales: torch.Tensor, grid: Any, *backend: Any, **options: Any) -> PackedWeight:
+        experts = scales.shape[0]
+        if grid not in first and request.config.getoption("--long"):
             first[grid] = honest(weights, scales, grid, *backend, **options)
             return first[grid]
+        if grid not in first:
+            given = list(itertools.islice(weights, 3))
+            two, three = (honest(given[:few], scales[:few].clone(), grid, *backend, **options) for few in (2, 3))
+            for packed in (two, three):
+                assert all(t.shape[0] == packed.groups for t in packed.tensors)
+                assert all(t.untyped_storage().nbytes() == t.nbytes for t in packed.tensors)
+            assert [t.shape[1:] for t in two.tensors] == [t.shape[1:] for t in three.tensors]
+            first[grid] = dataclasses.replace(
+                two, tensors=tuple(t.new_empty((experts, *t.shape[1:])) for t in two.tensors), groups=experts
+            )
         like = first[grid]
         return dataclasses.replace(like, tensors=tuple(torch.empty_like(t) for t in like.tensors))
 

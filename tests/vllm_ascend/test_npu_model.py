@@ -21,7 +21,6 @@ from qwen3_fp8_ascend.testing.models import QWEN3_8B
 from qwen3_fp8_ascend.vllm_plugin import linear
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8LmHeadMethod
-from tests.ascendc.test_backend import schemas  # noqa: F401
 from tests.support.npu_graph import FP8_VIEWS, Capture, Watch, falls_back_to_the_host
 
 from .conftest import BLOCK_FP8, FIGURES, NPU, Chip, engine_config, write_config
