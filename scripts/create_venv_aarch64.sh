@@ -49,10 +49,11 @@ version=$(find "$venv/root/usr/bin" -name 'python3.*' -printf '%f\n' | sed -n 's
 [ -n "$version" ] || fail "the arm64 packages hold no Python" "rm -r $venv, and run this again"
 
 echo "downloading AArch64 wheels: torch $torch (146 MB) and the test tools"
-# A pip beside which nothing is installed: it would compare these wheels with what is there.
-"$python" -m venv --clear "$venv/host"
+# For a Python beside which nothing is installed: pip would compare these wheels with what is there.
+"$python" -m venv --clear --without-pip "$venv/host"
 pip_install() {
-  "$venv/host/bin/python" -m pip --disable-pip-version-check --no-input install -qq --no-warn-script-location --no-compile \
+  "$python" -m pip --python "$venv/host/bin/python" --disable-pip-version-check --no-input install -qq \
+    --no-warn-script-location --no-compile \
     --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
     --python-version "$version" --implementation cp --only-binary=:all: --target "$venv/site" "$@"
 }

@@ -9,12 +9,13 @@ base=$1 venv=$2 torch_npu=$3
 shift 3
 cd "$(dirname "$0")/.."
 
-"$base/bin/python" -m venv "$venv"
+"$base/bin/python" -m venv --without-pip "$venv"
 site=$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')
 "$base/bin/python" -c 'import site; print(site.getsitepackages()[0])' >"$site/base.pth"
 # Files like this one are not read in folders that they add.
 echo 'import importlib.util as u; u.find_spec("torchvision_operators") and __import__("torchvision_operators")' \
   >>"$site/base.pth"
+# The pip of BASE_VENV, which this Python sees as well.
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 pip install -qq --no-compile --no-deps "torch-npu==$torch_npu"
 pip install -qq --no-compile "scipy>=1.11" "decorator>=5"

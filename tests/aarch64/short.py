@@ -12,8 +12,12 @@ from collections.abc import Iterator
 from unittest.mock import patch
 
 import pytest
+from hypothesis import is_hypothesis_test, settings
 
 LEVEL = {"max": "neon_bf16", "neoverse-n1": "neon"}[os.environ["AARCH64_PROCESSOR"]]
+
+EXAMPLES = 12
+"""So many at most of a test with drawn ones; they are drawn in the same order, and the long form has all."""
 
 ALL = ".*"
 SHORT = {
@@ -66,6 +70,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"no such tests on {LEVEL}: {', '.join(sorted(lost))}")
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = list(chosen)
+    functions = {item.function for item in chosen if isinstance(item, pytest.Function)}
+    for function in filter(is_hypothesis_test, functions):
+        given = function._hypothesis_internal_use_settings
+        few = settings(given, max_examples=min(given.max_examples, EXAMPLES))
+        function._hypothesis_internal_use_settings = few  # the decorator refuses to be used twice
 
 
 def _of_processor(node: pytest.Collector | pytest.Item) -> bool:
