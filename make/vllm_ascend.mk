@@ -26,7 +26,7 @@ test-vllm-ascend: $(VLLM_ASCEND_RELEASES:%=test-vllm-ascend-%)  ## the plugin be
 $(VLLM_ASCEND_RELEASES:%=test-vllm-ascend-%): test-vllm-ascend-%: $(VLLM_ASCEND_STAMP)
 	$(VLLM_ASCEND_VENV)/bin/python-$* -m pytest -q -p no:cacheprovider tests/vllm_ascend
 
-test-vllm-ascend-long: $(VLLM_ASCEND_RELEASES:%=test-vllm-ascend-long-%)  ## what it leaves out: a server of four interpreters, Qwen3-235B, the first pull request alone
+test-vllm-ascend-long: $(VLLM_ASCEND_RELEASES:%=test-vllm-ascend-long-%)  ## what it leaves out: a server of four interpreters, Qwen3-235B with all experts packed, the first pull request alone
 
 $(VLLM_ASCEND_RELEASES:%=test-vllm-ascend-long-%): test-vllm-ascend-long-%: $(VLLM_ASCEND_STAMP)
 	$(VLLM_ASCEND_VENV)/bin/python-$* -m pytest -q -p no:cacheprovider --long -m long tests/vllm_ascend
