@@ -13,6 +13,8 @@ ASCENDNPU_IR_VERSIONS := 1.1.0 1.2.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 TRITON_TEST_PACKAGES := "pytest>=8.3" "pytest-timeout>=2.3"
 TRITON_PYTEST = -m pytest -q -p no:cacheprovider --durations=5
+# Products here are small: numpy's and torch's threads would only spin beside the one that works.
+TRITON_THREADS := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
 # CPU torch from wherever pip already looks, else from PyTorch's public CPU index.
 define install_cpu_torch
@@ -52,13 +54,13 @@ TRITON_COMPILED := $(patsubst %,tests/triton_kernels/test_%.py,sm90 nvidia_compi
 
 # The tests that a mark chooses.
 define test_triton_ascend
-	.venv-triton-ascend/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_ascend tests/triton_ascend
+	$(TRITON_THREADS) .venv-triton-ascend/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_ascend tests/triton_ascend
 endef
 define test_triton_interpreted
-	TRITON_INTERPRET=1 .venv-triton/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_kernels $(TRITON_INTERPRETED)
+	$(TRITON_THREADS) TRITON_INTERPRET=1 .venv-triton/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_kernels $(TRITON_INTERPRETED)
 endef
 define test_triton_compiled
-	.venv-triton/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_kernels $(TRITON_COMPILED)
+	$(TRITON_THREADS) .venv-triton/bin/python $(TRITON_PYTEST) -m '$(1)' --confcutdir=tests/triton_kernels $(TRITON_COMPILED)
 endef
 
 test-triton-ascend: $(TRITON_ASCEND_STAMP)  ## compile the Triton kernels for every Ascend chip and execute them on x86
