@@ -15,6 +15,7 @@ import typer
 from rich.logging import RichHandler
 
 from qwen3_fp8_ascend import __version__, launch
+from qwen3_fp8_ascend.checkpoints.folder import read_checkpoint
 from qwen3_fp8_ascend.evaluate import commands as evaluate
 from qwen3_fp8_ascend.evaluate.precision import command as precision
 from qwen3_fp8_ascend.terminal import Json, be_quiet, err, is_quiet, out, run
@@ -101,6 +102,7 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing destination.")] = False,
 ) -> None:
     """Turn a bf16 checkpoint into block FP8 (e4m3, 128x128), file by file; resumes where it was stopped."""
+    read_checkpoint(source)  # a wrong folder is told before torch is imported, which takes seconds
     from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
 
     quantize_checkpoint(
@@ -122,6 +124,7 @@ def dequantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing destination.")] = False,
 ) -> None:
     """Turn a block-FP8 checkpoint into bf16, file by file; resumes where it was stopped."""
+    read_checkpoint(source)  # a wrong folder is told before torch is imported, which takes seconds
     from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 
     dequantize_checkpoint(source, destination, overwrite=overwrite, progress=not is_quiet())

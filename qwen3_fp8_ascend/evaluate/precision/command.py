@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from qwen3_fp8_ascend.checkpoints.folder import read_checkpoint
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate import templates
 from qwen3_fp8_ascend.evaluate.precision.prompts import all_prompts
@@ -68,13 +69,16 @@ def run(
 
     A server gives the most probable tokens; --backend, --activation and --dtype are then its own.
     """
-    from qwen3_fp8_ascend.evaluate.precision.runs import save_run
-
     texts = _texts(prompts, limit)
     arithmetic = Activation.parse(activation, "--activation")
     check_writable(output)
+    is_server = source.startswith(("http://", "https://"))
+    if not is_server:
+        read_checkpoint(Path(source))  # a wrong folder is told before anything large is imported, which takes seconds
+    from qwen3_fp8_ascend.evaluate.precision.runs import save_run
+
     with progress(err) as say:
-        if source.startswith(("http://", "https://")):
+        if is_server:
             from qwen3_fp8_ascend.evaluate.precision.served import run_server
 
             made = run_server(
@@ -168,11 +172,12 @@ def linears(
 
     The model around it is computed on the CPU, by the specification.
     """
-    from qwen3_fp8_ascend.evaluate.precision import linears as judge
-
     texts = _texts(prompts, limit)
     arithmetic = Activation.parse(activation, "--activation")
     check_writable(output)
+    read_checkpoint(model)
+    from qwen3_fp8_ascend.evaluate.precision import linears as judge
+
     with progress(err) as say:
         _check_device(device)
         loaded, tokenizer = _load(model, "reference", arithmetic, dtype, "cpu")
