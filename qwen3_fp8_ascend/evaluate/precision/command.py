@@ -74,7 +74,7 @@ def run(
     check_writable(output)
     is_server = source.startswith(("http://", "https://"))
     if not is_server:
-        read_checkpoint(Path(source))  # a wrong folder is told before anything large is imported, which takes seconds
+        _check_model(Path(source), dtype)
     from qwen3_fp8_ascend.evaluate.precision.runs import save_run
 
     with progress(err) as say:
@@ -175,7 +175,7 @@ def linears(
     texts = _texts(prompts, limit)
     arithmetic = Activation.parse(activation, "--activation")
     check_writable(output)
-    read_checkpoint(model)
+    _check_model(model, dtype)
     from qwen3_fp8_ascend.evaluate.precision import linears as judge
 
     with progress(err) as say:
@@ -206,8 +206,13 @@ def _texts(prompts: Path | None, limit: int | None) -> list[str]:
     return texts[:limit]
 
 
-def _load(folder: Path, backend: str, activation: Activation, dtype: str, device: str) -> tuple[torch.nn.Module, Any]:
+def _check_model(folder: Path, dtype: str) -> None:
+    """What can be said before torch and transformers are imported, which takes seconds."""
     check_choices("--dtype", [dtype], DTYPES)
+    read_checkpoint(folder)
+
+
+def _load(folder: Path, backend: str, activation: Activation, dtype: str, device: str) -> tuple[torch.nn.Module, Any]:
     try:
         import torch
         from transformers import AutoTokenizer

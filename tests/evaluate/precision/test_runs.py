@@ -268,21 +268,27 @@ def test_biases_are_added_where_the_specification_adds_them(tmp_path: Path, caps
     assert ours["equal"] > 0.99 and specification["equal"] > 0.99
 
 
+MODEL = "a checkpoint that is there"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["run", "absent", "out.run"], "checkpoint folder cannot be read"),
         (["run", "http://127.0.0.1:9", "out.run"], "server"),
         (["run", "absent", "out.run", "--dtype", "int8"], "float32"),
-        (["run", "absent", "out.run", "--device", "tpu"], "unknown value"),
-        (["run", "absent", "out.run", "--device", "npu"], "there is no such device"),
-        (["linears", "absent", "--device", "cuda"], "there is no such device"),
+        (["run", MODEL, "out.run", "--device", "tpu"], "unknown value"),
+        (["run", MODEL, "out.run", "--device", "npu"], "there is no such device"),
+        (["linears", MODEL, "--device", "cuda"], "there is no such device"),
         (["run", "absent", "out.run", "--prompts", "absent.json"], "prompts cannot be read"),
         (["compare", "absent.run", "absent.run"], "no saved run"),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_command(app, ["eval-precision", *arguments]) == 2
+def test_bad_input_is_one_line(
+    model: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [str(model) if argument == MODEL else argument for argument in arguments]
+    assert run_command(app, ["eval-precision", *line]) == 2
     error = capsys.readouterr().err
     assert said in error and "what to do:" in error
 
