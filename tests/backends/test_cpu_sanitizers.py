@@ -30,10 +30,11 @@ THREADS = "tests/backends/test_cpu_threads.py"
 
 OURS = "(cpu or three_dimensions)"
 NOT_OF_THE_KERNELS = "not document and not compiles_whole and not environment_variable and not only_torch"
-NOT_OF_THE_KERNELS += " and not gradient and not agree_with_their_fakes"
+NOT_OF_THE_KERNELS += " and not gradient"
 # What a sanitizer looks for shows at any size, and with any numbers: of sizes those beside every edge, of numbers the
 # largest and the smallest, and of what is quantized before a kernel sees it one of each number of terms.
 SHORT = "not depend_neither and not hundred_thousand and not merged_ragged and not several_python and not 30b_a3b"
+SHORT += " and not agree_with_their_fakes"
 SHORT += " and not exponential and not (batch_and_threads and ue8m0) and (not magnitudes or -130- or 100-)"
 SHORT += " and (not ragged_edges or 1-1- or 1-19- or 5-1- or 5-40- or 131-6- or 131-19- or 390-2- or 390-40-)"
 SHORT += " and (not many_tokens or w8a8-torch.bfloat16 or w8a16-torch.float32)"

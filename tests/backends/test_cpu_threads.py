@@ -34,7 +34,7 @@ WIDTHS = (576, 192, 192)
 OPERATORS = torch.ops.qwen3_fp8_ascend
 FORK_SECONDS = 60
 PAUSE = 1e-4
-"""Seconds between two changes, several of them in a call. Without, calls would wait for the interpreter's lock."""
+"""Seconds between two changes. Without a pause, calls would wait for the interpreter's lock."""
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 

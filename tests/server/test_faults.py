@@ -35,12 +35,10 @@ PATIENCE = 30
     ("started", "model", "victim", "terminate"),
     [
         pytest.param("start_forked", "tiny_qwen3", "Worker", os.kill, id="forked-worker-process"),
-        pytest.param("start", "tiny_qwen3", "Worker", os.kill, id="worker-process", marks=pytest.mark.long),
-        pytest.param("start", "tiny_qwen3", "EngineCore", os.killpg, id="engine-group", marks=pytest.mark.long),
-        pytest.param("start", "tiny_experts", "Worker", os.kill, id="experts-worker-process", marks=pytest.mark.long),
-        pytest.param(
-            "start", "tiny_experts", "EngineCore", os.killpg, id="experts-engine-group", marks=pytest.mark.long
-        ),
+        pytest.param("start", "tiny_qwen3", "Worker", os.kill, id="worker-process", marks=LONG),
+        pytest.param("start", "tiny_qwen3", "EngineCore", os.killpg, id="engine-group", marks=LONG),
+        pytest.param("start", "tiny_experts", "Worker", os.kill, id="experts-worker-process", marks=LONG),
+        pytest.param("start", "tiny_experts", "EngineCore", os.killpg, id="experts-engine-group", marks=LONG),
     ],
 )
 def test_a_killed_process_is_reported_and_a_restart_serves_again(

@@ -67,11 +67,9 @@ class Forked:
     """A run that has been started, as far as `subprocess.Popen` has a word for it. It leads a session of its own."""
 
     def __init__(self, template: Preloaded, arguments: Sequence[str], pid: int) -> None:
-        self.args, self.pid, self.returncode = list(arguments), pid, None
+        self.args, self.pid = list(arguments), pid
+        self.returncode: int | None = None
         self._template, self._ending = template, os.pidfd_open(pid)
-
-    args: list[str]
-    returncode: int | None
 
     def poll(self) -> int | None:
         """Its exit status as of `subprocess` (negative: a signal), None while it runs."""
@@ -171,6 +169,12 @@ def shared(imported: tuple[str, ...] = VLLM) -> Preloaded:
     return _SHARED[imported]
 
 
+def end_shared() -> None:
+    """End those processes; their times are then among those of this one's children."""
+    while _SHARED:
+        _SHARED.popitem()[1].close()
+
+
 def import_for_forks(modules: Sequence[str]) -> None:
     """Without garbage collection in forks looking through all of it, which would make its pages each fork's own."""
     for module in modules:
@@ -182,9 +186,8 @@ def import_for_forks(modules: Sequence[str]) -> None:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever the imports print
-    with contextlib.suppress(
-        ImportError
-    ):  # it finds a title's place while the environment is where it was at the start
+    # It finds where a title is written only while nothing has changed the environment.
+    with contextlib.suppress(ImportError):
         importlib.import_module("setproctitle").getproctitle()
     import_for_forks(sys.argv[1:])
     requested = _request_in_a_fork(answers)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from subprocess import CompletedProcess
 
-from tests.support.preloaded import Preloaded
+from tests.support import preloaded
 
 PACKAGES = (
     "torch._inductor.lowering",
@@ -34,8 +34,6 @@ PACKAGES = (
 
 FOLDER = "FOLDER_OF_FORK"
 
-_started: list[Preloaded] = []
-
 
 def run(
     module: str, *arguments: str, folder: Path, environment: Mapping[str, str], timeout: float = 600
@@ -46,18 +44,11 @@ def run(
         subprocess.TimeoutExpired: it was not done in time, and has been killed with all that it started.
     """
     command = [module, *arguments]
-    if not _started or _started[-1].has_ended():
-        _started.append(Preloaded(PACKAGES))
+    template = preloaded.shared(PACKAGES)
     with tempfile.TemporaryDirectory() as made:
         log, variables = Path(made, "log"), {**environment, FOLDER: str(folder)}
-        status = _started[-1].run(__name__, *command, environment=variables, log=log, timeout=timeout)
+        status = template.run(__name__, *command, environment=variables, log=log, timeout=timeout)
         return CompletedProcess(command, status, log.read_text(), "")
-
-
-def end() -> None:
-    """End that process, whose times are then among those of this one's children."""
-    while _started:
-        _started.pop().close()
 
 
 def main() -> None:

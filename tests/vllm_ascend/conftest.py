@@ -19,7 +19,7 @@ from unittest.mock import MagicMock, patch
 import pytest
 import torch
 
-from tests.support import vllm_ascend_forks
+from tests.support import preloaded
 from tests.support.forked_spawn import fork_what_is_spawned
 
 MISSING = (
@@ -63,7 +63,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def pytest_unconfigure() -> None:
-    vllm_ascend_forks.end()
+    preloaded.end_shared()
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
