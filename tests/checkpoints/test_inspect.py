@@ -29,6 +29,7 @@ from tests.support.checkpoint_folders import (  # noqa: F401
     write_folder,
     write_sparse,
 )
+from tests.support.own_time import at_pace
 
 E4M3 = torch.float8_e4m3fn
 
@@ -113,7 +114,7 @@ def test_inspecting_eight_billion_weights_is_instant(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     seconds, megabytes = map(float, done.stdout.split())
     print(f"inspect of {size / 1e9:.1f} GB: {seconds:.3f} s, {megabytes:.0f} MiB")
-    assert seconds < 1
+    assert at_pace(seconds, 1) <= 1
     assert megabytes < 300
 
 

@@ -22,6 +22,7 @@ from tests.fuzz.folders import HostileFolder
 from tests.fuzz.judge import FACTOR, HANG_SECONDS, RESIDENT_ALLOWANCE, SECONDS, Sandbox, address_space, resident_peak
 from tests.fuzz.large_attacks import HEAVY
 from tests.fuzz.readers import READERS, Reader
+from tests.support.own_time import at_pace
 
 ARENA = 64 << 20
 """Address space that glibc reserves for a thread's first allocation; it is not memory."""
@@ -101,8 +102,9 @@ def _child(reader: Reader, folder: Path, size: int, mapped: int, send: int) -> N
             answer["refusal"] = str(error).split("\n")[0]
         except BaseException as error:
             answer["violation"] = f"{type(error).__name__} instead of BlockFp8Error: {str(error)[:200]}"
-        answer |= {"seconds": time.process_time() - started, "resident": resident_peak() - before}
-        if "violation" not in answer and resident_peak() - before > bound:
+        seconds, resident = time.process_time() - started, resident_peak() - before
+        answer |= {"seconds": at_pace(seconds, SECONDS), "resident": resident}
+        if "violation" not in answer and resident > bound:
             answer["violation"] = f"more than {bound / 1e6:.1f} MB"
         os.write(send, json.dumps(answer).encode())
     finally:
@@ -141,6 +143,8 @@ def main() -> int:
         outcomes.append(outcome)
         print(outcome, flush=True)
     bad = [outcome for outcome in outcomes if outcome.violation]
+    for outcome in bad:
+        print("condemned:", outcome)
     slowest = max(outcomes, key=lambda o: o.seconds)
     hungriest = max(outcomes, key=lambda o: o.factor)
     small = max((outcome.resident for outcome in outcomes if outcome.size < 1 << 20), default=0)

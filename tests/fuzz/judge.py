@@ -21,9 +21,10 @@ from typing import Any
 from qwen3_fp8_ascend.checkpoints.folder import PICKLE_SUFFIXES
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from tests.fuzz.folders import OUTSIDE, HostileFolder
+from tests.support.own_time import at_pace
 
 SECONDS = 1.0
-"""Most of a core's time for one input; a slower one is measured twice more, since a busy machine slows this too."""
+"""Most of an idle core's time for one input (`own_time`); a slower one is measured twice more."""
 
 HANG_SECONDS = 20
 """After so long by the clock an input is given up: it waits for something, or never ends."""
@@ -263,6 +264,7 @@ class Judge:
             python_peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             resident = resident_peak() - resident
+        seconds = at_pace(seconds, SECONDS)
         violation = (
             violation
             or _judge_events(watch, copied=self.reads_data and refusal is None)
