@@ -7,11 +7,16 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from qwen3_fp8_ascend import terminal
+from qwen3_fp8_ascend.cli import app
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
+from tests.support.preloaded_python import MODELS, preloaded_python
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -41,11 +46,49 @@ def run(script: str, *arguments: str | Path, **environment: str) -> subprocess.C
     )
 
 
+@pytest.fixture(scope="module")
+def python() -> Iterator[str]:
+    """One that has its imports: for tests that start it again and again with other settings."""
+    with preloaded_python(MODELS) as executable:
+        yield str(executable)
+
+
 @functools.cache
 def dry_run(*arguments: str, **environment: str) -> list[str]:
     done = run(SERVE, *arguments, **environment)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return done.stdout.splitlines()
+
+
+RECORDER = r"""#!/bin/sh
+[ "$*" != "-m qwen3_fp8_ascend --version" ] || exec echo 0
+shift 2
+printf '%s\0' "$@"
+printf '\n'
+env -0
+"""
+"""A Python that prints what our command line is given: its words, and the environment."""
+
+
+@pytest.fixture
+def asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., list[str]]:
+    """The same, but what the script would have a new process print is computed in this one."""
+    recorder = tmp_path / "python"
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+    monkeypatch.chdir(ROOT)
+
+    def lines(*arguments: str, **environment: str) -> list[str]:
+        done = run(SERVE, *arguments, PYTHON=str(recorder), **environment)
+        words, _, variables = done.stdout.partition("\0\n")
+        given = dict(line.split("=", 1) for line in variables.split("\0")[:-1])
+        with patch.dict(os.environ, given, clear=True):
+            assert terminal.run(app, words.split("\0")) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return lines
 
 
 def option(words: list[str], name: str) -> str:
@@ -152,15 +195,16 @@ def test_every_setting_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(OTHER))
-def test_a_setting_can_be_given_in_three_ways(name: str) -> None:
+def test_a_setting_can_be_given_in_three_ways(name: str, asked: Callable[..., list[str]]) -> None:
     base = ["--dry-run", "--device", "cpu" if name in ("kv-cache-gib", "cores") else "npu"]
     if name not in ("model", "source", "download-dir"):
         base += ["--model", "."]
+    lines = functools.partial(dry_run if name == "python" else asked, *base)
     value, variable = OTHER[name], settings()[name]
-    flag = dry_run(*base, f"--{name}", value)
-    assert flag == dry_run(*base, f"--{name}={value}") == dry_run(*base, **{variable: value})
-    assert flag != dry_run(*base)
-    assert dry_run(*base, f"--{name}", value, **{variable: "1"}) == flag
+    flag = lines(f"--{name}", value)
+    assert flag == lines(f"--{name}={value}") == lines(**{variable: value})
+    assert flag != lines()
+    assert lines(f"--{name}", value, **{variable: "1"}) == flag
 
 
 def test_variables_for_the_npu_that_are_set_stay() -> None:
@@ -338,11 +382,11 @@ def test_the_backend_alone_is_computed_on_the_npu() -> None:
     assert w8a16.count("--activation w8a16") == 4 and "precision-ascendc-w8a16.json" in w8a16
 
 
-def test_precision_from_the_checkpoint_to_the_page(tmp_path: Path) -> None:
+def test_precision_from_the_checkpoint_to_the_page(tmp_path: Path, python: str) -> None:
     """On a small random model, twice: what exists is kept, what it needs is compared again."""
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     model, output = write_block_fp8_qwen3(tmp_path / "qwen3"), tmp_path / "out"
-    line = [PRECISION, "--fp8", model, "--bf16", tmp_path / "qwen3-bf16", "--python", sys.executable, "--limit", "1"]
+    line = [PRECISION, "--fp8", model, "--bf16", tmp_path / "qwen3-bf16", "--python", python, "--limit", "1"]
     done = run(*line, "--output", output, "--", "--greedy-tokens", "2")
     assert done.returncode == 0, done.stderr
     header = "|  | cpu w8a8 | original | noise floor |"

@@ -9,6 +9,7 @@ What a user starts imports all that it needs itself: tests of how a process star
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -21,10 +22,11 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from tests.support import costs
 
@@ -214,8 +216,8 @@ def _request_in_a_fork(answers: TextIO) -> Request | None:
     return None
 
 
-def _become(request: Request) -> None:
-    """Be the requested process, to its end: what is registered for the exit is called as usual."""
+def _become(request: Request) -> NoReturn:
+    """Be the requested process, to its end."""
     log = os.open(request.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for given, wanted in ((nothing, 0), (log, 1), (log, 2)):
@@ -223,7 +225,31 @@ def _become(request: Request) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     sys.argv = [request.module, *request.arguments]
-    runpy.run_module(request.module, run_name="__main__", alter_sys=True)
+    run_to_the_end(request.module)
+
+
+def run_to_the_end(module: str) -> NoReturn:
+    """Run it as `python -m` would, and end as forks of multiprocessing do.
+
+    What is registered for the exit is called. That an interpreter then takes all that is imported apart is spared: it
+    takes most of a second.
+    """
+    status: int | str | None = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        if not stream.closed:
+            stream.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 if __name__ == "__main__":
