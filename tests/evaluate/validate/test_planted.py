@@ -1,7 +1,8 @@
 """`validate` finds what is wrong and names it, and goes from start to file on a device that stands in for an NPU."""
 
 import json
-import sys
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,24 @@ from qwen3_fp8_ascend.terminal import run
 from qwen3_fp8_ascend.testing.devices import Device
 from qwen3_fp8_ascend.testing.timing import interleave
 from tests.evaluate.validate.planted import StandIn
+from tests.support.preloaded_python import TORCH, preloaded_python
 
 ROOT = Path(__file__).parents[3]
 
 
-def validate(monkeypatch: pytest.MonkeyPatch, folder: Path, what: str, *arguments: str) -> dict[str, Any]:
-    monkeypatch.setattr(orchestration, "CHILD", [sys.executable, "-m", "tests.evaluate.validate.planted", what])
+@pytest.fixture(scope="module")
+def python() -> Iterator[str]:
+    """For the processes of steps, each of which would import torch."""
+    with preloaded_python(TORCH, os.environ | {"OMP_NUM_THREADS": "1"}) as executable:
+        yield str(executable)
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, python: str, what: str) -> None:
+    monkeypatch.setattr(orchestration, "CHILD", [python, "-m", "tests.evaluate.validate.planted", what])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def validate(folder: Path, *arguments: str) -> dict[str, Any]:
     code = run(app, ["validate", "--device", "cpu", "--output", str(folder / "v.json"), *arguments])
     found: dict[str, Any] = json.loads((folder / "v.json").read_text())
     assert code == (0 if found["verdict"] == "passed" else 1)
@@ -38,7 +49,7 @@ def words(step: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="module")
-def faulty(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def faulty(python: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All planted backends in one run, each in the steps that are there to find its fault."""
     folder = tmp_path_factory.mktemp("faulty")
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -49,7 +60,8 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
         monkeypatch.setattr(orchestration, "_run", short)
         monkeypatch.setattr(orchestration, "may_match", lambda step, pattern: step in FINDERS)
-        found = validate(monkeypatch, folder, "faults")
+        plant(monkeypatch, python, "faults")
+        found = validate(folder)
     return folder, found
 
 
@@ -123,18 +135,20 @@ def test_pages_name_every_fault(faulty: Any) -> None:
 
 
 def test_the_command_that_is_printed_repeats_the_case(
-    faulty: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    faulty: Any, python: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     step = by_step(faulty[1])["linear/planted_scale/w8a8"]
     failure = step["failures"][-1]
-    monkeypatch.setattr(orchestration, "CHILD", [sys.executable, "-m", "tests.evaluate.validate.planted", "faults"])
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    plant(monkeypatch, python, "faults")
     assert run(app, failure["repeat"].split()[1:]) == 1
     assert f"{failure['case']}: {'; '.join(failure['faults'])}" in capsys.readouterr().out
 
 
-def test_from_start_to_file_on_a_stand_in_for_an_npu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = validate(monkeypatch, tmp_path, "npu")
+def test_from_start_to_file_on_a_stand_in_for_an_npu(
+    python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, python, "npu")
+    found = validate(tmp_path)
     steps = by_step(found)
     arithmetic = {"linear", "prefill", "experts", "nonfinite", "determinism", "graph", "compile"}
     expected = {f"{name}/triton/w8a8" for name in arithmetic} | {"quantize/triton", "dequantize/triton"}
