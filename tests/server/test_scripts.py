@@ -19,6 +19,7 @@ from qwen3_fp8_ascend.evaluate.servers import wait_until_up
 from qwen3_fp8_ascend.serving import failure_in, free_port, serving_environment, stop
 from qwen3_fp8_ascend.testing.models import write_block_fp8_qwen3
 from tests.support.documents import read
+from tests.support.preloaded_python import MODELS, preloaded_python
 from tests.support.processes import family, wait_until_ended
 from tests.support.quiet_waits import quiet_environment
 
@@ -39,13 +40,14 @@ class Served:
     log: Path
     environment: dict[str, str]
 
-    def shell(self, text: str) -> subprocess.CompletedProcess[str]:
+    def shell(self, text: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a block of the tutorial against this server."""
         line = text.replace("http://127.0.0.1:8000", self.url)
         bash = ["bash", "-euo", "pipefail", "-c", line]
         start = time.monotonic()
+        variables = self.environment | environment
         done = subprocess.run(
-            bash, capture_output=True, text=True, check=False, cwd=ROOT, env=self.environment, timeout=PATIENCE
+            bash, capture_output=True, text=True, check=False, cwd=ROOT, env=variables, timeout=PATIENCE
         )
         print(f"\n$ {line}({time.monotonic() - start:.1f} s)\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
         return done
@@ -87,9 +89,12 @@ def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.mark.parametrize("number", [n for n, block in enumerate(BLOCKS) if block.label in ("run", "dry run")])
 def test_the_tutorial_runs(served: Served, number: int) -> None:
     text = BLOCKS[number].text
-    if "eval_precision" in text:
+    if "eval_precision" in text and "dry-run" not in text:
         shutil.rmtree(ROOT / ".cache" / "precision", ignore_errors=True)  # it keeps what exists
-    done = served.shell(text)
+        with preloaded_python(MODELS) as python:
+            done = served.shell(text, PYTHON=str(python))
+    else:
+        done = served.shell(text)
     if "doctor" in text:
         # It says what is ready, or names the problems of this machine.
         assert ("ready to serve block FP8" in done.stdout) == (done.returncode == 0), done.stdout
