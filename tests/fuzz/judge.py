@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import resource
@@ -149,14 +150,18 @@ def resident_peak(reset: bool = False) -> int:
     """The process's highest resident memory in bytes since the last reset; 0 where the kernel does not say."""
     try:
         if reset:
-            with open("/proc/self/clear_refs", "wb", buffering=0) as file:
-                file.write(b"5")
-        with open("/proc/self/status", "rb", buffering=0) as file:
-            status = file.read(4096)
+            os.write(_opened("clear_refs", os.O_WRONLY, os.getpid()), b"5")
+        status = os.pread(_opened("status", os.O_RDONLY, os.getpid()), 4096, 0)
         at = status.index(b"VmHWM:")
         return int(status[at + 6 : at + 24].split()[0]) * 1024
     except (OSError, ValueError):
         return 0
+
+
+@functools.cache
+def _opened(name: str, flags: int, pid: int) -> int:
+    """A file of the kernel's about a process, opened once: for small inputs that would be a good part of the time."""
+    return os.open(f"/proc/{pid}/{name}", flags)
 
 
 def address_space() -> int:

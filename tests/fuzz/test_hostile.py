@@ -10,9 +10,8 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +27,7 @@ from tests.fuzz.judge import Judge, Sandbox
 from tests.fuzz.large_attacks import HEAVY
 from tests.fuzz.readers import READERS, Reader, one_rank
 from tests.support.checkpoint_folders import one_thread  # noqa: F401
+from tests.support.preloaded_python import TORCH, preloaded_python
 
 ROOT = Path(__file__).parent.parent.parent
 SEED = 20261125
@@ -143,30 +143,38 @@ def test_most_lines_are_reached() -> None:
         assert sum(map(len, missed.values())) < (1 - LEAST_LINES) * sum(len(lines[name]) for name in names), missed
 
 
-def python(*arguments: str, limit: float = 540) -> str:
+Python = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def python() -> Iterator[Python]:
     """Run a module in a process of its own, one thread; its output, whatever its status."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit
-    )
-    return done.stdout + done.stderr
+    with preloaded_python(TORCH, environment) as executable:
+
+        def run(*arguments: str, limit: float = 540) -> str:
+            line = [executable, "-m", *arguments]
+            done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit)
+            return done.stdout + done.stderr
+
+        yield run
 
 
-def heavy(sizes: tuple[int, ...], limit: float) -> None:
+def heavy(python: Python, sizes: tuple[int, ...], limit: float) -> None:
     text = python("tests.fuzz.heavy", "--sizes", *map(str, sizes), limit=limit)
     last = text.splitlines()[-1]
     print(last)
     assert f"{len(HEAVY) * len(sizes) * 6} inputs, 0 violations" in last, text[-3000:]
 
 
-def test_large_attacks() -> None:
+def test_large_attacks(python: Python) -> None:
     """Each in a process whose address space is bounded to four times the input and the allowance."""
-    heavy(HEAVY_SHORT, 120)
+    heavy(python, HEAVY_SHORT, 400)
 
 
 @pytest.mark.long
-def test_large_attacks_in_all_sizes() -> None:
-    heavy(HEAVY_LONG, 850)
+def test_large_attacks_in_all_sizes(python: Python) -> None:
+    heavy(python, HEAVY_LONG, 850)
 
 
 @pytest.fixture
@@ -174,7 +182,9 @@ def atheris() -> None:
     pytest.importorskip("atheris", reason="atheris has no wheel for this Python and platform (Linux x86-64 only)")
 
 
-def guided(name: str, runs: int, artefacts: Path, folder: Path, *, seed: int = 1, limit: float = 540) -> str:
+def guided(
+    python: Python, name: str, runs: int, artefacts: Path, folder: Path, *, seed: int = 1, limit: float = 540
+) -> str:
     figures = folder / f"{name}.json"
     options = [f"--runs={runs}", f"--seed={seed}", f"--artefacts={artefacts}", f"--figures={figures}"]
     text = python("tests.fuzz.coverage_guided", name, *options, f"--corpus={folder / f'corpus-{name}'}", limit=limit)
@@ -187,16 +197,16 @@ def guided(name: str, runs: int, artefacts: Path, folder: Path, *, seed: int = 1
 
 @pytest.mark.parametrize("name", GUIDED_SHORT)
 @pytest.mark.usefixtures("atheris")
-def test_coverage_guided(name: str, artefacts: Path, tmp_path: Path) -> None:
-    figures = json.loads(guided(name, GUIDED_SHORT[name], artefacts, tmp_path))
+def test_coverage_guided(python: Python, name: str, artefacts: Path, tmp_path: Path) -> None:
+    figures = json.loads(guided(python, name, GUIDED_SHORT[name], artefacts, tmp_path))
     assert not figures["violations"], figures["artefacts"]
     assert figures["inputs"] >= GUIDED_SHORT[name]
 
 
 @pytest.mark.usefixtures("atheris")
-def test_guidance_finds_what_chance_does_not(tmp_path: Path) -> None:
+def test_guidance_finds_what_chance_does_not(python: Python, tmp_path: Path) -> None:
     """A defect behind five conditions: once in 1,048,576 inputs by chance."""
-    figures = json.loads(guided("planted", 60_000, tmp_path, tmp_path, seed=2))
+    figures = json.loads(guided(python, "planted", 60_000, tmp_path, tmp_path, seed=2))
     assert sum(figures["violations"].values()) == 1
     assert figures["inputs"] < 60_000
     (command,) = figures["artefacts"]
@@ -206,8 +216,8 @@ def test_guidance_finds_what_chance_does_not(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("name", GUIDED_LONG)
 @pytest.mark.usefixtures("atheris")
-def test_coverage_guided_at_length(name: str, artefacts: Path, tmp_path: Path) -> None:
-    figures = json.loads(guided(name, GUIDED_LONG[name], artefacts, tmp_path, limit=850))
+def test_coverage_guided_at_length(python: Python, name: str, artefacts: Path, tmp_path: Path) -> None:
+    figures = json.loads(guided(python, name, GUIDED_LONG[name], artefacts, tmp_path, limit=850))
     assert not figures["violations"], figures["artefacts"]
     assert figures["inputs"] >= GUIDED_LONG[name]
 
@@ -217,7 +227,7 @@ def test_coverage_guided_at_length(name: str, artefacts: Path, tmp_path: Path) -
     ("name", "first", "count"),
     [(name, first, min(PART, LONG[name] - first)) for name in LONG for first in range(0, LONG[name], PART)],
 )
-def test_at_length(name: str, first: int, count: int, artefacts: Path, tmp_path: Path) -> None:
+def test_at_length(python: Python, name: str, first: int, count: int, artefacts: Path, tmp_path: Path) -> None:
     """In a process of its own, so that a crash is a finding and not the end of the tests."""
     if name == "load":
         pytest.importorskip("vllm", reason="vLLM is not installed")
