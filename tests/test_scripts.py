@@ -46,13 +46,6 @@ def run(script: str, *arguments: str | Path, **environment: str) -> subprocess.C
     )
 
 
-@pytest.fixture(scope="module")
-def python() -> Iterator[str]:
-    """One that has its imports: for tests that start it again and again with other settings."""
-    with preloaded_python(MODELS) as executable:
-        yield str(executable)
-
-
 @functools.cache
 def dry_run(*arguments: str, **environment: str) -> list[str]:
     done = run(SERVE, *arguments, **environment)
@@ -382,7 +375,14 @@ def test_the_backend_alone_is_computed_on_the_npu() -> None:
     assert w8a16.count("--activation w8a16") == 4 and "precision-ascendc-w8a16.json" in w8a16
 
 
-def test_precision_from_the_checkpoint_to_the_page(tmp_path: Path, python: str) -> None:
+@pytest.fixture
+def python() -> Iterator[Path]:
+    """For the commands that make a page, each of which would import transformers."""
+    with preloaded_python(MODELS) as executable:
+        yield executable
+
+
+def test_precision_from_the_checkpoint_to_the_page(tmp_path: Path, python: Path) -> None:
     """On a small random model, twice: what exists is kept, what it needs is compared again."""
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     model, output = write_block_fp8_qwen3(tmp_path / "qwen3"), tmp_path / "out"

@@ -1,6 +1,6 @@
 """A Python for scripts and commands that has packages imported: each `PYTHON -m MODULE ...` is a fork of one process.
 
-What most commands do takes less than importing torch, transformers or typer does. Whoever starts this Python sees a
+What most commands do takes less than importing torch or transformers does. Whoever starts this Python sees a
 process as always: working folder, environment, open files, exit status and death by a signal are those of the run, and
 one that is killed takes the run along. Our own modules are imported by each run. What is judged of how a command starts
 asks `sys.executable`.
@@ -28,9 +28,8 @@ from typing import Any, NoReturn
 
 from tests.support.preloaded import ROOT, import_for_forks, run_to_the_end
 
-COMMANDS = ("rich.logging", "rich.table", "typer.main", "pydantic.main", "pydantic.json_schema", "safetensors")
-"""What our command line imports before it knows what it is asked for."""
-TORCH = (*COMMANDS, "torch", "numpy", "safetensors.torch")
+TORCH = ("rich.logging", "rich.table", "typer.main", "pydantic.main", "pydantic.json_schema", "safetensors.torch")
+"""What our commands import, torch included."""
 MODELS = (
     *TORCH,
     "transformers",
@@ -38,6 +37,7 @@ MODELS = (
     "transformers.models.qwen3.modeling_qwen3",
     "matplotlib.pyplot",
 )
+"""What `eval-precision` imports."""
 MOST_BYTES, MOST_FILES = 1 << 17, 64
 """Of a request: its text, and the open files that it passes on."""
 
