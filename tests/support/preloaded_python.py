@@ -64,13 +64,16 @@ def preloaded_python(modules: Sequence[str], environment: Mapping[str, str] = os
 
 
 def main(address: str, *modules: str) -> None:
+    ready = os.dup(1)
+    os.dup2(2, 1)  # whatever the imports print
     import_for_forks(modules)
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads: what they hold would be held for ever in a fork"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(address)
         listener.listen()
-        os.write(1, b"!")
+        os.write(ready, b"!")
+        os.close(ready)
         requested = _request_in_a_fork(listener)
     if requested is not None:
         _become(*requested)
