@@ -1,7 +1,6 @@
 """Every kernel, for every chip, with every compiler version, reaches hivmc without a scalar loop."""
 
 import itertools
-from functools import cache
 
 import pytest
 import triton
@@ -12,7 +11,6 @@ from tests.support.triton_ascend.cases import (
     ASCEND_ARCHITECTURES,
     all_cases,
     compile_case,
-    first_and_last,
     linear_case,
     one_of_each,
     quantize_case,
@@ -30,36 +28,27 @@ from tests.support.triton_ascend.hivm_report import read_hivm
 CAPACITY = {"ub": 192 << 10, "cbuf": 512 << 10, "cc": 128 << 10}
 
 
-@cache
-def lowered(architecture_name: str, index: int) -> str:
-    return lower_to_linalg(all_cases(architecture_name)[index], architecture_name)
-
-
 WHOLE = {"Ascend910B3": IR_VERSIONS, "Ascend950PR_9589": IR_VERSIONS[:1]}
 """One chip of each configuration, and the compilers that get all its variants in the short form: for 950 the later one
-takes four times as long, and gets two of each kernel. Chips that differ in their number of cores have one of each."""
+takes four times as long, and gets one of each kernel, as do chips that differ in their number of cores."""
 
 
 def compilations():
     for name in ASCEND_ARCHITECTURES:
-        every, some = all_cases(name), first_and_last(name) if name in WHOLE else one_of_each(name)
-        for (index, case), version in itertools.product(enumerate(every), IR_VERSIONS):
-            short = case.name in {case.name for case in (every if version in WHOLE.get(name, ()) else some)}
+        some = {case.name for case in one_of_each(name)}
+        for case, version in itertools.product(all_cases(name), IR_VERSIONS):
+            short = version in WHOLE.get(name, ()) or case.name in some
             marks = [] if short else pytest.mark.long
-            yield pytest.param(name, index, version, id=f"{name}-{case.name}-{version}", marks=marks)
+            yield pytest.param(name, case, version, id=f"{name}-{case.name}-{version}", marks=marks)
 
 
 def test_a_chip_of_every_configuration_compiles_every_variant():
     assert {architecture(name) for name in WHOLE} == {architecture(name) for name in ASCEND_ARCHITECTURES}
 
 
-@pytest.mark.parametrize(("architecture_name", "index", "ir_version"), list(compilations()))
-def test_reaches_hivmc(architecture_name, index, ir_version, record_property):
-    chip = architecture(architecture_name)
-    hivm = compile_to_hivm(
-        lowered(architecture_name, index), architecture_name, ir_version, bind_sub_block=chip.bind_sub_block
-    )
-    report = read_hivm(hivm)
+@pytest.mark.parametrize(("architecture_name", "case", "ir_version"), list(compilations()))
+def test_reaches_hivmc(architecture_name, case, ir_version, record_property):
+    report = read_hivm(compile_case(case, architecture_name, ir_version))
     assert report.cores, "no device code"
     assert not report.scalar_fallbacks
     if architecture_name.startswith("Ascend910"):

@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from qwen3_fp8_ascend.triton_kernels.configuration import architecture
-from tests.support.triton_ascend.cases import one_of_each
-from tests.support.triton_ascend.compiler import IR_VERSIONS, KernelCase, compile_to_hivm, is_950, lower_to_linalg
+from tests.support.triton_ascend.cases import compile_case, one_of_each
+from tests.support.triton_ascend.compiler import IR_VERSIONS, KernelCase, is_950
 from tests.support.triton_ascend.hivm_report import read_hivm
 
 SIBLINGS = {
@@ -29,7 +29,6 @@ COMPILATIONS = [
 @pytest.mark.parametrize(("chip", "case", "ir_version"), COMPILATIONS)
 def test_reaches_hivmc(chip: str, case: KernelCase, ir_version: str) -> None:
     assert architecture(chip) == architecture(SIBLINGS[chip])
-    linalg = lower_to_linalg(case, chip)
-    report = read_hivm(compile_to_hivm(linalg, chip, ir_version, bind_sub_block=architecture(chip).bind_sub_block))
+    report = read_hivm(compile_case(case, chip, ir_version))
     assert report.cores, "no device code"
     assert not report.scalar_fallbacks

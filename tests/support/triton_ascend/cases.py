@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import triton.language as tl
 
 from benchmarks.triton_folded import block_linear_folded_kernel
@@ -173,19 +171,8 @@ def all_cases(architecture_name: str) -> list[KernelCase]:
 
 
 def one_of_each(architecture_name: str) -> list[KernelCase]:
-    """The last variant of each kernel for a chip."""
-    return list(_by_kernel(all_cases(architecture_name)).values())
-
-
-def first_and_last(architecture_name: str) -> list[KernelCase]:
-    """Two variants of each kernel for a chip: smallest and largest tile, without and with subnormals."""
-    cases = all_cases(architecture_name)
-    return [*_by_kernel(reversed(cases)).values(), *_by_kernel(cases).values()]
-
-
-def _by_kernel(cases: Iterable[KernelCase]) -> dict[str, KernelCase]:
-    """The last of each kernel."""
-    return {case.name.partition("[")[0]: case for case in cases}
+    """The last variant of each kernel for a chip: the largest tile, with subnormals."""
+    return list({case.name.partition("[")[0]: case for case in all_cases(architecture_name)}.values())
 
 
 def compile_case(case: KernelCase, architecture_name: str, ir_version: str) -> str:

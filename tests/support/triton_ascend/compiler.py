@@ -70,12 +70,22 @@ def is_950(architecture: str) -> bool:
     return architecture.startswith(("Ascend950", "Ascend910_95"))
 
 
+_linalg: dict[tuple[Any, str, str, bool], str] = {}
+
+
 def lower_to_linalg(case: KernelCase, architecture: str) -> str:
-    """The kernel as linalg on tensors: triton-ascend's last own stage ("ttadapter").
+    """The kernel as linalg on tensors: triton-ascend's last own stage ("ttadapter"), made once for a family of chips.
 
     Raises:
         CompileError: the kernel leaves the subset that triton-ascend accepts.
     """
+    key = (case.function, repr(case.signature), repr(case.constants), is_950(architecture))
+    if key not in _linalg:
+        _linalg[key] = _lower(case, architecture)
+    return _linalg[key]
+
+
+def _lower(case: KernelCase, architecture: str) -> str:
     target = GPUTarget("npu", architecture, 0)
     backend = make_backend(target)
     options = backend.parse_options({"compile_on_910_95": True} if is_950(architecture) else {})
