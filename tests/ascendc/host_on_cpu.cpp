@@ -1,6 +1,7 @@
 // csrc/ascend/host/torch_ops.cpp on the CPU: its operators are registered for CPU tensors, acl answers as a test says
 // (`ascend_host_test::set`), and what is called is kept (`ascend_host_test::log`). Nothing is computed.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <acl/acl.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>

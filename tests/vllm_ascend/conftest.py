@@ -28,9 +28,6 @@ MISSING = (
     else "vLLM-Ascend and torch-npu have an environment of their own: `make test-vllm-ascend`"
 )
 
-HEADERS = Path(__file__).parent / "headers"
-"""In place of torch's, for those who compile its operators."""
-
 BLOCK_FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 MOE = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -233,14 +230,10 @@ def chip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.fixture(scope="session")
 def schemas() -> None:
-    """csrc/ascend/host/torch_schema.cpp against this torch, with fewer headers than tests/ascendc, and in less time."""
-    from tests.ascendc import conftest as compiled
-    from tests.ascendc import test_backend
+    """csrc/ascend/host/torch_schema.cpp, compiled against this torch."""
+    from tests.ascendc.test_backend import build_schemas
 
-    source, include = compiled.SOURCES / "host" / "torch_schema.cpp", (HEADERS,)
-    flags = (*test_backend.torch_flags(), "-O0", "-fPIC", "-shared", *test_backend.link_flags())
-    depends = sorted(HEADERS.rglob("*.h"))
-    torch.ops.load_library(compiled.build("npu_schemas.so", [source], flags=flags, include=include, depends=depends))
+    torch.ops.load_library(build_schemas())
 
 
 @pytest.fixture

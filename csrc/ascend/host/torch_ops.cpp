@@ -1,7 +1,8 @@
 // torch.ops.qwen3_fp8_ascend.ascendc_* on an NPU: checks, plans, and enqueues the kernels on the current stream.
 //
 // Nothing here waits for the device, and no size depends on device data, so the operators can be captured in a graph.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <acl/acl.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>

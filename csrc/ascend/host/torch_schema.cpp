@@ -1,5 +1,6 @@
 // torch.ops.qwen3_fp8_ascend.ascendc_*: schemas and shapes (Meta). Needs torch alone, so it is also built by the tests.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <tuple>
