@@ -60,7 +60,7 @@ def endless(folder: Path) -> None:
 
 
 def slow(folder: Path) -> None:
-    for _ in range(200):
+    for _ in range(60):
         piece(400)  # in little memory
 
 
