@@ -1,26 +1,13 @@
-// Preconditions of operators. What does not hold becomes a RuntimeError that says which and why.
+// Preconditions of operators' tensors.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <sstream>
-#include <stdexcept>
+
+#include "require.h"
 
 namespace qwen3_fp8_ascend::cpu {
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-// A precondition of an operator; the parts of the message are put together only when it does not hold.
-template <class... Parts>
-void require(bool holds, const Parts&... parts) {
-  if (!holds) fail("qwen3_fp8_ascend: ", parts...);
-}
 
 inline void require_cpu(const torch::stable::Tensor& tensor, const char* name, std::int64_t dim) {
   require(tensor.is_cpu(), name, " must be on the CPU");

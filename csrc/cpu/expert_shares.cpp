@@ -1,7 +1,5 @@
 #include "expert_shares.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include "isa.h"
 
 namespace qwen3_fp8_ascend::cpu {
@@ -61,7 +59,7 @@ void make_tasks(Plan& plan, const Manner& manner, std::int64_t parts) {
 
 PanelRanges make_ranges(const ExpertWeights& weights, std::int64_t shares) {
   const std::int64_t panel_bytes = std::max<std::int64_t>(1, weights.depth.padded() * kPanelRows);
-  const std::int64_t threads = torch::stable::get_num_threads();
+  const std::int64_t threads = thread_count();
   const std::int64_t evenly = weights.panel_count * shares / (kLeastTasksPerThread * threads);
   const std::int64_t panels = std::min(kTaskBytes / panel_bytes, evenly);
   const std::int64_t pairs = std::max<std::int64_t>(1, panels / kPanelsAtOnce);

@@ -2,9 +2,9 @@
 
 #include <cstring>
 
-#include "checks.h"
 #include "expert_shares.h"
 #include "isa.h"
+#include "require.h"
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-#include "checks.h"
 #include "isa.h"
 #include "parallel.h"
+#include "require.h"
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {

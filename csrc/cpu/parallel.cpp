@@ -3,6 +3,8 @@
 // so whoever comes out of a fork does without. Threads that a child starts are new to the runtime and get their own.
 #include "parallel.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -19,5 +21,11 @@ thread_local bool forked = false;
 }  // namespace
 
 bool threads_lost() { return forked; }
+
+std::int64_t thread_count() { return torch::stable::get_num_threads(); }
+
+void parallel_parts(std::int64_t count, std::int64_t grain, Part part, const void* body) {
+  torch::stable::parallel_for(0, count, grain, [&](std::int64_t begin, std::int64_t end) { part(body, begin, end); });
+}
 
 }  // namespace qwen3_fp8_ascend::cpu

@@ -52,7 +52,7 @@ class Edit:
 class Variant:
     """A way to build the library: sanitizers, the run-time library that has to be loaded first, edits.
 
-    `includes` are headers of this folder that come before a file's first line; "" stands for all files.
+    `includes` are headers of this folder that come before a file's first line.
     """
 
     name: str
@@ -120,9 +120,9 @@ THREAD = Variant(
     (
         *EMULATED_AMX,
         *CUT_FINELY,
-        Edit("parallel.h", "torch::stable::parallel_for(0,", "parallel_in_plain_threads("),
+        Edit("parallel.cpp", "torch::stable::parallel_for(0,", "parallel_in_plain_threads("),
     ),
-    (("amx.cpp", "amx_emulation.h"), ("", "plain_threads.h")),
+    (("amx.cpp", "amx_emulation.h"), ("parallel.cpp", "plain_threads.h")),
 )
 
 
@@ -192,7 +192,7 @@ def objects(variant: Variant) -> list[Path]:
     jobs: list[tuple[str, list[str], Path]] = []
     found = []
     for name in (name for name in texts if name.endswith(".cpp") and setup.is_compiled(name)):
-        included = [HERE / header for file, header in variant.includes if file in ("", name)]
+        included = [HERE / header for file, header in variant.includes if file == name]
         # The variant's flags come last: they set the level of optimization.
         flags = [*setup.flags_of(name), "-fPIC", *variant.flags]
         digest = common.copy()
