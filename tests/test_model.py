@@ -18,7 +18,7 @@ from tests.support.noise import FALSE_ALARMS, rank_sum_probability
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 DRAWS = 3
-LENGTH = 48
+LENGTH = 24
 """Tokens of a text, at most: all texts go through the model together, and padding takes as long as tokens do."""
 
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
