@@ -26,8 +26,8 @@ $(AARCH64_STAMP): scripts/create_venv_aarch64.sh | $(VENV)/.dependencies
 $(AARCH64_BUILT): $(AARCH64_STAMP) setup.py build_ascend.py pyproject.toml $(wildcard csrc/cpu/*) \
 		$(shell find qwen3_fp8_ascend -name '*.py')
 	rm -rf $(AARCH64_VENV)/build $(AARCH64_VENV)/dist $(AARCH64_RUN)
-	env -u ASCEND_HOME_PATH CXX=$(AARCH64_CXX) PYTHONPATH=$(AARCH64_VENV)/site $(PY) setup.py -q \
-		build --build-base $(AARCH64_VENV)/build bdist_wheel --dist-dir $(AARCH64_VENV)/dist
+	env -u ASCEND_HOME_PATH CXX=$(AARCH64_CXX) PYTHONPATH=$(AARCH64_VENV)/site-packages $(PY) setup.py -q \
+		build --build-base $(AARCH64_VENV)/build bdist_wheel --skip-build --dist-dir $(AARCH64_VENV)/dist
 	mkdir -p $(AARCH64_RUN)
 	$(PY) -m zipfile -e $(AARCH64_VENV)/dist/*-py3-none-linux_aarch64.whl $(AARCH64_RUN)
 	for name in tests docs benchmarks csrc pyproject.toml setup.py build_ascend.py; do \

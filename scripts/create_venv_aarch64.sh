@@ -3,9 +3,9 @@
 # Usage: scripts/create_venv_aarch64.sh VENV TORCH_VERSION        Environment: PYTHON (default python3), to make it with
 #
 # Nothing of it is installed into this machine, but for the cross-compiler and qemu where root may use apt-get:
-#   VENV/root          Debian's (or Ubuntu's) arm64 packages of Python and of what it needs, unpacked
-#   VENV/site          AArch64 wheels: torch, and what the tests need
-#   VENV/bin/python-*  that Python under qemu, as a processor of this name; the project comes from the current folder
+#   VENV/root           Debian's (or Ubuntu's) arm64 packages of Python and of what it needs, unpacked
+#   VENV/site-packages  AArch64 wheels: torch, and what the tests need
+#   VENV/bin/python-*   that Python under qemu, as a processor of this name; the project comes from the current folder
 set -euo pipefail
 mkdir -p "$1"
 venv=$(cd "$1" && pwd) torch=$2
@@ -42,20 +42,21 @@ arm64_apt update || true
 arm64_apt install -y --no-install-recommends --download-only python3 libstdc++6 >/dev/null ||
   fail "apt-get finds no arm64 packages in its sources" \
     "add a source that has them (Ubuntu: http://ports.ubuntu.com/ubuntu-ports), or run this in a container of debian:12"
-rm -rf "${venv:?}"/{root,site,bin}
+rm -rf "${venv:?}"/{root,site-packages,bin}
 mkdir -p "$venv/root" "$venv/bin"
 for package in "$apt"/cache/archives/*.deb; do dpkg-deb -x "$package" "$venv/root"; done
 version=$(find "$venv/root/usr/bin" -name 'python3.*' -printf '%f\n' | sed -n 's/^python\(3\.[0-9]*\)$/\1/p' | head -1)
 [ -n "$version" ] || fail "the arm64 packages hold no Python" "rm -r $venv, and run this again"
 
 echo "downloading AArch64 wheels: torch $torch (146 MB) and the test tools"
+# Hypothesis reads the sources of all that is imported from a folder of another name, for numbers that occur in them.
 # For a Python beside which nothing is installed: pip would compare these wheels with what is there.
 "$python" -m venv --clear --without-pip "$venv/host"
 pip_install() {
   "$python" -m pip --python "$venv/host/bin/python" --disable-pip-version-check --no-input install -qq \
     --no-warn-script-location --no-compile \
     --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 --platform manylinux2014_aarch64 \
-    --python-version "$version" --implementation cp --only-binary=:all: --target "$venv/site" "$@"
+    --python-version "$version" --implementation cp --only-binary=:all: --target "$venv/site-packages" "$@"
 }
 # Without dependencies, since pip judges their markers by the machine that it runs on: it would fetch CUDA.
 pip_install --no-deps "torch==$torch"
@@ -64,13 +65,14 @@ pip_install --upgrade numpy filelock 'typing-extensions>=4.10' 'sympy>=1.13.3' n
 
 for processor in "${processors[@]}"; do
   launcher=$venv/bin/python-$processor
-  # Pointer authentication, which qemu computes at every call and return, would take a third of the time.
+  # Pointer authentication, which qemu computes at every call and return, would take a third of the time, and SVE, which
+  # torch would use and the kernels do not, another third.
   model=$processor
-  [ "$processor" != max ] || model=max,pauth=off
+  [ "$processor" != max ] || model=max,pauth=off,sve=off
   # argv[0] is the launcher itself: that is what sys.executable then names, and what tests start other Pythons with.
   cat >"$launcher" <<LAUNCHER
 #!/bin/sh
-export QEMU_LD_PREFIX="$venv/root" PYTHONHOME="$venv/root/usr" PYTHONPATH="\$PWD:$venv/site"
+export QEMU_LD_PREFIX="$venv/root" PYTHONHOME="$venv/root/usr" PYTHONPATH="\$PWD:$venv/site-packages"
 unset PYTHONDONTWRITEBYTECODE
 exec $qemu -cpu $model -0 "$launcher" "$venv/root/usr/bin/python$version" "\$@"
 LAUNCHER
@@ -86,7 +88,7 @@ import sys
 from pathlib import Path
 
 version, venv = sys.argv[1], Path(sys.argv[2])
-folders = [venv / "site", venv.joinpath("root", "usr", "lib", f"python{version}")]
+folders = [venv / "site-packages", venv.joinpath("root", "usr", "lib", f"python{version}")]
 if version != f"{sys.version_info.major}.{sys.version_info.minor}":
     sys.exit()
 for name in ("torch", "torch._dynamo", "torch.testing", "hypothesis.extra.numpy", "pytest", "safetensors", "typer", "rich"):
