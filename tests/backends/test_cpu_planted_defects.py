@@ -30,7 +30,7 @@ MISUSE = "tests/backends/test_cpu_misuse.py"
 THREADS = "tests/backends/test_cpu_threads.py"
 
 LINEAR = "tests/test_ops.py::test_linear[{}-cpu]"
-EXPERTS_THREADS = f"{EXPERTS}::test_bits_do_not_depend_on_the_number_of_threads[avx2-w8a8-torch.bfloat16]"
+EXPERTS_THREADS = f"{EXPERTS}::test_bits_do_not_depend_on_the_number_of_threads[avx2-w8a8-torch.bfloat16-60]"
 TWO_THREADS = f"{THREADS}::test_several_python_threads_share_a_weight[avx2]"
 
 DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
