@@ -80,7 +80,7 @@ LAUNCHER
 done
 echo "compiling the Python files that tests import (once)"
 # By this machine's Python where it writes the same bytecode, since that takes a tenth of the time that it takes under
-# qemu: what is imported here of the same packages. qemu compiles the rest, or all of it, when tests import it.
+# qemu: what is imported here of the same packages. qemu compiles the rest, or all of it, when the long form imports it.
 "$python" - "$version" "$venv" <<'NATIVELY'
 import compileall
 import importlib
@@ -91,7 +91,7 @@ version, venv = sys.argv[1], Path(sys.argv[2])
 folders = [venv / "site-packages", venv.joinpath("root", "usr", "lib", f"python{version}")]
 if version != f"{sys.version_info.major}.{sys.version_info.minor}":
     sys.exit()
-for name in ("torch", "torch._dynamo", "torch.testing", "hypothesis.extra.numpy", "pytest", "safetensors", "typer", "rich"):
+for name in ("torch", "hypothesis.extra.numpy", "pytest", "safetensors", "typer", "rich"):
     try:
         importlib.import_module(name)
     except ImportError:
