@@ -4,7 +4,7 @@
 #   make test-aarch64        what CI runs: every kind of test, on fewer problems
 #   make test-aarch64-long   all tests of the CPU backend, of the operations, of determinism and of misuse
 #
-# What is slow is the emulation: importing torch takes half a minute. Times under qemu say nothing about a processor.
+# What is slow is the emulation: importing torch takes 15 seconds. Times under qemu say nothing about a processor.
 
 AARCH64_TORCH := 2.10.0
 AARCH64_VENV := .venv-aarch64

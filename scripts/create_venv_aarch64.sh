@@ -65,8 +65,8 @@ pip_install --upgrade numpy filelock 'typing-extensions>=4.10' 'sympy>=1.13.3' n
 
 for processor in "${processors[@]}"; do
   launcher=$venv/bin/python-$processor
-  # Pointer authentication, which qemu computes at every call and return, would take a third of the time, and SVE, which
-  # torch would use and the kernels do not, another third.
+  # Pointer authentication, which qemu computes at every call and return, would take a third of the time. The kernels use
+  # no SVE; without it, torch's own paths are for NEON here too.
   model=$processor
   [ "$processor" != max ] || model=max,pauth=off,sve=off
   # argv[0] is the launcher itself: that is what sys.executable then names, and what tests start other Pythons with.
