@@ -189,12 +189,16 @@ def test_the_copied_kernels_compile(trees: dict[str, Path]) -> None:
     if stamp.exists():
         return
     checked = [compiler, "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
-    for launch in sorted((csrc / "kernels").glob("block_fp8_*.cpp")):
-        text, launches = re.subn(r"<<<\w+, \w+, \w+>>>", "", launch.read_text())
-        assert launches == 1
+    launches = sorted((csrc / "kernels").glob("block_fp8_*.cpp"))
+    for launch in launches:
+        text, found = re.subn(r"<<<\w+, \w+, \w+>>>", "", launch.read_text())
+        assert found == 1
         launch.write_text(text)
-        done = run([*checked, "-Wno-unused-parameter", "-std=c++17", f"-I{stand_ins[0]}", str(launch)], csrc)
-        assert done.returncode == 0, done.stderr[-3000:]
+    # As one file: most of the time goes into the emulator's headers.
+    all_launches = csrc / "kernels" / "all.cpp"
+    all_launches.write_text("".join(f'#include "{launch.name}"\n' for launch in launches))
+    done = run([*checked, "-Wno-unused-parameter", "-std=c++17", f"-I{stand_ins[0]}", str(all_launches)], csrc)
+    assert done.returncode == 0, done.stderr[-3000:]
     include = Path(torch.__file__).parent / "include"
     torch_flags = ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
     both = csrc / "both.cpp"
