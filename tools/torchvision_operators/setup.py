@@ -21,7 +21,7 @@ class BuildWithPth(build_py):
 
 setup(
     name="torchvision-operators",
-    version="1.1",
+    version="1.2",
     description="lets torchvision's Python half be imported beside CPU torch",
     py_modules=["torchvision_operators"],
     cmdclass={"build_py": BuildWithPth},
