@@ -17,7 +17,7 @@ $(VENV)/.dependencies: pyproject.toml constraints.txt scripts/create_venv.sh $(w
 
 $(VENV)/.built: $(VENV)/.dependencies setup.py build_ascend.py qwen3_fp8_ascend/torch_range.py $(wildcard csrc/*/* csrc/*/*/*)
 	@echo "building the CPU kernels"
-	$(PY) -m pip --disable-pip-version-check install -qq --no-build-isolation --no-deps --editable .
+	QWEN3_FP8_ASCEND_OBJECTS=$(CURDIR)/.cache/objects $(PY) -m pip --disable-pip-version-check install -qq --no-build-isolation --no-deps --editable .
 	@touch $@
 
 venv: $(VENV)/.built  ## create .venv and build the package into it

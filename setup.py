@@ -3,12 +3,14 @@
 A native library holds torch operators and nothing of Python: it uses torch's stable ABI only, so that one file
 serves every Python and every torch that `qwen3_fp8_ascend/torch_range.py` names. CXX, CXXFLAGS and LDFLAGS work as
 usual (sanitizers, debugging). A CXX that compiles for another architecture makes a wheel for that one, from the headers
-of the torch that is found (make/aarch64.mk does so).
+of the torch that is found (make/aarch64.mk does so). QWEN3_FP8_ASCEND_OBJECTS is a folder that keeps compiled files, by
+the hash of all that goes into them: what a later build would compile again it takes from there.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import os
 import platform
@@ -18,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -173,6 +176,30 @@ def require_compiler(command: list[str]) -> None:
         )
 
 
+class KeptObjects:
+    """Compiled files by the hash of what goes into them: sources and headers, the command, the compiler, torch."""
+
+    def __init__(self, folder: Path, command: list[str], torch: Path, headers: list[str]) -> None:
+        self._folder = folder
+        compiler = subprocess.run([*cxx(), "--version"], capture_output=True, text=True, check=True).stdout
+        searched = [os.environ.get(name, "") for name in ("CPATH", "CPLUS_INCLUDE_PATH")]
+        self._common = hashlib.sha256("\0".join((*command, compiler, *searched)).encode())
+        for path in (torch / "version.py", *map(Path, headers)):
+            self._common.update(path.read_bytes())
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def compiled(self, source: str, flags: list[str], compile_it: Callable[[], str]) -> str:
+        """The object of a source, which `compile_it` makes where it is not kept yet."""
+        digest = self._common.copy()
+        digest.update("\0".join((source, *flags, "")).encode() + Path(source).read_bytes())
+        kept = self._folder / f"{Path(source).stem}-{digest.hexdigest()[:32]}.o"
+        if not kept.exists():
+            part = kept.with_name(f"{kept.name}.{os.getpid()}")
+            shutil.copy2(compile_it(), part)
+            os.replace(part, kept)
+        return str(kept)
+
+
 class BuildLibraries(build_ext):
     """Compiles each file with the flags of its instruction set, and links one library without a Python in it."""
 
@@ -198,19 +225,28 @@ class BuildLibraries(build_ext):
                 linker_so_cxx=[*cxx(), "-shared", *shlex.split(os.environ.get("LDFLAGS", ""))],
             )
 
-        def compiled(source: str) -> list[str]:
-            return compiler.compile(
+        def compile_it(source: str, flags: list[str]) -> str:
+            (made,) = compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 include_dirs=[],
                 debug=self.debug,
-                extra_postargs=["-isystem", str(torch / "include"), *flags_of(source)],
+                extra_postargs=flags,
                 depends=ext.depends,
             )
+            return made
+
+        folder = os.environ.get("QWEN3_FP8_ASCEND_OBJECTS")
+        kept = KeptObjects(Path(folder), compiler.compiler_so_cxx, torch, ext.depends) if folder else None
+
+        def compiled(source: str) -> str:
+            flags = ["-isystem", str(torch / "include"), *flags_of(source)]
+            make = functools.partial(compile_it, source, flags)
+            return kept.compiled(source, [*flags, str(self.debug)], make) if kept else make()
 
         os.makedirs(os.path.join(self.build_temp, CPU), exist_ok=True)  # older setuptools: two threads may not
         with ThreadPoolExecutor(self.parallel or compile_jobs()) as pool:  # after an error no further file is begun
-            objects = [one for made in pool.map(compiled, ext.sources) for one in made]
+            objects = list(pool.map(compiled, ext.sources))
         library = self.get_ext_fullpath(ext.name)
         linked = os.path.join(self.build_temp, os.path.basename(library))
         compiler.link_shared_object(

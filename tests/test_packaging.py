@@ -228,6 +228,36 @@ def test_a_linker_that_fails_leaves_the_library_of_an_editable_installation(
     assert done.returncode == 0 and library.read_bytes()[:4] == b"\x7fELF", done.stderr
 
 
+def test_what_is_kept_is_compiled_again_only_when_it_changes(quick_sources: Path, tmp_path: Path) -> None:
+    log, compiler = tmp_path / "log", tmp_path / "c++"
+    real = shutil.which(os.environ.get("CXX", "c++").split()[0])
+    compiler.write_text(f'#!/bin/sh\ncase " $* " in *" -c "*) echo "$*" >>{log};; esac\nexec {real} "$@"\n')
+    compiler.chmod(0o755)
+    kernels = quick_sources / "csrc" / "cpu"
+
+    def compiled(**environment: str) -> set[str]:
+        """The sources that a build compiles which finds nothing but what is kept."""
+        log.write_text("")
+        shutil.rmtree(quick_sources / "build", ignore_errors=True)
+        given = {"CXX": str(compiler), "QWEN3_FP8_ASCEND_OBJECTS": str(tmp_path / "kept")} | environment
+        done = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            cwd=quick_sources, env=os.environ | given, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return {word for line in log.read_text().splitlines() for word in line.split() if word.endswith(".cpp")}
+
+    every = compiled()
+    assert len(every) > 10 and "csrc/cpu/portable.cpp" in every
+    assert compiled() == set()
+    assert compiled(CXXFLAGS="-DOTHER") == every
+    (kernels / "portable.cpp").write_text("int changed;")
+    assert compiled() == {"csrc/cpu/portable.cpp"}
+    (kernels / "isa.h").write_text("// changed")
+    assert compiled() == every
+    assert compiled() == set()
+
+
 def test_what_an_earlier_build_left_does_not_get_into_a_wheel(quick_sources: Path) -> None:
     assert build_with_pip(quick_sources).returncode == 0
     (left,) = (quick_sources / "build").glob("lib*/qwen3_fp8_ascend")

