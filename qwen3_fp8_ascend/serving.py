@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -40,11 +41,26 @@ class Server:
             return json.load(response)
 
 
+CONNECTION_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""On Linux: the first and the last port of those that the system gives to outgoing connections."""
+
+
 def free_port() -> int:
-    """A TCP port that was free on the loopback address a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that was free on the loopback address a moment ago.
+
+    It is none that a connection may be given while the server that it is for starts, which takes up to a minute.
+    """
+    try:
+        end = int(CONNECTION_PORTS.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        end = 32768  # Linux's own; other systems begin higher
+    candidates = range(10_000, end)
+    tried = [secrets.choice(candidates) for _ in range(100)] if candidates else []  # forks share `random`'s state
+    for port in (*tried, 0):  # 0: whichever the system chooses
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return probe.getsockname()[1]
+    raise BlockFp8Error("no TCP port is free on 127.0.0.1", fix="end what holds them (`ss -tlnp` lists it)")
 
 
 def serve_command(model: str | Path, port: int, name: str, *arguments: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The tutorial's commands as they stand there, and what the scripts of the verification report do on a real server."""
 
+import functools
 import json
 import os
 import re
@@ -53,6 +54,11 @@ class Served:
         return done
 
 
+def still_runs(process: subprocess.Popen[bytes], waited: float) -> None:
+    if process.poll() is not None:
+        raise ValueError(f"the server ended after {waited:.0f} s")
+
+
 @pytest.fixture(scope="module")
 def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Start the tutorial's server, on another port."""
@@ -77,7 +83,7 @@ def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     try:
         url = f"http://127.0.0.1:{port}"
         try:
-            wait_until_up(url, PATIENCE)
+            wait_until_up(url, PATIENCE, functools.partial(still_runs, process))
         except ValueError:
             print(failure_in(log))
             raise
@@ -183,7 +189,7 @@ def test_two_ranks_through_the_script(tmp_path: Path) -> None:
             command, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
         )
     try:
-        wait_until_up(f"http://127.0.0.1:{port}", 400)
+        wait_until_up(f"http://127.0.0.1:{port}", 400, functools.partial(still_runs, process))
         answer = ask(f"http://127.0.0.1:{port}", "qwen3-8b-fp8", QUESTIONS[0])
     except ValueError:
         print(failure_in(log))
