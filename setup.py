@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -177,7 +178,12 @@ def require_compiler(command: list[str]) -> None:
 
 
 class KeptObjects:
-    """Compiled files by the hash of what goes into them: sources and headers, the command, the compiler, torch."""
+    """Compiled files by the hash of what goes into them: sources and headers, the command, the compiler, torch.
+
+    One that no build has used for `DAYS` days goes.
+    """
+
+    DAYS = 14
 
     def __init__(self, folder: Path, command: list[str], torch: Path, headers: list[str]) -> None:
         self._folder = folder
@@ -187,6 +193,9 @@ class KeptObjects:
         for path in (torch / "version.py", *map(Path, headers)):
             self._common.update(path.read_bytes())
         folder.mkdir(parents=True, exist_ok=True)
+        for kept in folder.glob("*.o"):
+            if time.time() - kept.stat().st_mtime > self.DAYS * 86400:
+                kept.unlink(missing_ok=True)
 
     def compiled(self, source: str, flags: list[str], compile_it: Callable[[], str]) -> str:
         """The object of a source, which `compile_it` makes where it is not kept yet."""
@@ -197,6 +206,7 @@ class KeptObjects:
             part = kept.with_name(f"{kept.name}.{os.getpid()}")
             shutil.copy2(compile_it(), part)
             os.replace(part, kept)
+        os.utime(kept)
         return str(kept)
 
 

@@ -255,7 +255,11 @@ def test_what_is_kept_is_compiled_again_only_when_it_changes(quick_sources: Path
     assert compiled() == {"csrc/cpu/portable.cpp"}
     (kernels / "isa.h").write_text("// changed")
     assert compiled() == every
+    unused = tmp_path / "kept" / "unused.o"
+    unused.touch()
+    os.utime(unused, (0, 0))
     assert compiled() == set()
+    assert not unused.exists() and len(list(unused.parent.iterdir())) == 3 * len(every) + 1
 
 
 def test_what_an_earlier_build_left_does_not_get_into_a_wheel(quick_sources: Path) -> None:
