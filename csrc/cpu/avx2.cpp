@@ -3,8 +3,10 @@
 // A few panels are taken together, chunk by chunk: a chunk of activations is widened to fp32 once for all of them, and
 // the memory has several places to read from. A chunk is taken in strips, so that what is decoded of it leaves most of
 // L1 to the activations. A strip is decoded to fp16 while the one before it is multiplied (with one row: quad by quad),
-// so that the memory is read all the time and decoding takes what the multiplier leaves. F16C widens it while the first
-// rows load it; what was widened is kept for the others.
+// so that the memory is read all the time and decoding takes what the multiplier leaves. F16C widens it while it is
+// loaded.
+//
+// Cores differ in what is cheap. There are two tables of kernels, with the same bits (`kernels_of` chooses).
 #include <algorithm>
 #include <cstring>
 
@@ -17,6 +19,16 @@ namespace {
 constexpr std::int64_t kMaxRows = 256;
 constexpr std::int64_t kFewRows = 3;         // from four rows on, two groups of weights keep the multiplier busy
 constexpr std::int64_t kPanelsTogether = 4;  // as many as the gate or the up projection of an expert gives a task
+
+// AMD's convert beside their multipliers: each tile of a longer batch widens the weights again.
+struct Zen {
+  static constexpr bool kKeepsWidened = false;
+};
+
+// Intel's convert where they multiply: what the first tile has widened is kept for the others.
+struct Intel {
+  static constexpr bool kKeepsWidened = true;
+};
 
 // Processors take a load to depend on a store before it whose address ends in the same 12 bits. While one strip is read
 // another is written at the same place: half of 4096 bytes apart, the store is long done.
@@ -90,7 +102,7 @@ Operands operands(const Walk& now, const Activation& x, Scratch& scratch, int ro
 }
 
 // All rows times one strip, and `work` beside the first of them.
-template <int Groups, class Work>
+template <class Core, int Groups, class Work>
 void multiply_rows(const Operands& o, std::int64_t rows, const std::uint16_t* half, float* kept, const Work& work) {
   if constexpr (Groups == 4) {
     if (rows == 2) {
@@ -100,9 +112,12 @@ void multiply_rows(const Operands& o, std::int64_t rows, const std::uint16_t* ha
     }
   } else if (rows <= kTileRows) {
     multiply_tile(o, rows, Half{half}, work);
-  } else {
+  } else if constexpr (Core::kKeepsWidened) {
     std::int64_t row = multiply_tile(o, rows, HalfAndKeep{half, kept}, work);
     while (row < rows) row += multiply_tile(o.from_row(row), rows - row, Kept{kept}, Nothing{});
+  } else {
+    std::int64_t row = multiply_tile(o, rows, Half{half}, work);
+    while (row < rows) row += multiply_tile(o.from_row(row), rows - row, Half{half}, Nothing{});
   }
 }
 
@@ -123,7 +138,7 @@ void multiply_one(const Problem& problem, Walk now, Scratch& scratch) {
   }
 }
 
-template <int Groups>
+template <class Core, int Groups>
 void multiply_panels(const Problem& problem, Walk now, Scratch& scratch) {
   constexpr int kStrips = kGroups / Groups;
   static_assert(kStrips % 2 == 0, "a chunk's first strip is decoded into half[0]");
@@ -148,9 +163,9 @@ void multiply_panels(const Problem& problem, Walk now, Scratch& scratch) {
       const std::uint8_t* codes =
           source.ended() ? nullptr : source.codes() + (last ? 0 : strip + 1) * Groups * kGroupBytes;
       if (codes != nullptr && !source.has_nan() && source.quads() == now.quads()) {
-        multiply_rows<Groups>(o, x.rows, half, scratch.kept, DecodeNext{codes, out, &scratch.masks, prefetch});
+        multiply_rows<Core, Groups>(o, x.rows, half, scratch.kept, DecodeNext{codes, out, &scratch.masks, prefetch});
       } else {
-        multiply_rows<Groups>(o, x.rows, half, scratch.kept, prefetch);
+        multiply_rows<Core, Groups>(o, x.rows, half, scratch.kept, prefetch);
         if (codes != nullptr) decode_strip<Groups>(codes, source.quads(), source.has_nan(), out);
       }
     }
@@ -159,6 +174,7 @@ void multiply_panels(const Problem& problem, Walk now, Scratch& scratch) {
   }
 }
 
+template <class Core>
 void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* memory) {
   auto& scratch = *static_cast<Scratch*>(memory);
   scratch.masks = DecodeMasks{};
@@ -172,9 +188,9 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
     if (x.rows == 1) {
       multiply_one(problem, start, scratch);
     } else if (x.rows <= kFewRows) {
-      multiply_panels<4>(problem, start, scratch);
+      multiply_panels<Core, 4>(problem, start, scratch);
     } else {
-      multiply_panels<2>(problem, start, scratch);
+      multiply_panels<Core, 2>(problem, start, scratch);
     }
     for (std::int64_t p = 0; p < panels; ++p) {
       store_panel(problem, first + p, scratch.sums[p][0], kPanelRows, 0, x.rows);
@@ -182,17 +198,21 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
   }
 }
 
-}  // namespace
-
-constexpr Kernels kAvx2Kernels = [] {
+template <class Core>
+constexpr Kernels kernels_for() {
   Kernels kernels = run_kernels();
-  kernels.linear = linear;
+  kernels.linear = linear<Core>;
   kernels.scratch_bytes = sizeof(Scratch);
   kernels.max_rows = kMaxRows;
   kernels.register_rows = kFewRows;
   kernels.paths_agree = true;
   kernels.multiply_add = multiply_add;
   return kernels;
-}();
+}
+
+}  // namespace
+
+constexpr Kernels kAvx2Kernels = kernels_for<Zen>();
+constexpr Kernels kAvx2IntelKernels = kernels_for<Intel>();
 
 }  // namespace qwen3_fp8_ascend::cpu

@@ -121,7 +121,7 @@ const Kernels& kernels_of(Isa isa) {
   switch (isa) {
     case Isa::amx: return kAmxKernels;
     case Isa::avx512: return intel ? kAvx512IntelKernels : kAvx512Kernels;
-    case Isa::avx2: return kAvx2Kernels;
+    case Isa::avx2: return intel ? kAvx2IntelKernels : kAvx2Kernels;
     case Isa::portable: break;
   }
 #elif defined(__aarch64__)

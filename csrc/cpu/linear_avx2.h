@@ -94,11 +94,13 @@ struct Prefetch {
   }
 };
 
-// The next strip to multiply, which has as many quads and no NaN, and prefetching of a later one.
-struct DecodeNext {
+// The next strip to multiply, which has as many quads and no NaN, and prefetching of a later one. `Masks` points to the
+// decoder's constants, or holds them.
+template <class Masks>
+struct DecodeNextBy {
   const std::uint8_t* codes;
   std::uint16_t* out;
-  const DecodeMasks* masks;
+  Masks masks;
   Prefetch later;
 
   template <int Groups>
@@ -107,6 +109,16 @@ struct DecodeNext {
     decode_quad<false, Groups>(codes + place.x * (kQuadBytes / Place::kStepX), *masks, at_byte(out, place.half));
   }
 };
+
+// The constants themselves. g++ copies DecodeMasks in halves of registers, and a load of both waits for their stores.
+struct HeldMasks {
+  __m256i to_top;
+  __m256i number;
+
+  [[gnu::always_inline]] DecodeMasks operator*() const { return {to_top, number}; }
+};
+
+using DecodeNext = DecodeNextBy<const DecodeMasks*>;
 
 // Where weights come from: a strip as fp16, which is widened while it is loaded; the same, and what was widened is kept
 // for other rows; what was kept.
@@ -193,12 +205,9 @@ template <int Rows, int Groups>
   }
 }
 
-// `Rows` rows times a strip, scaled and added to the sums. Not inlined, and with copies of what it is given: its loop
-// gets all registers.
+// All quads of a strip, and what is done beside them.
 template <int Rows, int Groups, class Weights, class Work>
-[[gnu::noinline]] void multiply_strip(const Operands& o, const Weights& given_weights, const Work& given_work) {
-  const Weights weights = given_weights;
-  const Work work = given_work;
+[[gnu::always_inline]] inline void multiply_quads(const Operands& o, const Weights& weights, const Work& work) {
   const float* x = o.x[0];
   const std::int64_t end = o.quads * Place::kStepX;
   __m256 partial[Rows][Groups];
@@ -215,6 +224,21 @@ template <int Rows, int Groups, class Weights, class Work>
   }
   if (place.x < end) multiply_quad(place);
   scale_and_add(partial, o);
+}
+
+// `Rows` rows times a strip, scaled and added to the sums. Not inlined, and with copies of what it is given: its loop
+// gets all registers. Eight sums leave some for the decoder's constants.
+template <int Rows, int Groups, class Weights, class Work>
+[[gnu::noinline]] void multiply_strip(const Operands& o, const Weights& given_weights, const Work& given_work) {
+  const Weights weights = given_weights;
+  if constexpr (std::is_same_v<Work, DecodeNext> && Rows * Groups <= 8) {
+    const HeldMasks masks{given_work.masks->to_top, given_work.masks->number};
+    const DecodeNextBy<HeldMasks> work{given_work.codes, given_work.out, masks, given_work.later};
+    multiply_quads<Rows, Groups>(o, weights, work);
+  } else {
+    const Work work = given_work;
+    multiply_quads<Rows, Groups>(o, weights, work);
+  }
 }
 
 // Tiles of a batch have as many rows as each other, or one more: a multiply-add takes four cycles and two begin in
