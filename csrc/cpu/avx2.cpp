@@ -20,14 +20,15 @@ constexpr std::int64_t kMaxRows = 256;
 constexpr std::int64_t kFewRows = 3;         // from four rows on, two groups of weights keep the multiplier busy
 constexpr std::int64_t kPanelsTogether = 4;  // as many as the gate or the up projection of an expert gives a task
 
-// AMD's convert beside their multipliers: each tile of a longer batch widens the weights again.
+// Batches of at most so many rows widen a strip anew in each tile. In longer ones the first tile keeps what it widened,
+// as fp32. AMD's cores convert beside their multipliers, and storing and loading costs more until tiles are many.
 struct Zen {
-  static constexpr bool kKeepsWidened = false;
+  static constexpr std::int64_t kRowsWithoutKeeping = 32;
 };
 
-// Intel's convert where they multiply: what the first tile has widened is kept for the others.
+// Intel's convert where they multiply.
 struct Intel {
-  static constexpr bool kKeepsWidened = true;
+  static constexpr std::int64_t kRowsWithoutKeeping = kTileRows;
 };
 
 // Processors take a load to depend on a store before it whose address ends in the same 12 bits. While one strip is read
@@ -110,14 +111,12 @@ void multiply_rows(const Operands& o, std::int64_t rows, const std::uint16_t* ha
     } else {
       multiply_strip<3, 4>(o, Half{half}, work);
     }
-  } else if (rows <= kTileRows) {
-    multiply_tile(o, rows, Half{half}, work);
-  } else if constexpr (Core::kKeepsWidened) {
-    std::int64_t row = multiply_tile(o, rows, HalfAndKeep{half, kept}, work);
-    while (row < rows) row += multiply_tile(o.from_row(row), rows - row, Kept{kept}, Nothing{});
-  } else {
+  } else if (rows <= Core::kRowsWithoutKeeping) {
     std::int64_t row = multiply_tile(o, rows, Half{half}, work);
     while (row < rows) row += multiply_tile(o.from_row(row), rows - row, Half{half}, Nothing{});
+  } else {
+    std::int64_t row = multiply_tile(o, rows, HalfAndKeep{half, kept}, work);
+    while (row < rows) row += multiply_tile(o.from_row(row), rows - row, Kept{kept}, Nothing{});
   }
 }
 
