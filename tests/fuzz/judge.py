@@ -90,6 +90,7 @@ class Watch:
     left: list[str] = field(default_factory=list)
     """Files opened outside the checkpoint folder."""
     pickles: list[str] = field(default_factory=list)
+    _folders: dict[str, str] = field(default_factory=dict)
 
     def see(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in FORBIDDEN_EVENTS:
@@ -100,9 +101,16 @@ class Watch:
                 return
             if path.lower().endswith(PICKLE_SUFFIXES):
                 self.pickles.append(path)
-            real = os.path.realpath(path)
+            real = self._real(path)
             if OUTSIDE in os.path.basename(real) or not real.startswith(self.sandbox):
                 self.left.append(path)
+
+    def _real(self, path: str) -> str:
+        """`os.path.realpath`, which asks for each folder above, of the same few folders again and again."""
+        folder, name = os.path.split(path)
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(folder)
+        return os.path.realpath(path) if os.path.islink(path) else os.path.join(self._folders[folder], name)
 
 
 _watching: list[Watch] = []

@@ -17,7 +17,7 @@ import pytest
 from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.serving import Server
 from tests.support.greedy import Comparison, IdleServer, compare
-from tests.support.load import Outcome, Request, make_prompts, make_requests, requests_held, run_load
+from tests.support.load import PLAIN, Outcome, Request, make_prompts, make_requests, requests_held, run_load
 from tests.support.noise import largest_of_noise
 from tests.support.processes import record_memory
 
@@ -108,7 +108,7 @@ def answers_alone(server: Server, prompts: list[str], max_tokens: int) -> dict[s
     """Greedy answers of a server that has nothing else to do and no prompt in its cache."""
     answers = {}
     for prompt in prompts:
-        httpx.post(f"{server.url}/reset_prefix_cache").raise_for_status()
+        httpx.post(f"{server.url}/reset_prefix_cache", **PLAIN).raise_for_status()
         [answers[prompt]] = run_load(server.url, server.model, [Request("plain", prompt, max_tokens)], concurrency=1)
         assert answers[prompt].lost is None, answers[prompt].lost
     return answers

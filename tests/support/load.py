@@ -26,6 +26,9 @@ MIX: tuple[tuple[Kind, int], ...] = (
 )
 """Kinds of requests and how many of a hundred are of each."""
 
+PLAIN: dict[str, Any] = {"trust_env": False, "verify": False}
+"""For httpx and a server without TLS: to load certificates takes longer than many an answer."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -222,7 +225,7 @@ async def _run(
     outcomes: list[Outcome | None] = [None] * len(requests)
     queue = iter(enumerate(requests))
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
-    async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=timeout, limits=limits, **PLAIN) as client:
 
         async def work() -> None:
             for index, request in queue:
@@ -252,7 +255,7 @@ def run_load(
 
 def requests_held(url: str) -> int:
     """How many requests a vLLM server is working on or has waiting, by its own metrics."""
-    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    lines = httpx.get(f"{url}/metrics", **PLAIN).text.splitlines()
     names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
     values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(names)]
     if len(values) != len(names):
