@@ -176,6 +176,7 @@ def npu() -> None:
     registry._MODULES = ()
     plant("triton", computes=frozenset({Activation.W8A8}))
     contenders.cpu.isas = lambda: ("portable",)  # type: ignore[assignment]
+    os.environ.pop(contenders.cpu.ENVIRONMENT_VARIABLE, None)  # of the machine's levels, which may be above that one
 
 
 def fewer() -> None:
