@@ -188,7 +188,10 @@ def expand_gguf(gguf: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Let transformers parse a GGUF file once, not for configuration, weights and tokenizer each."""
+    """Let transformers parse a GGUF file once, not for configuration, weights and tokenizer each, which takes seconds.
+
+    And make the table of tensor names once, not for each module.
+    """
     import gguf
 
     with contextlib.ExitStack() as patches:

@@ -106,7 +106,7 @@ class Watch:
                 self.left.append(path)
 
     def _real(self, path: str) -> str:
-        """`os.path.realpath`, which asks for each folder above, of the same few folders again and again."""
+        """As `os.path.realpath`, which looks at each folder above; all paths here are in the same few."""
         folder, name = os.path.split(path)
         if folder not in self._folders:
             self._folders[folder] = os.path.realpath(folder)
