@@ -72,6 +72,58 @@ def test_a_graph_and_other_launches_at_once() -> None:
     assert all(torch.equal(out, want) for out in (*outs, *beside))
 
 
+@pytest.mark.parametrize("activation", list(Activation))
+def test_a_launch_reads_what_the_one_before_has_written(activation: Activation) -> None:
+    """Dependent launches begin early; here each one's operand is written late, by a kernel of torch's or of ours."""
+    problem, packed = split_problem(16)
+    back = random_problem(16, (SPLIT,), 512, seed=1).to("cuda")
+    packed_back = ops.pack_weight(back.weight, back.scale, backend="nvidia")
+    want, x = [problem.x], torch.zeros_like(problem.x)
+    for _ in range(10):
+        inner = ops.block_linear(want[-1], packed, None, activation)
+        torch.cuda.synchronize()
+        outer = ops.block_linear(inner, packed_back, None, activation)
+        torch.cuda.synchronize()
+        want.append(outer / outer.float().abs().max())
+    torch.cuda.synchronize()
+    for _ in range(20):
+        x.zero_()
+        torch.cuda._sleep(200_000)
+        x.copy_(problem.x)
+        got = x
+        for _ in range(10):
+            got = ops.block_linear(ops.block_linear(got, packed, None, activation), packed_back, None, activation)
+            got = got / got.float().abs().max()
+        assert torch.equal(got, want[-1])
+
+
+def test_launches_behind_other_nodes_of_a_graph() -> None:
+    """Behind a node that sets memory, one that copies, and two branches that come together."""
+    problem, packed = split_problem(16)
+    want, device = ops.block_linear(problem.x, packed), open_device("cuda")
+    beside, x, y = torch.cuda.Stream(), torch.empty_like(problem.x), torch.empty_like(problem.x)
+
+    def branches() -> list[torch.Tensor]:
+        x.zero_()
+        outs = [ops.block_linear(x, packed)]
+        x.copy_(problem.x)
+        outs.append(ops.block_linear(x, packed))
+        with device.on_stream(beside):
+            torch.cuda._sleep(100_000)
+            y.copy_(problem.x)
+        x.mul_(1)
+        torch.cuda.current_stream().wait_stream(beside)
+        return [*outs, ops.block_linear(y, packed), ops.block_linear(x, packed)]
+
+    replay, outs = device.capture(branches)
+    for _ in range(20):
+        x.fill_(3)
+        y.fill_(5)
+        replay()
+        torch.cuda.synchronize()
+        assert not outs[0].any() and all(torch.equal(out, want) for out in outs[1:])
+
+
 def test_the_launch_goes_to_the_current_device() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"not run: it takes two GPUs, and there are {torch.cuda.device_count()}")

@@ -73,7 +73,15 @@ def constants_of(tile, operand, capability):
         "EVEN_K": True,
         "HARDWARE": shapes.chip(capability).hardware,
         "TYPE": OPERANDS[operand][1],
+        "DEPENDENT": shapes.chip(capability).dependent,
     }
+
+
+LINEAR_SIZES = ("m", "n", "k", "k_blocks", "x_stride", "x_scale_step", "splits")
+
+
+def linear_constants(tile, split):
+    return {"SPLIT_K": split, "HAS_BIAS": False, "EVEN_M": True, "AHEAD": tile.ahead}
 
 
 def check(built, operand, capability, folder):
@@ -101,8 +109,8 @@ def test_linear(m, n, split, operand, capability, tmp_path):
     built = build(
         linear.linear_kernel,
         pointers | {"parts_ptr": "*fp32", "counters_ptr": "*i32"},
-        ("m", "n", "k", "k_blocks", "x_stride", "x_scale_step"),
-        constants_of(tile, operand, capability) | {"SPLIT_K": split, "HAS_BIAS": False, "EVEN_M": True},
+        LINEAR_SIZES,
+        constants_of(tile, operand, capability) | linear_constants(tile, split > 1),
         capability,
         tile,
         ("n", "k", "x_stride"),
@@ -146,7 +154,7 @@ def test_quantize_divides_exactly(x, codes, groups, capability):
         quantize.quantize_kernel,
         {"x_ptr": x, "out_ptr": "*u8" if codes else "*fp16", "scale_ptr": "*fp32"},
         ("m", "k", "x_stride", "out_stride", "k_blocks", "scale_token", "scale_block"),
-        {"CODES": codes, "UE8M0": False, "GROUPS": groups},
+        {"CODES": codes, "UE8M0": False, "GROUPS": groups, "DEPENDENT": shapes.chip(capability).dependent},
         capability,
     )
     assert "div.rn.f32" in built.asm["ptx"] and "div.full.f32" not in built.asm["ptx"]
@@ -170,8 +178,8 @@ def test_a_tile_that_spills_is_noticed(tmp_path):
     built = build(
         linear.linear_kernel,
         pointers | {"parts_ptr": "*fp32", "counters_ptr": "*i32"},
-        ("m", "n", "k", "k_blocks", "x_stride", "x_scale_step"),
-        constants_of(tile, "w8a8", 90) | {"SPLIT_K": 1, "HAS_BIAS": False, "EVEN_M": True},
+        LINEAR_SIZES,
+        constants_of(tile, "w8a8", 90) | linear_constants(tile, False),
         90,
         tile,
         ("n", "k", "x_stride"),

@@ -22,6 +22,12 @@ DEQUANTIZED_ROWS = 32
 
 
 @functools.cache
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Arguments of a launch that may begin before the one before it has ended, where the device has such launches."""
+    return {"DEPENDENT": True, "launch_pdl": True} if chip_of(device).dependent else {"DEPENDENT": False}
+
+
+@functools.cache
 def kernels() -> Any:
     """The kernels, imported when something is launched, since they need Triton."""
     from qwen3_fp8_ascend.triton_kernels.nvidia import dequantize, grouped_linear, linear, quantize
@@ -103,6 +109,7 @@ def _quantize_into(
         CODES=out.dtype == torch.uint8,
         UE8M0=activation is Activation.W8A8_UE8M0,
         GROUPS=groups,
+        **dependent_launch(x.device),
         num_warps=warps,
     )
     return out, scale
@@ -136,7 +143,7 @@ def _operands(x: torch.Tensor, activation: Activation) -> tuple[torch.Tensor, to
         "EVEN_K": values.shape[1] % BLOCK == 0,
         "HARDWARE": chip_of(x.device).hardware,
         "TYPE": kernels().types[values.dtype],
-    }
+    } | dependent_launch(x.device)
     return values, scale, arguments
 
 
@@ -157,7 +164,7 @@ def linear(
     m, (n, (scale_rows, k_blocks)), device = x.shape[0], (codes.shape[0], w_scale.shape), x.device
     values, x_scale, operands = _operands(x, activation)
     cut = cut or shapes.cut_for(m, scale_rows, n, k_blocks, chip_of(device), cores_of(device), values.itemsize)
-    tile = cut.tile
+    tile, whole = cut.tile, is_whole(n, scale_rows)
     tiles = ceil_div(m, tile.block_m) * scale_rows * (BLOCK // tile.block_n)
     # The interpreter truncates where a device rounds, so it writes fp32.
     out = torch.empty(m, n, dtype=torch.float32 if INTERPRETED else x.dtype, device=device)
@@ -182,13 +189,15 @@ def linear(
         k_blocks,
         values.stride(0),
         m,
+        cut.split_k,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        SPLIT_K=cut.split_k,
+        SPLIT_K=cut.split_k > 1,
         W_FIRST=tile.w_first,
         HAS_BIAS=bias is not None,
-        WHOLE=is_whole(n, scale_rows),
+        WHOLE=whole,
         EVEN_M=m % tile.block_m == 0,
+        AHEAD=tile.ahead if whole and tile.ahead <= k_blocks else 0,
         **operands,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from qwen3_fp8_ascend.format import BlockGrid
+from qwen3_fp8_ascend.triton_kernels.nvidia.dependent import begin_dependents, wait_for_the_launch_before
 from qwen3_fp8_ascend.triton_kernels.nvidia.linear import linear_specification, tile_product, weight_rows
 
 
@@ -45,6 +46,7 @@ def grouped_linear_kernel(
     EVEN_K: tl.constexpr,
     HARDWARE: tl.constexpr,
     TYPE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Rows [ends[g - 1], ends[g]) of x, times the weight of group g.
 
@@ -55,8 +57,11 @@ def grouped_linear_kernel(
         two of at least `groups`.
     Semantics: `grouped_linear_specification`. Rows behind the last end are not written. A list that decreases, or goes
         beyond m, is cut so that nothing outside the operands is touched. K is not split, so a row's sum is the same
-        wherever the others go.
+        wherever the others go. DEPENDENT: see `dependent`.
     """
+    if DEPENDENT:
+        begin_dependents()
+        wait_for_the_launch_before()
     n_tile = tl.program_id(0) % n_tiles
     pass_ = tl.program_id(0) // n_tiles
     group = tl.arange(0, GROUPS)

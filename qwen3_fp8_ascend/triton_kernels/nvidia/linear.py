@@ -18,6 +18,11 @@ import triton.language as tl
 from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.format import BlockGrid
 from qwen3_fp8_ascend.triton_kernels.nvidia.decode import decode
+from qwen3_fp8_ascend.triton_kernels.nvidia.dependent import (
+    begin_dependents,
+    fetch_ahead,
+    wait_for_the_launch_before,
+)
 
 _UPPER_HALF = tl.constexpr(-65536)
 _EXPONENT = tl.constexpr(0x7F800000)
@@ -120,7 +125,7 @@ def weight_rows(spans_ptr, n_tile, n, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr
     return n_row, n_end, (n_row if WHOLE else tl.minimum(n_row, n - 1))
 
 
-@triton.jit(do_not_specialize=["m", "x_scale_step"])
+@triton.jit(do_not_specialize=["m", "x_scale_step", "splits"])
 def linear_kernel(
     x_ptr,
     x_scale_ptr,
@@ -137,6 +142,7 @@ def linear_kernel(
     k_blocks,
     x_stride,
     x_scale_step,
+    splits,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -149,31 +155,39 @@ def linear_kernel(
     EVEN_K: tl.constexpr,
     HARDWARE: tl.constexpr,
     TYPE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """One tile of y in one of SPLIT_K stretches of K; the last program of a tile to finish adds its stretches up.
+    """One tile of y in one of `splits` stretches of K; the last program of a tile to finish adds its stretches up.
 
-    Grid: (tiles of tokens x tiles of weight rows, SPLIT_K); tiles of tokens vary fastest, so that the programs that
+    Grid: (tiles of tokens x tiles of weight rows, splits); tiles of tokens vary fastest, so that the programs that
         run at once share tiles of the weight.
     Shapes: x (m, k) in QUANTIZED fp16 values (m, 128 k_blocks), rows x_stride apart; x_scale (k_blocks, m) fp32, rows
         x_scale_step apart; codes (n, 128 k_blocks) uint8, w_scale (scale rows, k_blocks) fp32; spans (scale rows, 2)
         int32, first row and end of each scale row's rows; bias (n,), any floating type; parts
-        (tiles, SPLIT_K, BLOCK_M, BLOCK_N) fp32 and counters (tiles,) int32, zero, for SPLIT_K > 1 -> out (m, n), any
-        floating type. BLOCK_N divides 128.
+        (tiles, splits, BLOCK_M, BLOCK_N) fp32 and counters (tiles,) int32, zero, if SPLIT_K, which is splits > 1
+        -> out (m, n), any floating type. BLOCK_N divides 128.
     Semantics: `linear_specification`, up to the order of fp32 additions, which is the same in every run: stretches are
         added from the first to the last, whichever program does it. Counters are zero again at the end.
         WHOLE: every shard is a multiple of 128 rows, so that spans need not be looked at. EVEN_M, EVEN_K: BLOCK_M
-        divides m, 128 divides k.
+        divides m, 128 divides k. DEPENDENT: see `dependent`. AHEAD: K blocks of the weight that L2 is asked for before
+        the launch before this one has ended, at most k_blocks; 0 without WHOLE.
     """
     m_tiles = tl.cdiv(m, BLOCK_M)
     tile = tl.program_id(0)
     split = tl.program_id(1)
     n_tile = tile // m_tiles
     span = n_tile // (128 // BLOCK_N)
+    per_split = tl.cdiv(k_blocks, splits)
+    first = split * per_split
+    if DEPENDENT:
+        begin_dependents()
+        if AHEAD > 0:
+            fetch_ahead(codes_ptr, n_tile * BLOCK_N, first, k_blocks, BLOCK_N, AHEAD)
+        wait_for_the_launch_before()
     n_row, n_end, codes_row = weight_rows(spans_ptr, n_tile, n, BLOCK_N, WHOLE)
     token = tile % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, 128)
-    per_split = tl.cdiv(k_blocks, SPLIT_K)
-    first = split * per_split
     acc = tile_product(
         x_ptr + token.to(tl.int64)[:, None] * x_stride + column[None, :],
         token < m,
@@ -196,20 +210,20 @@ def linear_kernel(
     )
     inside = (token < m)[:, None] & (n_row < n_end)[None, :]
     to = out_ptr + token.to(tl.int64)[:, None] * n + n_row[None, :]
-    if SPLIT_K == 1:
+    if not SPLIT_K:
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n_row, mask=n_row < n_end, other=0.0).to(tl.float32)[None, :]
         tl.store(to, acc.to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        part = parts_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
+        part = parts_ptr + tile.to(tl.int64) * (splits * BLOCK_M * BLOCK_N)
         part += tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         tl.store(part + split * (BLOCK_M * BLOCK_N), acc, mask=inside)
         tl.debug_barrier()  # all threads' stores come before the one thread's count
         done = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
-        if done == SPLIT_K - 1:
+        if done == splits - 1:
             # Not by the first-level cache, which may hold what was there before.
             total = tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
-            for other in range(1, SPLIT_K):
+            for other in range(1, splits):
                 total += tl.load(part + other * (BLOCK_M * BLOCK_N), mask=inside, other=0.0, cache_modifier=".cg")
             if HAS_BIAS:
                 total += tl.load(bias_ptr + n_row, mask=n_row < n_end, other=0.0).to(tl.float32)[None, :]

@@ -14,6 +14,7 @@ import triton.language as tl
 from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.triton_kernels.group_quantize import _divide_and_clamp, _e4m3_code, _e4m3_scale, _e4m3_value
+from qwen3_fp8_ascend.triton_kernels.nvidia.dependent import begin_dependents, wait_for_the_launch_before
 
 GROUP = tl.constexpr(128)
 
@@ -33,14 +34,18 @@ def quantize_kernel(
     CODES: tl.constexpr,
     UE8M0: tl.constexpr,
     GROUPS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Quantize GROUPS groups a program.
 
     Shapes: x (m, k) bf16/fp16/fp32, rows x_stride apart -> out (m, k) uint8 codes if CODES, else
         (m, 128 k_blocks) fp16 values, zero behind k; rows out_stride apart. scale fp32: that of token t and block b at
         t * scale_token + b * scale_block.
-    Semantics: `quantize_specification`, bit for bit.
+    Semantics: `quantize_specification`, bit for bit. DEPENDENT: see `dependent`.
     """
+    if DEPENDENT:
+        begin_dependents()
+        wait_for_the_launch_before()
     index = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     token, block = index // k_blocks, index % k_blocks
     column = block[:, None] * GROUP + tl.arange(0, GROUP)[None, :]

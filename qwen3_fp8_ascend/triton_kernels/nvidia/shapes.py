@@ -28,6 +28,8 @@ class Tile:
     programs: K is split until there are so many for each multiprocessor. Small tiles wait for memory, and several
         programs share a multiprocessor; a large one has it for itself.
     wide_rows: from so many rows of the weight on, block_n is twice as large; 0: never.
+    ahead: K blocks of the weight that L2 is asked for before the launch before has ended, where launches may be
+        dependent; a power of two, or 0.
     """
 
     block_m: int
@@ -37,6 +39,7 @@ class Tile:
     w_first: bool
     programs: float
     wide_rows: int = 0
+    ahead: int = 8
 
 
 TILES = (
@@ -58,6 +61,7 @@ class Chip:
     capability: compute capabilities, as ten times the major and the minor number.
     shared_kib: shared memory of a program.
     hardware: there is an instruction that converts e4m3.
+    dependent: a launch may begin before the one before it has ended.
     tiles: by number of tokens.
     """
 
@@ -65,6 +69,7 @@ class Chip:
     capabilities: tuple[int, ...]
     shared_kib: int
     hardware: bool
+    dependent: bool = False
     tiles: tuple[Tile, ...] = WITHOUT_WGMMA
 
 
@@ -72,9 +77,9 @@ CHIPS = (
     Chip("Ampere", (80,), 163, hardware=False),
     Chip("Ampere, small", (86, 87), 99, hardware=False),
     Chip("Ada", (89,), 99, hardware=True),
-    Chip("Hopper", (90,), 227, hardware=True, tiles=TILES),
-    Chip("Blackwell", (100, 103), 227, hardware=True),
-    Chip("Blackwell, small", (120, 121), 99, hardware=True),
+    Chip("Hopper", (90,), 227, hardware=True, dependent=True, tiles=TILES),
+    Chip("Blackwell", (100, 103), 227, hardware=True, dependent=True),
+    Chip("Blackwell, small", (120, 121), 99, hardware=True, dependent=True),
 )
 
 INTERPRETER = Chip("interpreter", (), 1 << 20, hardware=False)
