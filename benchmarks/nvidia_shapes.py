@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,7 @@ FEW = 64
 AHEAD = (0, 2, 4, 8, 16, 32)
 BEST = 6
 """How many are timed again."""
-console = Console()
+console = Console(width=200)
 
 
 def near(table: Cut, tokens: int, chip: Chip, k_blocks: int) -> Iterator[Cut]:
@@ -50,7 +51,7 @@ def near(table: Cut, tokens: int, chip: Chip, k_blocks: int) -> Iterator[Cut]:
     yield table
     few = tokens <= FEW
     rows = sorted({table.tile.block_m, max(16, table.tile.block_m // 2)}) if few else [64, 128, 256]
-    columns, stages = ((32, 64, 128), (2, 3, 4, 5, 6, 8)) if few else ((64, 128), (2, 3, 4))
+    columns, stages = ((32, 64, 128), (2, 3, 4, 5, 6)) if tokens <= 16 else ((64, 128), (2, 3, 4))
     splits = (1, 2, 3, 4, 6, 8) if few else (1, 2)
     for block_m, block_n, warps, depth, w_first, split in itertools.product(
         rows, columns, (4, 8), stages, (False, True), splits
@@ -85,13 +86,12 @@ def compile_one(cut: Cut, tokens: int, how: Activation) -> str | None:
 
 
 def compiled(cuts: Sequence[Cut], tokens: int, how: Activation, pool: ProcessPoolExecutor) -> list[Cut]:
-    """Those that compile; splits that are more than one share a kernel."""
-    kernels = {(cut.tile, cut.split_k > 1): cut for cut in cuts}
-    jobs = {key: pool.submit(compile_one, cut, tokens, how) for key, cut in kernels.items()}
-    for (tile, _), job in jobs.items():
-        if reason := job.result():
-            console.print(f"{tokens} tokens, {tile}: {reason[:200]}", highlight=False, markup=False)
-    return [cut for cut in cuts if jobs[cut.tile, cut.split_k > 1].result() is None]
+    """Those that compile."""
+    reasons = dict(zip(cuts, pool.map(compile_one, cuts, repeat(tokens), repeat(how), chunksize=4), strict=True))
+    for cut, reason in reasons.items():
+        if reason:
+            console.print(f"{tokens} tokens, {cut}: {reason[:200]}", highlight=False, markup=False)
+    return [cut for cut, reason in reasons.items() if reason is None]
 
 
 def run(

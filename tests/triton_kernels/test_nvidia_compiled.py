@@ -77,7 +77,7 @@ def constants_of(tile, operand, capability):
     }
 
 
-LINEAR_SIZES = ("m", "n", "k", "k_blocks", "x_stride", "x_scale_step", "splits")
+LINEAR_SIZES = ("m", "n", "k", "k_blocks", "x_stride", "x_scale_step")
 
 
 def linear_constants(tile, split):
@@ -110,7 +110,7 @@ def test_linear(m, n, split, operand, capability, tmp_path):
         linear.linear_kernel,
         pointers | {"parts_ptr": "*fp32", "counters_ptr": "*i32"},
         LINEAR_SIZES,
-        constants_of(tile, operand, capability) | linear_constants(tile, split > 1),
+        constants_of(tile, operand, capability) | linear_constants(tile, split),
         capability,
         tile,
         ("n", "k", "x_stride"),
@@ -179,7 +179,7 @@ def test_a_tile_that_spills_is_noticed(tmp_path):
         linear.linear_kernel,
         pointers | {"parts_ptr": "*fp32", "counters_ptr": "*i32"},
         LINEAR_SIZES,
-        constants_of(tile, "w8a8", 90) | linear_constants(tile, False),
+        constants_of(tile, "w8a8", 90) | linear_constants(tile, 1),
         90,
         tile,
         ("n", "k", "x_stride"),

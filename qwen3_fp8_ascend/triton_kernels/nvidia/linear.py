@@ -95,7 +95,17 @@ def tile_product(
     """
     column = tl.arange(0, 128)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if W_FIRST else (BLOCK_M, BLOCK_N), tl.float32)
+    # The scales of a block are asked for a block before: nothing else waits for memory in the loop.
+    w_scale = tl.load(w_scale_at + first, mask=first < end, other=0.0)
+    x_scale = w_scale
+    if QUANTIZED:
+        x_scale = tl.load(x_scale_at + first * x_scale_step, mask=token_there & (first < end), other=0.0)
     for block in range(first, end):
+        after = tl.minimum(block + 1, end - 1)
+        w_scale_after = tl.load(w_scale_at + after)
+        x_scale_after = w_scale_after
+        if QUANTIZED:
+            x_scale_after = tl.load(x_scale_at + after * x_scale_step, mask=token_there, other=0.0)
         codes = tl.load(codes_at + block * 128)
         if EVEN_K:
             if EVEN_M:
@@ -105,13 +115,12 @@ def tile_product(
         else:
             inside = token_there[:, None] & (block * 128 + column < k)[None, :]
             x = tl.load(x_at + block * 128, mask=inside, other=0.0)
-        w_scale = tl.load(w_scale_at + block)
         part = product(x, decode(codes, HARDWARE, TYPE), W_FIRST, THREE, TYPE)
         if QUANTIZED:
             # One scale after the other, as the specification has it: their product may leave fp32.
-            x_scale = tl.load(x_scale_at + block * x_scale_step, mask=token_there, other=0.0)
             part = part * (x_scale[None, :] if W_FIRST else x_scale[:, None])
         acc += part * w_scale
+        w_scale, x_scale = w_scale_after, x_scale_after
     return tl.trans(acc) if W_FIRST else acc
 
 
@@ -125,7 +134,7 @@ def weight_rows(spans_ptr, n_tile, n, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr
     return n_row, n_end, (n_row if WHOLE else tl.minimum(n_row, n - 1))
 
 
-@triton.jit(do_not_specialize=["m", "x_scale_step", "splits"])
+@triton.jit(do_not_specialize=["m", "x_scale_step"])
 def linear_kernel(
     x_ptr,
     x_scale_ptr,
@@ -142,7 +151,6 @@ def linear_kernel(
     k_blocks,
     x_stride,
     x_scale_step,
-    splits,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr,
@@ -158,15 +166,15 @@ def linear_kernel(
     DEPENDENT: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
-    """One tile of y in one of `splits` stretches of K; the last program of a tile to finish adds its stretches up.
+    """One tile of y in one of SPLIT_K stretches of K; the last program of a tile to finish adds its stretches up.
 
-    Grid: (tiles of tokens x tiles of weight rows, splits); tiles of tokens vary fastest, so that the programs that
+    Grid: (tiles of tokens x tiles of weight rows, SPLIT_K); tiles of tokens vary fastest, so that the programs that
         run at once share tiles of the weight.
     Shapes: x (m, k) in QUANTIZED fp16 values (m, 128 k_blocks), rows x_stride apart; x_scale (k_blocks, m) fp32, rows
         x_scale_step apart; codes (n, 128 k_blocks) uint8, w_scale (scale rows, k_blocks) fp32; spans (scale rows, 2)
         int32, first row and end of each scale row's rows; bias (n,), any floating type; parts
-        (tiles, splits, BLOCK_M, BLOCK_N) fp32 and counters (tiles,) int32, zero, if SPLIT_K, which is splits > 1
-        -> out (m, n), any floating type. BLOCK_N divides 128.
+        (tiles, SPLIT_K, BLOCK_M, BLOCK_N) fp32 and counters (tiles,) int32, zero, for SPLIT_K > 1 -> out (m, n), any
+        floating type. BLOCK_N divides 128.
     Semantics: `linear_specification`, up to the order of fp32 additions, which is the same in every run: stretches are
         added from the first to the last, whichever program does it. Counters are zero again at the end.
         WHOLE: every shard is a multiple of 128 rows, so that spans need not be looked at. EVEN_M, EVEN_K: BLOCK_M
@@ -178,7 +186,7 @@ def linear_kernel(
     split = tl.program_id(1)
     n_tile = tile // m_tiles
     span = n_tile // (128 // BLOCK_N)
-    per_split = tl.cdiv(k_blocks, splits)
+    per_split = tl.cdiv(k_blocks, SPLIT_K)
     first = split * per_split
     if DEPENDENT:
         begin_dependents()
@@ -188,15 +196,19 @@ def linear_kernel(
     n_row, n_end, codes_row = weight_rows(spans_ptr, n_tile, n, BLOCK_N, WHOLE)
     token = tile % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, 128)
+    x_at = x_ptr + token.to(tl.int64)[:, None] * x_stride + column[None, :]
+    codes_at = codes_ptr + codes_row.to(tl.int64)[:, None] * (k_blocks * 128) + column[None, :]
+    w_scale_at = w_scale_ptr + span * k_blocks
+    end = tl.minimum(first + per_split, k_blocks)
     acc = tile_product(
-        x_ptr + token.to(tl.int64)[:, None] * x_stride + column[None, :],
+        x_at,
         token < m,
         x_scale_ptr + token,
         x_scale_step,
-        codes_ptr + codes_row.to(tl.int64)[:, None] * (k_blocks * 128) + column[None, :],
-        w_scale_ptr + span * k_blocks,
+        codes_at,
+        w_scale_at,
         first,
-        tl.minimum(first + per_split, k_blocks),
+        end,
         k,
         BLOCK_M,
         BLOCK_N,
@@ -210,20 +222,20 @@ def linear_kernel(
     )
     inside = (token < m)[:, None] & (n_row < n_end)[None, :]
     to = out_ptr + token.to(tl.int64)[:, None] * n + n_row[None, :]
-    if not SPLIT_K:
+    if SPLIT_K == 1:
         if HAS_BIAS:
             acc += tl.load(bias_ptr + n_row, mask=n_row < n_end, other=0.0).to(tl.float32)[None, :]
         tl.store(to, acc.to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        part = parts_ptr + tile.to(tl.int64) * (splits * BLOCK_M * BLOCK_N)
+        part = parts_ptr + tile.to(tl.int64) * (SPLIT_K * BLOCK_M * BLOCK_N)
         part += tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         tl.store(part + split * (BLOCK_M * BLOCK_N), acc, mask=inside)
         tl.debug_barrier()  # all threads' stores come before the one thread's count
         done = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel")
-        if done == splits - 1:
+        if done == SPLIT_K - 1:
             # Not by the first-level cache, which may hold what was there before.
             total = tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
-            for other in range(1, splits):
+            for other in tl.static_range(1, SPLIT_K):
                 total += tl.load(part + other * (BLOCK_M * BLOCK_N), mask=inside, other=0.0, cache_modifier=".cg")
             if HAS_BIAS:
                 total += tl.load(bias_ptr + n_row, mask=n_row < n_end, other=0.0).to(tl.float32)[None, :]

@@ -46,8 +46,9 @@ def quantize_kernel(
     if DEPENDENT:
         begin_dependents()
         wait_for_the_launch_before()
-    index = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    token, block = index // k_blocks, index % k_blocks
+    index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)  # 2^31 groups are more than a GPU holds
+    block = index % k_blocks
+    token = (index // k_blocks).to(tl.int64)
     column = block[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     there = (token < m)[:, None]
     x = tl.load(x_ptr + token[:, None] * x_stride + column, mask=there & (column < k), other=0.0).to(tl.float32)

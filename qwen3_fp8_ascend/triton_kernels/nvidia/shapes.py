@@ -43,14 +43,19 @@ class Tile:
 
 
 TILES = (
-    Tile(16, 32, warps=4, stages=5, w_first=False, programs=1.5, wide_rows=16384),
+    Tile(16, 64, warps=4, stages=6, w_first=False, programs=2.9),
     Tile(32, 64, warps=4, stages=4, w_first=True, programs=1.5),
-    Tile(64, 64, warps=4, stages=4, w_first=True, programs=1.5),
-    Tile(128, 128, warps=8, stages=3, w_first=True, programs=0.7),
+    Tile(64, 128, warps=8, stages=3, w_first=True, programs=0.9),
+    Tile(128, 64, warps=4, stages=3, w_first=True, programs=0.7),
 )
 """The first whose block_m holds all tokens, else the last."""
 
-WITHOUT_WGMMA = (*TILES[:-1], Tile(128, 64, warps=8, stages=3, w_first=True, programs=0.7))
+WITHOUT_WGMMA = (
+    Tile(16, 32, warps=4, stages=5, w_first=False, programs=1.5, wide_rows=16384),
+    Tile(32, 64, warps=4, stages=4, w_first=True, programs=1.5),
+    Tile(64, 64, warps=4, stages=4, w_first=True, programs=1.5),
+    Tile(128, 64, warps=8, stages=3, w_first=True, programs=0.7),
+)
 """Where sums and both operands lie in registers, a tile as large as Hopper's would spill."""
 
 
