@@ -33,7 +33,8 @@ from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.testing.devices import Device, open_device
 from qwen3_fp8_ascend.testing.judges import random_problem, rel_l2
 from qwen3_fp8_ascend.testing.timing import CALLS, Contender, cache_bytes, interleave
-from qwen3_fp8_ascend.triton_kernels.nvidia.shapes import Chip, Cut, cut_for, stage_bytes
+from qwen3_fp8_ascend.triton_kernels.nvidia import shapes
+from qwen3_fp8_ascend.triton_kernels.nvidia.shapes import Chip, Cut, Tile, blocks_ahead, cut_for, stage_bytes
 
 TOKENS = (16, 64, 512)
 SAME = 1e-2
@@ -41,28 +42,31 @@ SAME = 1e-2
 FEW = 64
 """Tokens up to which memory is the limit: many programs and stages."""
 AHEAD = (0, 2, 4, 8, 16, 32)
+QUANTIZERS = ((1, 1), (2, 1), (4, 1), (4, 2), (8, 2), (8, 4), (16, 4), (32, 8))
+"""Groups and warps of a program."""
 BEST = 6
 """How many are timed again."""
 console = Console(width=200)
 
 
-def near(table: Cut, tokens: int, chip: Chip, k_blocks: int) -> Iterator[Cut]:
-    """The table's choice, and what could be in its place and fits; with the table's K blocks ahead."""
+def near(table: Cut, tokens: int, chip: Chip, k_blocks: int, how: Activation) -> Iterator[Cut]:
+    """The table's choice, and what could be in its place and fits."""
     yield table
     few = tokens <= FEW
-    rows = sorted({table.tile.block_m, max(16, table.tile.block_m // 2)}) if few else [64, 128, 256]
-    columns, stages = ((32, 64, 128), (2, 3, 4, 5, 6)) if tokens <= 16 else ((64, 128), (2, 3, 4))
-    splits = (1, 2, 3, 4, 6, 8) if few else (1, 2)
-    for block_m, block_n, warps, depth, w_first, split in itertools.product(
-        rows, columns, (4, 8), stages, (False, True), splits
+    rows = sorted({max(16, tokens), max(16, tokens // 2)}) if few else [64, 128, 256]
+    depths, splits = (
+        ((2, 3, 4, 6), (1, 2, 3, 4, 6, 8)) if tokens <= 16 else ((2, 3, 4), (1, 2, 3, 4) if few else (1, 2))
+    )
+    early = (False, True) if how is not Activation.W8A16 and tokens > 16 else (True,)
+    for block_m, block_n, warps, stages, w_first, scales_early, split in itertools.product(
+        rows, (64, 128), (4, 8), depths, (False, True), early, splits
     ):
-        tile = replace(
-            table.tile, block_m=block_m, block_n=block_n, warps=warps, stages=depth, w_first=w_first, wide_rows=0
-        )
+        ahead = min(8, blocks_ahead(ceil_div(k_blocks, split))) if few else 0
+        tile = Tile(block_m, block_n, warps, stages, w_first, table.tile.programs, scales_early, ahead)
         small = block_m * block_n <= warps * 32 * 64  # else sums and products of a thread exceed its registers
         enough = split == 1 or ceil_div(k_blocks, split) >= 4
         whole = (split - 1) * ceil_div(k_blocks, split) < k_blocks
-        fits = depth * stage_bytes(tile, 2) <= chip.shared_kib << 10
+        fits = stages * stage_bytes(tile, 2) <= chip.shared_kib << 10
         if small and enough and whole and fits:
             yield Cut(tile, split)
 
@@ -126,10 +130,29 @@ def once(call: Contender, device: Device) -> float:
     return min(device.seconds(replay) for _ in range(3)) / CALLS
 
 
+def quantizers(layer: Sequence[str], device: Device) -> None:
+    """Print the time of quantization and linear together, for each form of the first; `shapes.quantize_shape`."""
+    chosen = shapes.quantize_shape
+    for name, m in itertools.product(layer, (1, 16, 64, 512)):
+        n, k = QWEN3_8B[name]
+        there = random_problem(m, (n,), k).to(device.place)
+        size = max(2, ceil_div(cache_bytes(device), n * k))
+        copies = [backend.pack(there.weight, there.scale, there.grid) for _ in range(size)]
+        table = cut_for(m, n // 128, n, k // 128, chip_of(device.place), cores_of(device.place), 2)
+        times = {}
+        for shape in QUANTIZERS:
+            shapes.quantize_shape = lambda groups, shape=shape: shape  # type: ignore[misc]
+            times[shape] = once(run(there.x, copies, Activation.W8A8, table), device)
+        shapes.quantize_shape = chosen
+        line = ", ".join(f"{shape} {times[shape] * 1e6:.1f}" for shape in sorted(times, key=times.__getitem__))
+        console.print(f"{name:8} {m:4} tokens, {m * k // 128} groups, us: {line}", highlight=False)
+
+
 def bench(
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens; repeatable.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(QWEN3_8B)}; repeatable.")] = None,
     activation: Annotated[list[str] | None, typer.Option(help="w8a8 or w8a16; repeatable.")] = None,
+    quantize: Annotated[bool, typer.Option("--quantize", help="The quantization's form alone.")] = False,
     output: Annotated[Path | None, typer.Option(help="CSV to write, with everything that was timed.")] = None,
 ) -> None:
     """Print the fastest cuts beside the table's."""
@@ -137,12 +160,16 @@ def bench(
     device, found = open_device("cuda"), []
     chip, cores = chip_of(device.place), cores_of(device.place)
     origin = provenance() | {"device": device.name}
+    if quantize:
+        quantizers(layer or list(QWEN3_8B), device)
+        return
     pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
 
     def note(name: str, m: int, how: Activation, cut: Cut, table: Cut, seconds: float, turn: str) -> None:
         line = {"layer": name, "m": m, "computes": str(how), "us": seconds * 1e6, "turn": turn, "split": cut.split_k}
         line |= {
-            part: getattr(cut.tile, part) for part in ("block_m", "block_n", "warps", "stages", "w_first", "ahead")
+            part: getattr(cut.tile, part)
+            for part in ("block_m", "block_n", "warps", "stages", "w_first", "scales_early", "ahead")
         }
         found.append(line | {"table": cut == table} | origin)
 
@@ -157,7 +184,7 @@ def bench(
             want = run(there.x, copies, how, table)(0)
 
             times = {}
-            for cut in compiled(list(dict.fromkeys(near(table, m, chip, k // 128))), m, how, pool):
+            for cut in compiled(list(dict.fromkeys(near(table, m, chip, k // 128, how))), m, how, pool):
                 times[cut] = once(right(run(there.x, copies, how, cut), want, f"{name}, {m} tokens, {cut}"), device)
                 note(name, m, how, cut, table, times[cut], "alone")
             best = sorted(times, key=times.__getitem__)[:BEST]

@@ -73,6 +73,7 @@ def constants_of(tile, operand, capability):
         "EVEN_K": True,
         "HARDWARE": shapes.chip(capability).hardware,
         "TYPE": OPERANDS[operand][1],
+        "SCALES_EARLY": tile.scales_early,
         "DEPENDENT": shapes.chip(capability).dependent,
     }
 

@@ -154,10 +154,10 @@ LINES = [
         tile,
         split,
         activation,
-        id=f"m{tile.block_m}-{split}-{activation}",
+        id=f"{tile.block_m}x{tile.block_n}-{split}-{activation}",
         marks=[] if (split == 1) == (activation is Activation.W8A8) else pytest.mark.long,
     )
-    for tile in shapes.TILES
+    for tile in [tile for line in shapes.LINES for tile in (line.tile, line.wide) if tile]
     for split in (1, 3)
     for activation in (Activation.W8A8, Activation.W8A16)
 ]
@@ -178,7 +178,7 @@ def test_every_line_of_the_table_at_any_number_of_tokens(tile, split, activation
 def test_stretches_are_added_in_one_order_whoever_finishes_last(finished_last, monkeypatch):
     problem = random_problem(5, (256,), 1024, dtype=torch.float32)
     packed = backend.pack(problem.weight, problem.scale, problem.grid)
-    cut = shapes.Cut(dataclasses.replace(shapes.TILES[0]), 4)
+    cut = shapes.Cut(shapes.LINES[0].tile, 4)
     counted = []
     honest = launch.counters
     monkeypatch.setattr(launch, "counters", lambda *given: counted.append(honest(*given)) or counted[-1])
@@ -195,7 +195,7 @@ def test_stretches_are_added_in_one_order_whoever_finishes_last(finished_last, m
 def test_a_stretch_that_is_lost_or_counted_wrongly_is_noticed(finished_last, monkeypatch):
     problem = random_problem(5, (256,), 1024, dtype=torch.float32)
     packed = backend.pack(problem.weight, problem.scale, problem.grid)
-    cut = shapes.Cut(shapes.TILES[0], 4)
+    cut = shapes.Cut(shapes.LINES[0].tile, 4)
     monkeypatch.setattr(torch, "empty", torch.zeros)  # what is not written is not what an earlier launch left there
     finished_last((0, 1, 2, 2))
     faults = judge_exact(launch.linear(problem.x, *packed, Activation.W8A16, None, cut), problem, Activation.W8A16)

@@ -94,8 +94,7 @@ def _quantize_into(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One launch; strides are those of the scales from token to token and from block to block."""
     (m, k), k_blocks = x.shape, ceil_div(x.shape[1], BLOCK)
-    few = m * k_blocks <= 1 << 13
-    groups, warps = (1, 1) if few and not INTERPRETED else (8, 4)
+    groups, warps = (8, 4) if INTERPRETED else shapes.quantize_shape(m * k_blocks)
     kernels().quantize[(ceil_div(m * k_blocks, groups),)](
         x,
         out,
@@ -197,6 +196,7 @@ def linear(
         WHOLE=whole,
         EVEN_M=m % tile.block_m == 0,
         AHEAD=tile.ahead if whole and tile.ahead <= k_blocks else 0,
+        SCALES_EARLY=tile.scales_early,
         **operands,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -248,6 +248,7 @@ def grouped_linear(
         GROUPS=1 << (experts - 1).bit_length(),
         W_FIRST=tile.w_first,
         WHOLE=is_whole(n, scale_rows),
+        SCALES_EARLY=tile.scales_early,
         **operands,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -46,6 +46,7 @@ def grouped_linear_kernel(
     EVEN_K: tl.constexpr,
     HARDWARE: tl.constexpr,
     TYPE: tl.constexpr,
+    SCALES_EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """Rows [ends[g - 1], ends[g]) of x, times the weight of group g.
@@ -100,6 +101,7 @@ def grouped_linear_kernel(
             EVEN_K,
             HARDWARE,
             TYPE,
+            SCALES_EARLY,
         )
         to = out_ptr + token.to(tl.int64)[:, None] * n + n_row[None, :]
         tl.store(to, acc.to(out_ptr.dtype.element_ty), mask=(token < end)[:, None] & (n_row < n_end)[None, :])

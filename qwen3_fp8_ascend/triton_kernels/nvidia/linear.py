@@ -86,26 +86,28 @@ def tile_product(
     EVEN_K: tl.constexpr,
     HARDWARE: tl.constexpr,
     TYPE: tl.constexpr,
+    SCALES_EARLY: tl.constexpr,
 ):
     """A tile of x @ W.T over the K blocks from `first` to `end`: what the dense and the grouped kernel share.
 
     Shapes: x_at (BLOCK_M, 128) and codes_at (BLOCK_N, 128): where K block 0 of each row is; token_there (BLOCK_M,);
         x_scale_at (BLOCK_M,): where the scales of block 0 are, x_scale_step apart; w_scale_at: the tile's scales
         -> (BLOCK_M, BLOCK_N) fp32.
+    SCALES_EARLY: a block's token scales are asked for a block before, and wait in registers; otherwise the sums wait
+        for them.
     """
     column = tl.arange(0, 128)
     acc = tl.zeros((BLOCK_N, BLOCK_M) if W_FIRST else (BLOCK_M, BLOCK_N), tl.float32)
-    # The scales of a block are asked for a block before: nothing else waits for memory in the loop.
-    w_scale = tl.load(w_scale_at + first, mask=first < end, other=0.0)
-    x_scale = w_scale
-    if QUANTIZED:
-        x_scale = tl.load(x_scale_at + first * x_scale_step, mask=token_there & (first < end), other=0.0)
+    w_scale_next = tl.load(w_scale_at + first)
+    x_scale_next = w_scale_next
+    if QUANTIZED and SCALES_EARLY:
+        x_scale_next = tl.load(x_scale_at + first * x_scale_step, mask=token_there, other=0.0)
     for block in range(first, end):
+        w_scale, x_scale = w_scale_next, x_scale_next
         after = tl.minimum(block + 1, end - 1)
-        w_scale_after = tl.load(w_scale_at + after)
-        x_scale_after = w_scale_after
-        if QUANTIZED:
-            x_scale_after = tl.load(x_scale_at + after * x_scale_step, mask=token_there, other=0.0)
+        w_scale_next = tl.load(w_scale_at + after)
+        if QUANTIZED and SCALES_EARLY:
+            x_scale_next = tl.load(x_scale_at + after * x_scale_step, mask=token_there, other=0.0)
         codes = tl.load(codes_at + block * 128)
         if EVEN_K:
             if EVEN_M:
@@ -117,10 +119,11 @@ def tile_product(
             x = tl.load(x_at + block * 128, mask=inside, other=0.0)
         part = product(x, decode(codes, HARDWARE, TYPE), W_FIRST, THREE, TYPE)
         if QUANTIZED:
+            if not SCALES_EARLY:
+                x_scale = tl.load(x_scale_at + block * x_scale_step, mask=token_there, other=0.0)
             # One scale after the other, as the specification has it: their product may leave fp32.
             part = part * (x_scale[None, :] if W_FIRST else x_scale[:, None])
         acc += part * w_scale
-        w_scale, x_scale = w_scale_after, x_scale_after
     return tl.trans(acc) if W_FIRST else acc
 
 
@@ -163,6 +166,7 @@ def linear_kernel(
     EVEN_K: tl.constexpr,
     HARDWARE: tl.constexpr,
     TYPE: tl.constexpr,
+    SCALES_EARLY: tl.constexpr,
     DEPENDENT: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
@@ -219,6 +223,7 @@ def linear_kernel(
         EVEN_K,
         HARDWARE,
         TYPE,
+        SCALES_EARLY,
     )
     inside = (token < m)[:, None] & (n_row < n_end)[None, :]
     to = out_ptr + token.to(tl.int64)[:, None] * n + n_row[None, :]

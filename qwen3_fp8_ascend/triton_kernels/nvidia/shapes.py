@@ -27,9 +27,10 @@ class Tile:
     w_first: the weight is the first operand of the product, and the tokens the short side of an MMA.
     programs: K is split until there are so many for each multiprocessor. Small tiles wait for memory, and several
         programs share a multiprocessor; a large one has it for itself.
-    wide_rows: from so many rows of the weight on, block_n is twice as large; 0: never.
-    ahead: K blocks of the weight that L2 is asked for before the launch before has ended, where launches may be
-        dependent; a power of two, or 0.
+    scales_early: the tokens' scales are asked for a K block before. Where that costs a multiprocessor one of its
+        programs, for want of registers, it is slower.
+    ahead: K blocks of the weight, at most, that L2 is asked for before the launch before has ended, where launches may
+        be dependent; a power of two, or 0.
     """
 
     block_m: int
@@ -38,25 +39,40 @@ class Tile:
     stages: int
     w_first: bool
     programs: float
-    wide_rows: int = 0
+    scales_early: bool = True
     ahead: int = 8
 
 
-TILES = (
-    Tile(16, 64, warps=4, stages=6, w_first=False, programs=2.9),
-    Tile(32, 64, warps=4, stages=4, w_first=True, programs=1.5),
-    Tile(64, 128, warps=8, stages=3, w_first=True, programs=0.9),
-    Tile(128, 64, warps=4, stages=3, w_first=True, programs=0.7),
+@dataclass(frozen=True)
+class Line:
+    """The tile for so many tokens, and the one for weights of `WIDE` rows and more, if that is another."""
+
+    tokens: int
+    tile: Tile
+    wide: Tile | None = None
+
+
+WIDE = 16384
+
+LINES = (
+    Line(16, Tile(16, 64, warps=4, stages=6, w_first=False, programs=2.9)),
+    Line(32, Tile(32, 64, warps=4, stages=4, w_first=True, programs=1.5)),
+    Line(
+        64,
+        Tile(64, 128, warps=8, stages=3, w_first=True, programs=0.7, scales_early=False),
+        wide=Tile(32, 128, warps=4, stages=3, w_first=False, programs=0.7, scales_early=False),
+    ),
+    Line(1 << 30, Tile(128, 64, warps=4, stages=3, w_first=True, programs=0.7, ahead=0)),
 )
-"""The first whose block_m holds all tokens, else the last."""
+"""For Hopper. The first that holds all tokens."""
 
 WITHOUT_WGMMA = (
-    Tile(16, 32, warps=4, stages=5, w_first=False, programs=1.5, wide_rows=16384),
-    Tile(32, 64, warps=4, stages=4, w_first=True, programs=1.5),
-    Tile(64, 64, warps=4, stages=4, w_first=True, programs=1.5),
-    Tile(128, 64, warps=8, stages=3, w_first=True, programs=0.7),
+    Line(16, Tile(16, 32, warps=4, stages=5, w_first=False, programs=1.5), wide=Tile(16, 64, 4, 4, False, 1.5)),
+    Line(32, Tile(32, 64, warps=4, stages=4, w_first=True, programs=1.5)),
+    Line(64, Tile(64, 64, warps=4, stages=4, w_first=True, programs=1.5)),
+    Line(1 << 30, Tile(128, 64, warps=8, stages=3, w_first=True, programs=0.7)),
 )
-"""Where sums and both operands lie in registers, a tile as large as Hopper's would spill."""
+"""Where sums and both operands lie in registers. Not measured."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,7 @@ class Chip:
     shared_kib: shared memory of a program.
     hardware: there is an instruction that converts e4m3.
     dependent: a launch may begin before the one before it has ended.
-    tiles: by number of tokens.
+    lines: by number of tokens.
     """
 
     name: str
@@ -75,14 +91,14 @@ class Chip:
     shared_kib: int
     hardware: bool
     dependent: bool = False
-    tiles: tuple[Tile, ...] = WITHOUT_WGMMA
+    lines: tuple[Line, ...] = WITHOUT_WGMMA
 
 
 CHIPS = (
     Chip("Ampere", (80,), 163, hardware=False),
     Chip("Ampere, small", (86, 87), 99, hardware=False),
     Chip("Ada", (89,), 99, hardware=True),
-    Chip("Hopper", (90,), 227, hardware=True, dependent=True, tiles=TILES),
+    Chip("Hopper", (90,), 227, hardware=True, dependent=True, lines=LINES),
     Chip("Blackwell", (100, 103), 227, hardware=True, dependent=True),
     Chip("Blackwell, small", (120, 121), 99, hardware=True, dependent=True),
 )
@@ -124,11 +140,10 @@ def stage_bytes(tile: Tile, itemsize: int) -> int:
 def tile_for(tokens: int, n: int, here: Chip, itemsize: int) -> Tile:
     """The tile for so many tokens and rows of the weight; activations of 4 bytes, which take three products, get less
     of a program's registers."""
-    tile = next((t for t in here.tiles if tokens <= t.block_m), here.tiles[-1])
-    if itemsize == 4 and tile.block_m * tile.block_n > 64 * 64:
-        tile = next(t for t in reversed(here.tiles) if t.block_m * t.block_n <= 64 * 64)
-    if tile.wide_rows and n >= tile.wide_rows:
-        tile = replace(tile, block_n=2 * tile.block_n, stages=tile.stages - 1)
+    line = next(line for line in here.lines if tokens <= line.tokens)
+    if itemsize == 4 and line.tile.block_m * line.tile.block_n > 64 * 64:
+        line = next(line for line in reversed(here.lines) if line.tile.block_m * line.tile.block_n <= 64 * 64)
+    tile = line.wide if line.wide and n >= WIDE else line.tile
     return replace(tile, stages=max(1, min(tile.stages, (here.shared_kib << 10) // stage_bytes(tile, itemsize))))
 
 
@@ -146,4 +161,16 @@ def cut_for(m: int, n_tiles_of_128: int, n: int, k_blocks: int, here: Chip, core
         and ceil_div(k_blocks, split + 1) >= MIN_BLOCKS_PER_SPLIT
     ):
         split += 1
-    return Cut(tile, ceil_div(k_blocks, ceil_div(k_blocks, split)))
+    split = ceil_div(k_blocks, ceil_div(k_blocks, split))
+    return Cut(replace(tile, ahead=min(tile.ahead, blocks_ahead(ceil_div(k_blocks, split)))), split)
+
+
+def blocks_ahead(stretch: int) -> int:
+    """K blocks to fetch ahead of a stretch of so many: a power of two, up to a third of it. What is asked for and used
+    at once is asked for twice."""
+    return 1 << ((stretch // 3).bit_length() - 1) if stretch >= 3 else 0
+
+
+def quantize_shape(groups: int) -> tuple[int, int]:
+    """Groups and warps of a program that quantizes, for so many groups in all."""
+    return (4, 2) if groups <= 1 << 13 else (8, 4)
