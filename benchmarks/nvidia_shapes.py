@@ -138,7 +138,7 @@ def quantizers(layer: Sequence[str], device: Device) -> None:
         there = random_problem(m, (n,), k).to(device.place)
         size = max(2, ceil_div(cache_bytes(device), n * k))
         copies = [backend.pack(there.weight, there.scale, there.grid) for _ in range(size)]
-        table = cut_for(m, n // 128, n, k // 128, chip_of(device.place), cores_of(device.place), 2)
+        table = cut_for(m, n // 128, n, k // 128, chip_of(device.place), cores_of(device.place), 2, True)
         times = {}
         for shape in QUANTIZERS:
             shapes.quantize_shape = lambda groups, shape=shape: shape  # type: ignore[misc]
@@ -180,7 +180,7 @@ def bench(
             there = random_problem(m, (n,), k).to(device.place)
             size = max(2, ceil_div(cache_bytes(device), n * k))
             copies = [backend.pack(there.weight, there.scale, there.grid) for _ in range(size)]
-            table = cut_for(m, n // 128, n, k // 128, chip, cores, 2)
+            table = cut_for(m, n // 128, n, k // 128, chip, cores, 2, how is not Activation.W8A16)
             want = run(there.x, copies, how, table)(0)
 
             times = {}

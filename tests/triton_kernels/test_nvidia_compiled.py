@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from qwen3_fp8_ascend.backends.nvidia import launch
 from qwen3_fp8_ascend.triton_kernels.nvidia import dequantize, grouped_linear, linear, quantize, shapes
 
 CAPABILITIES = (80, 89, 90, 100)
@@ -49,7 +50,7 @@ def build(kernel, pointers, sizes, constants, capability, tile=None, divisible=(
     source = ASTSource(
         fn=kernel, signature={name: types[name] for name in kernel.arg_names}, constexprs=constants, attrs=aligned
     )
-    options = {} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {} if tile is None else launch.resources(tile)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -99,13 +100,13 @@ def check(built, operand, capability, folder):
 CUTS = {16: (4096, 2), 32: (4096, 4), 64: (4096, 3), 512: (4096, 1)}
 """(n, split) by tokens."""
 LINEARS = [(m, n, split, operand) for m, (n, split) in CUTS.items() for operand in ("w8a8", "bf16")]
-LINEARS += [(16, 24576, 1, "bf16"), (512, 4096, 1, "fp32")]
+LINEARS += [(16, 24576, 1, "bf16"), (64, 24576, 1, "bf16"), (64, 24576, 1, "w8a8"), (512, 4096, 1, "fp32")]
 EXTREMES = [case for case in LINEARS if case[0] == 512 or case == (16, 4096, 2, "w8a8")]
 
 
 @pytest.mark.parametrize(("m", "n", "split", "operand", "capability"), on_every_gpu(LINEARS, EXTREMES))
 def test_linear(m, n, split, operand, capability, tmp_path):
-    tile = shapes.tile_for(m, n, shapes.chip(capability), 4 if operand == "fp32" else 2)
+    tile = shapes.tile_for(m, n, shapes.chip(capability), 4 if operand == "fp32" else 2, operand == "w8a8")
     pointers = CODES | SCALE | SPANS | {"x_ptr": OPERANDS[operand][0], "bias_ptr": "*bf16", "out_ptr": "*bf16"}
     built = build(
         linear.linear_kernel,
@@ -131,7 +132,7 @@ GROUPED = list(itertools.product((1, 20, 64, 200), ("w8a8", "bf16")))
     ("rows", "operand", "capability"), on_every_gpu(GROUPED, [(1, "w8a8"), (200, "w8a8"), (200, "bf16")])
 )
 def test_grouped_linear(rows, operand, capability, tmp_path):
-    tile = shapes.tile_for(rows, 1536, shapes.chip(capability), 2)
+    tile = shapes.tile_for(rows, 1536, shapes.chip(capability), 2, operand == "w8a8")
     built = build(
         grouped_linear.grouped_linear_kernel,
         CODES | SCALE | SPANS | {"x_ptr": OPERANDS[operand][0], "ends_ptr": "*i64", "out_ptr": "*bf16"},

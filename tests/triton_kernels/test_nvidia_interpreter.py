@@ -157,9 +157,9 @@ LINES = [
         id=f"{tile.block_m}x{tile.block_n}-{split}-{activation}",
         marks=[] if (split == 1) == (activation is Activation.W8A8) else pytest.mark.long,
     )
-    for tile in [tile for line in shapes.LINES for tile in (line.tile, line.wide) if tile]
+    for lines, activation in ((shapes.QUANTIZED_LINES, Activation.W8A8), (shapes.LINES, Activation.W8A16))
+    for tile in [tile for line in lines for tile in (line.tile, line.wide) if tile]
     for split in (1, 3)
-    for activation in (Activation.W8A8, Activation.W8A16)
 ]
 """What is multiplied does not change how stretches of K are added up: with each cut, one activation."""
 

@@ -9,7 +9,14 @@ import torch
 
 from qwen3_fp8_ascend.backends.nvidia import counters
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.triton_kernels.nvidia.shapes import CHIPS, MIN_BLOCKS_PER_SPLIT, chip, cut_for, stage_bytes
+from qwen3_fp8_ascend.triton_kernels.nvidia.shapes import (
+    CHIPS,
+    MIN_BLOCKS_PER_SPLIT,
+    blocks_ahead,
+    chip,
+    cut_for,
+    stage_bytes,
+)
 
 QWEN3_8B = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
 
@@ -20,11 +27,11 @@ WEIGHTS = ((1, 1), (9, 5), (32, 32), (48, 32), (192, 32), (32, 96))
 
 
 @pytest.mark.parametrize("here", CHIPS, ids=lambda line: line.name)
-@pytest.mark.parametrize("itemsize", [2, 4])
-def test_every_stretch_has_work_and_every_program_fits(here, itemsize):
+@pytest.mark.parametrize(("itemsize", "quantized"), [(2, False), (2, True), (4, False)])
+def test_every_stretch_has_work_and_every_program_fits(here, itemsize, quantized):
     for m, (scale_rows, k_blocks) in itertools.product(TOKENS, WEIGHTS):
         linear = f"m={m}, {scale_rows} scale rows, {k_blocks} blocks of K"
-        cut = cut_for(m, scale_rows, 128 * scale_rows, k_blocks, here, 132, itemsize)
+        cut = cut_for(m, scale_rows, 128 * scale_rows, k_blocks, here, 132, itemsize, quantized)
         assert 128 % cut.tile.block_n == 0 and cut.tile.stages >= 1, linear
         assert cut.tile.stages * stage_bytes(cut.tile, itemsize) <= here.shared_kib << 10, linear
         per_split = -(-k_blocks // cut.split_k)
@@ -32,12 +39,29 @@ def test_every_stretch_has_work_and_every_program_fits(here, itemsize):
         assert cut.split_k == 1 or per_split >= MIN_BLOCKS_PER_SPLIT, linear
 
 
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize(("n", "k"), QWEN3_8B.values(), ids=QWEN3_8B)
-def test_decode_has_a_program_and_a_half_for_each_multiprocessor(n, k):
-    cut = cut_for(1, n // 128, n, k // 128, chip(90), 132, 2)
-    programs = n // cut.tile.block_n * cut.split_k
-    assert 198 <= programs <= 800
-    assert all(cut_for(m, n // 128, n, k // 128, chip(90), 132, 2) == cut for m in range(2, 17))
+def test_programs_are_as_many_as_find_room_at_once(n, k, quantized):
+    def cut(m):
+        return cut_for(m, n // 128, n, k // 128, chip(90), 132, 2, quantized)
+
+    for m in (1, 32, 64, 128):
+        here = cut(m)
+        tiles = -(-m // here.tile.block_m) * n // here.tile.block_n
+        assert here.split_k == 1 or tiles * here.split_k <= here.tile.programs * 132, f"{m} tokens"
+        assert k // 128 % here.split_k == 0, f"{m} tokens: stretches of equal length are possible"
+        assert tiles * here.split_k >= 96, f"{m} tokens"
+    assert all(cut(m) == cut(1) for m in range(2, 17)), "a token alone and in a batch has the same bits"
+
+
+def test_a_prime_number_of_blocks_is_split_unevenly():
+    cut = cut_for(1, 32, 4096, 43, chip(90), 132, 2, False)
+    assert cut.split_k == 8, "seven stretches of six blocks, and one"
+
+
+@pytest.mark.parametrize(("stretch", "blocks"), [(1, 0), (2, 0), (3, 1), (5, 1), (6, 2), (12, 4), (32, 8), (96, 32)])
+def test_a_third_of_a_stretch_is_fetched_ahead(stretch, blocks):
+    assert blocks_ahead(stretch) == blocks
 
 
 @pytest.mark.parametrize("capability", [70, 75, 81, 130])

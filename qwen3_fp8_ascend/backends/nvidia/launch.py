@@ -146,6 +146,12 @@ def _operands(x: torch.Tensor, activation: Activation) -> tuple[torch.Tensor, to
     return values, scale, arguments
 
 
+def resources(tile: shapes.Tile) -> dict[str, int]:
+    """What a program of the tile may take."""
+    limit = {"maxnreg": tile.registers} if tile.registers else {}
+    return {"num_warps": tile.warps, "num_stages": tile.stages} | limit
+
+
 def linear(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -162,7 +168,10 @@ def linear(
     """
     m, (n, (scale_rows, k_blocks)), device = x.shape[0], (codes.shape[0], w_scale.shape), x.device
     values, x_scale, operands = _operands(x, activation)
-    cut = cut or shapes.cut_for(m, scale_rows, n, k_blocks, chip_of(device), cores_of(device), values.itemsize)
+    quantized: bool = operands["QUANTIZED"]
+    cut = cut or shapes.cut_for(
+        m, scale_rows, n, k_blocks, chip_of(device), cores_of(device), values.itemsize, quantized
+    )
     tile, whole = cut.tile, is_whole(n, scale_rows)
     tiles = ceil_div(m, tile.block_m) * scale_rows * (BLOCK // tile.block_n)
     # The interpreter truncates where a device rounds, so it writes fp32.
@@ -198,8 +207,7 @@ def linear(
         AHEAD=tile.ahead if whole and tile.ahead <= k_blocks else 0,
         SCALES_EARLY=tile.scales_early,
         **operands,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **resources(tile),
     )
     return out.to(x.dtype)
 
@@ -222,7 +230,7 @@ def grouped_linear(
     (experts, n, _), (_, scale_rows, k_blocks) = codes.shape, w_scale.shape
     values, x_scale, operands = _operands(x, activation)
     # As many tokens in a tile as an expert has on average; one with more takes several passes.
-    tile = shapes.tile_for(ceil_div(m, experts), n, chip_of(device), values.itemsize)
+    tile = shapes.tile_for(ceil_div(m, experts), n, chip_of(device), values.itemsize, operands["QUANTIZED"])
     n_tiles = scale_rows * (BLOCK // tile.block_n)
     passes = m // tile.block_m + min(experts, m)  # passes that are not full are one an expert at most
     out = torch.empty(m, n, dtype=torch.float32 if INTERPRETED else dtype, device=device)
@@ -250,7 +258,6 @@ def grouped_linear(
         WHOLE=is_whole(n, scale_rows),
         SCALES_EARLY=tile.scales_early,
         **operands,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        **resources(tile),
     )
     return out.to(dtype)

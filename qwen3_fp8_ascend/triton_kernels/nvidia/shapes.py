@@ -1,9 +1,7 @@
 """How a linear is cut into programs, by chip and number of tokens: a table, no tuning at anybody's first request.
 
-Where the numbers come from: on an H100 a prototype was fastest, of the few shapes tried, at up to 16 tokens with 256 to
-800 programs of 32 or 64 rows, 4 warps and 3 to 5 stages, and from 64 tokens on with the weight as first operand. The
-rest follows from what the compiler says of registers and shared memory (tests/triton_kernels/test_nvidia_compiled.py).
-`python -m benchmarks.nvidia_shapes` measures the neighbours of each line on the GPU that is there.
+Hopper's lines were measured on an H100 (`python -m benchmarks.nvidia_shapes`); the others follow from what the compiler
+says of registers and shared memory (tests/triton_kernels/test_nvidia_compiled.py).
 """
 
 from __future__ import annotations
@@ -25,12 +23,13 @@ class Tile:
     block_m, block_n: tokens and rows of the weight. block_n divides 128.
     warps, stages: of a program; stages are K blocks in flight, fewer where shared memory ends.
     w_first: the weight is the first operand of the product, and the tokens the short side of an MMA.
-    programs: K is split until there are so many for each multiprocessor. Small tiles wait for memory, and several
-        programs share a multiprocessor; a large one has it for itself.
+    programs: K is split, in equal stretches, into as many as leave at most so many programs for each multiprocessor:
+        as many as find room on one at once.
     scales_early: the tokens' scales are asked for a K block before. Where that costs a multiprocessor one of its
         programs, for want of registers, it is slower.
     ahead: K blocks of the weight, at most, that L2 is asked for before the launch before has ended, where launches may
         be dependent; a power of two, or 0.
+    registers: of a thread, at most; 0: what the compiler takes.
     """
 
     block_m: int
@@ -41,11 +40,12 @@ class Tile:
     programs: float
     scales_early: bool = True
     ahead: int = 8
+    registers: int = 0
 
 
 @dataclass(frozen=True)
 class Line:
-    """The tile for so many tokens, and the one for weights of `WIDE` rows and more, if that is another."""
+    """The tile for up to so many tokens, and the one for weights of `WIDE` rows and more if that is another."""
 
     tokens: int
     tile: Tile
@@ -53,24 +53,41 @@ class Line:
 
 
 WIDE = 16384
+MANY = 1 << 62
 
 LINES = (
-    Line(16, Tile(16, 64, warps=4, stages=6, w_first=False, programs=2.9)),
-    Line(32, Tile(32, 64, warps=4, stages=4, w_first=True, programs=1.5)),
+    Line(
+        16,
+        Tile(16, 128, warps=8, stages=3, w_first=False, programs=2),
+        wide=Tile(16, 64, warps=4, stages=6, w_first=False, programs=3),
+    ),
+    Line(32, Tile(32, 64, warps=4, stages=3, w_first=True, programs=4, ahead=2)),
     Line(
         64,
-        Tile(64, 128, warps=8, stages=3, w_first=True, programs=0.7, scales_early=False),
-        wide=Tile(32, 128, warps=4, stages=3, w_first=False, programs=0.7, scales_early=False),
+        Tile(64, 128, warps=8, stages=3, w_first=True, programs=1, ahead=2),
+        wide=Tile(64, 64, warps=4, stages=3, w_first=True, programs=3, ahead=2, registers=168),
     ),
-    Line(1 << 30, Tile(128, 64, warps=4, stages=3, w_first=True, programs=0.7, ahead=0)),
+    Line(MANY, Tile(128, 64, warps=4, stages=3, w_first=True, programs=2, ahead=0)),
 )
-"""For Hopper. The first that holds all tokens."""
+"""Hopper's, for activations as they are."""
+
+QUANTIZED_LINES = (
+    LINES[0],
+    Line(32, Tile(32, 64, warps=4, stages=3, w_first=True, programs=2, scales_early=False, ahead=2)),
+    Line(
+        64,
+        Tile(64, 128, warps=8, stages=3, w_first=True, programs=1, scales_early=False, ahead=2),
+        wide=Tile(32, 128, warps=4, stages=3, w_first=False, programs=3, scales_early=False, ahead=0),
+    ),
+    LINES[3],
+)
+"""Hopper's, for quantized ones: scales of tokens take registers, too."""
 
 WITHOUT_WGMMA = (
-    Line(16, Tile(16, 32, warps=4, stages=5, w_first=False, programs=1.5), wide=Tile(16, 64, 4, 4, False, 1.5)),
-    Line(32, Tile(32, 64, warps=4, stages=4, w_first=True, programs=1.5)),
-    Line(64, Tile(64, 64, warps=4, stages=4, w_first=True, programs=1.5)),
-    Line(1 << 30, Tile(128, 64, warps=8, stages=3, w_first=True, programs=0.7)),
+    Line(16, Tile(16, 64, warps=4, stages=4, w_first=False, programs=3)),
+    Line(32, Tile(32, 64, warps=4, stages=3, w_first=True, programs=2, scales_early=False)),
+    Line(64, Tile(64, 64, warps=4, stages=4, w_first=True, programs=2, scales_early=False)),
+    Line(MANY, Tile(128, 64, warps=8, stages=3, w_first=True, programs=1, scales_early=False)),
 )
 """Where sums and both operands lie in registers. Not measured."""
 
@@ -83,7 +100,7 @@ class Chip:
     shared_kib: shared memory of a program.
     hardware: there is an instruction that converts e4m3.
     dependent: a launch may begin before the one before it has ended.
-    lines: by number of tokens.
+    lines: by number of tokens; quantized_lines: for quantized activations, if they are others.
     """
 
     name: str
@@ -92,13 +109,14 @@ class Chip:
     hardware: bool
     dependent: bool = False
     lines: tuple[Line, ...] = WITHOUT_WGMMA
+    quantized_lines: tuple[Line, ...] = ()
 
 
 CHIPS = (
     Chip("Ampere", (80,), 163, hardware=False),
     Chip("Ampere, small", (86, 87), 99, hardware=False),
     Chip("Ada", (89,), 99, hardware=True),
-    Chip("Hopper", (90,), 227, hardware=True, dependent=True, lines=LINES),
+    Chip("Hopper", (90,), 227, hardware=True, dependent=True, lines=LINES, quantized_lines=QUANTIZED_LINES),
     Chip("Blackwell", (100, 103), 227, hardware=True, dependent=True),
     Chip("Blackwell, small", (120, 121), 99, hardware=True, dependent=True),
 )
@@ -137,31 +155,35 @@ def stage_bytes(tile: Tile, itemsize: int) -> int:
     return 128 * (tile.block_n + tile.block_m * itemsize)
 
 
-def tile_for(tokens: int, n: int, here: Chip, itemsize: int) -> Tile:
+def tile_for(tokens: int, n: int, here: Chip, itemsize: int, quantized: bool) -> Tile:
     """The tile for so many tokens and rows of the weight; activations of 4 bytes, which take three products, get less
     of a program's registers."""
-    line = next(line for line in here.lines if tokens <= line.tokens)
-    if itemsize == 4 and line.tile.block_m * line.tile.block_n > 64 * 64:
-        line = next(line for line in reversed(here.lines) if line.tile.block_m * line.tile.block_n <= 64 * 64)
+    lines = (quantized and here.quantized_lines) or here.lines
+    line = next(line for line in lines if tokens <= line.tokens)
     tile = line.wide if line.wide and n >= WIDE else line.tile
+    if itemsize == 4 and tile.block_m * tile.block_n > 64 * 64:
+        tile = next(line.tile for line in reversed(lines) if line.tile.block_m * line.tile.block_n <= 64 * 64)
     return replace(tile, stages=max(1, min(tile.stages, (here.shared_kib << 10) // stage_bytes(tile, itemsize))))
 
 
-def cut_for(m: int, n_tiles_of_128: int, n: int, k_blocks: int, here: Chip, cores: int, itemsize: int) -> Cut:
+def cut_for(
+    m: int, n_tiles_of_128: int, n: int, k_blocks: int, here: Chip, cores: int, itemsize: int, quantized: bool
+) -> Cut:
     """Tile and split of one linear.
 
-    n_tiles_of_128: blocks of rows that have a scale of their own. cores: multiprocessors of the device.
+    n_tiles_of_128: blocks of rows that have a scale of their own. cores: multiprocessors of the device. itemsize: bytes
+    of an activation as it is multiplied.
     """
-    tile = tile_for(m, n, here, itemsize)
+    tile = tile_for(m, n, here, itemsize, quantized)
     tiles = ceil_div(m, tile.block_m) * n_tiles_of_128 * (128 // tile.block_n)
-    split = 1
-    while (
-        split < SPLIT_K_LIMIT
-        and tiles * split < tile.programs * cores
-        and ceil_div(k_blocks, split + 1) >= MIN_BLOCKS_PER_SPLIT
-    ):
-        split += 1
-    split = ceil_div(k_blocks, ceil_div(k_blocks, split))
+    room = [
+        split
+        for split in range(1, SPLIT_K_LIMIT + 1)
+        if split == 1 or (tiles * split <= tile.programs * cores and k_blocks >= split * MIN_BLOCKS_PER_SPLIT)
+    ]
+    equal = [split for split in room if k_blocks % split == 0]
+    # A K of no such divisor has its last stretch shorter.
+    split = equal[-1] if equal[-1] > 1 else ceil_div(k_blocks, ceil_div(k_blocks, room[-1]))
     return Cut(replace(tile, ahead=min(tile.ahead, blocks_ahead(ceil_div(k_blocks, split)))), split)
 
 
