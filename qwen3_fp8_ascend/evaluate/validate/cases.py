@@ -59,6 +59,7 @@ class Check:
     lower: whether kernels for lesser processors than this one are judged too.
     all_scales: whether one for each arithmetic includes W8A8 with scales that are powers of two, which is W8A8 but for
         the quantization.
+    alone: whether nothing else may run beside it: it times, or fills the device.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Check:
     slow: bool = True
     lower: bool = False
     all_scales: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ def validate(
     only: Annotated[str, typer.Option(help="A step or a case, or a pattern with *; writes no file by itself.")] = "*",
     seed: Annotated[int, typer.Option(min=0, help="Of all random numbers.")] = 0,
     minutes: Annotated[float, typer.Option(min=0.1, help="Steps that would begin later are left out.")] = 10,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Steps that run beside each other where nothing is timed; each takes memory.")
+    ] = 1,
     pages: Annotated[bool, typer.Option(help="Write pages for people beside the result.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")] = False,
     as_json: Json = False,
@@ -43,7 +46,7 @@ def validate(
         if output.exists() and not overwrite:
             fix = "name another --output, or give --overwrite"
             raise BlockFp8Error("there is a result already", where=output, fix=fix)
-    request = run.Request(device, seed, only, minutes)
+    request = run.Request(device, seed, only, minutes, jobs)
     try:
         with progress(err, "validating") as say:
             result, notes = run.validate(request, journal if only == "*" else None, say)

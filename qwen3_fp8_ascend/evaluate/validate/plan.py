@@ -14,7 +14,7 @@ from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.devices import Device
 
 CHECKS = (
-    Check("probes", probes.probes, 60, each="machine"),
+    Check("probes", probes.probes, 60, each="machine", alone=True),
     Check("quantize", checks.quantize, 60, lower=True),
     Check("dequantize", checks.dequantize, 60, lower=True),
     Check("linear", checks.decode, 120, each="arithmetic", lower=True, all_scales=True),
@@ -23,9 +23,9 @@ CHECKS = (
     Check("nonfinite", checks.not_finite, 60, each="arithmetic", lower=True),
     Check("determinism", checks.determinism, 60, each="arithmetic", slow=False),
     Check("graph", checks.graphs, 60, each="arithmetic", slow=False),
-    Check("times", times.times, 180, each="machine"),
+    Check("times", times.times, 180, each="machine", alone=True),
     Check("compile", checks.compiled, 90, each="arithmetic", slow=False),
-    Check("model", model.models, 240, each="machine"),
+    Check("model", model.models, 240, each="machine", alone=True),
 )
 """Another operation is one more entry."""
 
@@ -81,6 +81,11 @@ def find(device: Device, name: str) -> Step:
 def outline(device: Device) -> list[dict[str, Any]]:
     """The steps as the process that starts theirs knows them."""
     return [
-        {"step": step.name, "seconds": step.check.seconds, "environment": dict(step.environment)}
+        {
+            "step": step.name,
+            "seconds": step.check.seconds,
+            "environment": dict(step.environment),
+            "alone": step.check.alone,
+        }
         for step in steps(device)
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -19,9 +20,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +50,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What to validate: `only` is a step, a case or a pattern of either; `minutes` for the whole run."""
+    """What to validate: `only` is a step, a case or a pattern of either; `minutes` for the whole run; `jobs` how many
+    steps may run beside each other, where nothing is timed."""
 
     device: str = "auto"
     seed: int = 0
     only: str = "*"
     minutes: float = 10
+    jobs: int = 1
 
 
 def validate(request: Request, journal: Path | None, say: Say) -> tuple[dict[str, Any], Journal | None]:
@@ -68,23 +73,33 @@ def validate(request: Request, journal: Path | None, say: Say) -> tuple[dict[str
     header |= {"commit": machine["provenance"]["commit"]}
     notes = Journal(journal, header) if journal else None
     steps = [step for step in machine["steps"] if may_match(step["step"], request.only)]
-    records = []
-    for number, step in enumerate(steps, 1):
-        name = step["step"]
-        if notes and name in notes.finished:
-            records.append(notes.finished[name])
-            continue
+    stop = threading.Event()
+
+    def run(number: int, step: dict[str, Any]) -> dict[str, Any]:
         left = end - time.monotonic()
         if left < 1:
-            records.append(_record(step, "out of time", f"the {request.minutes:g} minutes were over", [], 0))
-            continue
-        watch = _Watch(say, f"{number} of {len(steps)}: {name}")
-        record = scrub(_run(request, machine["kind"], step, min(step["seconds"], left), watch))
+            return _record(step, "out of time", f"the {request.minutes:g} minutes were over", [], 0)
+        watch = _Watch(say, f"{number} of {len(steps)}: {step['step']}")
+        record = scrub(_run(request, machine["kind"], step, min(step["seconds"], left), watch, stop))
         if record["outcome"] == "timed out" and left < step["seconds"]:
             record |= {"outcome": "out of time", "detail": f"the {request.minutes:g} minutes were over", "repeat": None}
-        elif notes:
-            notes.note(record)
-        records.append(record)
+        return record
+
+    done = dict(notes.finished) if notes else {}
+    with ThreadPoolExecutor(request.jobs) as pool:
+        try:
+            for together in _batches(steps):
+                left = [(number, step) for number, step in together if step["step"] not in done]
+                for job in as_completed([pool.submit(run, number, step) for number, step in left]):
+                    record = job.result()
+                    done[record["step"]] = record
+                    if notes and record["outcome"] != "out of time":
+                        notes.note(record)
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    records = [done[step["step"]] for step in steps]
     if request.only != "*":
         records = [record for record in records if record["outcome"] != "finished" or record["cases"]]
         if not records:
@@ -94,9 +109,16 @@ def validate(request: Request, journal: Path | None, say: Say) -> tuple[dict[str
     return scrub(_result(request, machine, records)), notes
 
 
+def _batches(steps: list[dict[str, Any]]) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """Steps and their numbers: those that may run beside each other, or one that must be alone."""
+    for alone, some in itertools.groupby(enumerate(steps, 1), lambda numbered: bool(numbered[1]["alone"])):
+        batch = list(some)
+        yield from ([each] for each in batch) if alone else [batch]
+
+
 def _machine(request: Request) -> dict[str, Any]:
     step = {"step": None, "seconds": START_SECONDS}
-    record = _run(request, request.device, step, START_SECONDS, _Watch(lambda text: None, ""))
+    record = _run(request, request.device, step, START_SECONDS, _Watch(lambda text: None, ""), threading.Event())
     said: dict[str, Any] = next((line for line in record["lines"] if "steps" in line), {})
     if not said:
         got = f"{record['outcome']}: {record['detail']}" if record["detail"] else record["outcome"]
@@ -129,6 +151,7 @@ def repeat(kind: str, request: Request, case: str | None = None) -> str:
     words = ["qwen3-fp8-ascend", "validate", "--device", kind]
     only = case or request.only
     words += ["--only", only] if only != "*" else []
+    words += ["--jobs", str(request.jobs)] if request.jobs != 1 and case is None else []
     return shlex.join(words + (["--seed", str(request.seed)] if request.seed else []))
 
 
@@ -147,8 +170,10 @@ class _Watch:
             self.case = None
 
 
-def _run(request: Request, kind: str, step: dict[str, Any], seconds: float, watch: _Watch) -> dict[str, Any]:
-    """One step in a process of its own; its record, whatever becomes of the process."""
+def _run(
+    request: Request, kind: str, step: dict[str, Any], seconds: float, watch: _Watch, stop: threading.Event
+) -> dict[str, Any]:
+    """One step in a process of its own, which is ended when `stop` is set; its record, whatever becomes of it."""
     reading, writing = os.pipe()
     asked = {"step": step["step"], "device": kind, "seed": request.seed, "only": request.only}
     line = [*CHILD, json.dumps(asked | {"seconds": seconds, "pipe": writing})]
@@ -156,7 +181,7 @@ def _run(request: Request, kind: str, step: dict[str, Any], seconds: float, watc
     with tempfile.TemporaryFile() as errors, os.fdopen(reading, "rb", buffering=0) as pipe:
         process = subprocess.Popen(
             line,
-            env=os.environ | _environment(kind) | step.get("environment", {}),
+            env=_threads(request.jobs) | os.environ | _environment(kind) | step.get("environment", {}),
             pass_fds=[writing],
             stdin=subprocess.DEVNULL,
             stdout=errors,
@@ -165,11 +190,13 @@ def _run(request: Request, kind: str, step: dict[str, Any], seconds: float, watc
         )
         os.close(writing)
         try:
-            for said in _lines(pipe, start + seconds):
+            for said in _lines(pipe, start + seconds, stop):
                 lines.append(said)
                 watch(said)
             timed_out = process.poll() is None and not any("ended" in said for said in lines)
-            if timed_out and time.monotonic() < start + seconds:  # the pipe's end: it dies at this moment
+            if (
+                timed_out and not stop.is_set() and time.monotonic() < start + seconds
+            ):  # the pipe's end: it dies at this moment
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(5)
                     timed_out = False
@@ -207,14 +234,19 @@ def _environment(kind: str) -> dict[str, str]:
     return {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} if unwanted else {}
 
 
-def _lines(pipe: Any, end: float) -> Iterator[dict[str, Any]]:
-    """What the process says, until it closes the pipe or its time is over."""
+def _threads(jobs: int) -> dict[str, str]:
+    """Steps that run beside each other share the cores."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+
+
+def _lines(pipe: Any, end: float, stop: threading.Event) -> Iterator[dict[str, Any]]:
+    """What the process says, until it closes the pipe, its time is over, or it is to be stopped."""
     rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(pipe, selectors.EVENT_READ)
-        while (left := end - time.monotonic()) > 0:
-            if not selector.select(left):
-                return
+        while (left := end - time.monotonic()) > 0 and not stop.is_set():
+            if not selector.select(min(left, 0.2)):
+                continue
             data = pipe.read(1 << 16)
             if not data:
                 return

@@ -25,6 +25,24 @@ FACTS: dict[str, Any] = {
 PROVENANCE = {"cpu": "Some CPU", "cores": "2", "date": "2026-01-02", "commit": "abc1234", "command": "x"}
 
 
+def beside(step: str) -> list[str]:
+    """Faults of steps that must run at the same time, "meets...", or beside no other, "times..."."""
+    here = Path(os.environ["ACTED"]).with_name("here")
+    here.mkdir(exist_ok=True)
+    (here / step).touch()
+    deadline = time.monotonic() + (float(os.environ.get("MEETING", "60")) if step.startswith("meets") else 0.5)
+    seen = {step}
+    while time.monotonic() < deadline and len(seen) == 1:
+        seen |= {path.name for path in here.iterdir()}
+        time.sleep(0.02)
+    if step.startswith("meets"):
+        time.sleep(0.5)  # so that the other sees this one
+    (here / step).unlink()
+    if step.startswith("meets") != (len(seen) > 1):
+        return [f"beside {sorted(seen - {step})}"]
+    return []
+
+
 def main() -> None:
     request = json.loads(sys.argv[1])
     pipe = os.fdopen(request["pipe"], "w", buffering=1)
@@ -40,7 +58,7 @@ def main() -> None:
             say(refused="there is no such device\n  what to do: choose another --device")
         else:
             steps = [
-                {"step": s, "seconds": 4.0 if s in ENDLESS else 60.0}
+                {"step": s, "seconds": 4.0 if s in ENDLESS else 60.0, "alone": s.startswith("times")}
                 for s in os.environ.get("STEPS", " ".join(STEPS)).split()
             ]
             device = {"kind": os.environ.get("DEVICE_KIND", "cpu"), "name": os.environ.get("DEVICE_NAME", "Some CPU")}
@@ -70,6 +88,8 @@ def main() -> None:
                 faults = [f"in /home/somebody/kernel.cpp on {socket.gethostname()} at 10.1.2.3: see ~/notes/x"]
             if step == "waits":
                 time.sleep(0.5)
+            if step.startswith(("meets", "times")):
+                faults = beside(step)
         measures = {"element": ((number + 1) / 10, 1.0)}
         if step == "nan" and number == 1:
             measures, faults = {"element": (float("nan"), 1.0)}, ["it is no number"]

@@ -238,6 +238,38 @@ def test_when_time_is_over_the_rest_is_not_run(tmp_path: Path, monkeypatch: pyte
     assert notes is not None and not notes.finished, "what did not end is run when it goes on"
 
 
+def test_jobs_run_beside_each_other_but_for_those_that_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPS", "meets_one meets_two times_one times_two good also_good")
+    assert validate(tmp_path, "--jobs", "2") == 0, result(tmp_path)["steps"]
+    found = result(tmp_path)
+    names = ["meets_one", "meets_two", "times_one", "times_two", "good", "also_good"]
+    assert [step["step"] for step in found["steps"]] == names
+    assert found["command"] == "qwen3-fp8-ascend validate --device cpu --jobs 2"
+
+
+def test_steps_that_should_meet_do_not_without_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPS", "times_one meets_one")
+    monkeypatch.setenv("MEETING", "1")
+    assert validate(tmp_path) == 1
+    assert steps(tmp_path)["meets_one"]["failures"][0]["faults"] == ["beside []"]
+
+
+def test_an_interruption_ends_all_jobs(tmp_path: Path, acted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPS", "good has_a_child hangs also_good")
+    command = [sys.executable, "-c", COMMAND, "validate", "--device", "cpu", "--output", str(tmp_path / "v.json")]
+    process = subprocess.Popen([*command, "--jobs", "3"], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    deadline = time.monotonic() + 300
+    while not {"has_a_child", "hangs", "also_good"} <= set(started(acted) if acted.exists() else []):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 130 and "the same command goes on" in said
+    monkeypatch.setenv("STEPS", "good also_good")
+    assert validate(tmp_path) == 0
+    assert started(acted).count("good") == 1, "what was finished is not run again"
+
+
 def test_no_such_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(app, ["validate", "--device", "npu", "--output", str(tmp_path / "v.json")]) == 2
     assert "there is no such device" in capsys.readouterr().err
