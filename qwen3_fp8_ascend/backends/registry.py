@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_VARIABLE = "QWEN3_FP8_ASCEND_BACKEND"
 
-_MODULES = ("ascendc", "torch_npu", "triton", "nvidia", "nvidia_scaled_mm", "cpu", "reference")
+_MODULES = ("ascendc", "torch_npu", "nvidia", "triton", "nvidia_scaled_mm", "cpu", "reference")
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ GROUPED = list(itertools.product((1, 20, 64, 200), ("w8a8", "bf16")))
     ("rows", "operand", "capability"), on_every_gpu(GROUPED, [(1, "w8a8"), (200, "w8a8"), (200, "bf16")])
 )
 def test_grouped_linear(rows, operand, capability, tmp_path):
-    tile = shapes.tile_for(rows, 1536, shapes.chip(capability), 2, operand == "w8a8")
+    tile = shapes.tile_for(rows, shapes.WIDE, shapes.chip(capability), 2, operand == "w8a8")
     built = build(
         grouped_linear.grouped_linear_kernel,
         CODES | SCALE | SPANS | {"x_ptr": OPERANDS[operand][0], "ends_ptr": "*i64", "out_ptr": "*bf16"},

@@ -229,8 +229,10 @@ def grouped_linear(
     m, device = x.shape[0], x.device
     (experts, n, _), (_, scale_rows, k_blocks) = codes.shape, w_scale.shape
     values, x_scale, operands = _operands(x, activation)
-    # As many tokens in a tile as an expert has on average; one with more takes several passes.
-    tile = shapes.tile_for(ceil_div(m, experts), n, chip_of(device), values.itemsize, operands["QUANTIZED"])
+    # As many tokens in a tile as an expert has on average; one with more takes several passes. K is not split, so the
+    # tile is that of weights with enough rows not to need it.
+    rows = ceil_div(m, experts)
+    tile = shapes.tile_for(rows, shapes.WIDE, chip_of(device), values.itemsize, operands["QUANTIZED"])
     n_tiles = scale_rows * (BLOCK // tile.block_n)
     passes = m // tile.block_m + min(experts, m)  # passes that are not full are one an expert at most
     out = torch.empty(m, n, dtype=torch.float32 if INTERPRETED else dtype, device=device)
