@@ -25,7 +25,7 @@ LIMITS = {"read": "of the raw read", "multiply-adds": "of the multiply-adds"}
 
 def main() -> None:
     csv = Path(sys.argv[1]) if len(sys.argv) > 1 else max(RESULTS.glob("linear-*.csv"), key=_made_at)
-    frame = pd.read_csv(csv)
+    frame = pd.read_csv(csv, dtype={"commit": str})  # 1094e42 is no number
     isa = frame.iloc[0]["isa"]
     picture = ROOT / "docs" / f"cpu_linear_{isa}.png"
     draw(frame, picture)
