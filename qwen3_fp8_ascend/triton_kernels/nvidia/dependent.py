@@ -2,9 +2,12 @@
 
 A launch costs a microsecond or two in which memory stands still: programs end one by one, the next ones start and wait
 for their first bytes. A dependent launch (CUDA's programmatic dependent launch) puts its programs where there is room
-while the one before still runs. Until that has ended they may touch nothing that any launch writes; the weight is read
-only, so they ask L2 for its first bytes and then wait. Every program of every dependent launch waits, so when a launch
-has ended all before it have too.
+while the one before still runs. Until that has ended they may touch nothing that any launch writes. The weight may be
+asked for: L2 has what is written later, too.
+
+Every program waits for the launch before and only then lets the next one begin. So whatever begins beside one of these
+launches, ours or anybody's, finds all that came before it complete. Only the quantization that a linear begins with
+lets the next launch begin at once, since that is the linear's own.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -18,14 +21,16 @@ _PIECE = tl.constexpr(4)
 
 
 @triton.jit
-def begin_dependents():
-    """The next launch may begin once all programs of this one have come here."""
+def wait_for_the_launch_before():
+    """Nothing that another launch writes may be read before, and nothing written. Lets the next launch begin."""
+    gdc_wait()
     gdc_launch_dependents()
 
 
 @triton.jit
-def wait_for_the_launch_before():
-    """Nothing that another launch writes may be read before, and nothing written."""
+def wait_before_a_launch_of_ours():
+    """The same, but the next launch, which must wait likewise, may begin at once."""
+    gdc_launch_dependents()
     gdc_wait()
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from qwen3_fp8_ascend.format import BlockGrid
-from qwen3_fp8_ascend.triton_kernels.nvidia.dependent import begin_dependents, wait_for_the_launch_before
+from qwen3_fp8_ascend.triton_kernels.nvidia.dependent import wait_for_the_launch_before
 from qwen3_fp8_ascend.triton_kernels.nvidia.linear import linear_specification, tile_product, weight_rows
 
 
@@ -61,7 +61,6 @@ def grouped_linear_kernel(
         wherever the others go. DEPENDENT: see `dependent`.
     """
     if DEPENDENT:
-        begin_dependents()
         wait_for_the_launch_before()
     n_tile = tl.program_id(0) % n_tiles
     pass_ = tl.program_id(0) // n_tiles

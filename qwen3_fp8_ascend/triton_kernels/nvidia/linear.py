@@ -18,11 +18,7 @@ import triton.language as tl
 from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.format import BlockGrid
 from qwen3_fp8_ascend.triton_kernels.nvidia.decode import decode
-from qwen3_fp8_ascend.triton_kernels.nvidia.dependent import (
-    begin_dependents,
-    fetch_ahead,
-    wait_for_the_launch_before,
-)
+from qwen3_fp8_ascend.triton_kernels.nvidia.dependent import fetch_ahead, wait_for_the_launch_before
 
 _UPPER_HALF = tl.constexpr(-65536)
 _EXPONENT = tl.constexpr(0x7F800000)
@@ -193,7 +189,6 @@ def linear_kernel(
     per_split = tl.cdiv(k_blocks, SPLIT_K)
     first = split * per_split
     if DEPENDENT:
-        begin_dependents()
         if AHEAD > 0:
             fetch_ahead(codes_ptr, n_tile * BLOCK_N, first, k_blocks, BLOCK_N, AHEAD)
         wait_for_the_launch_before()

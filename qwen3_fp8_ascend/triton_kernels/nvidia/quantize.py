@@ -14,7 +14,10 @@ import triton.language as tl
 from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.triton_kernels.group_quantize import _divide_and_clamp, _e4m3_code, _e4m3_scale, _e4m3_value
-from qwen3_fp8_ascend.triton_kernels.nvidia.dependent import begin_dependents, wait_for_the_launch_before
+from qwen3_fp8_ascend.triton_kernels.nvidia.dependent import (
+    wait_before_a_launch_of_ours,
+    wait_for_the_launch_before,
+)
 
 GROUP = tl.constexpr(128)
 
@@ -41,11 +44,13 @@ def quantize_kernel(
     Shapes: x (m, k) bf16/fp16/fp32, rows x_stride apart -> out (m, k) uint8 codes if CODES, else
         (m, 128 k_blocks) fp16 values, zero behind k; rows out_stride apart. scale fp32: that of token t and block b at
         t * scale_token + b * scale_block.
-    Semantics: `quantize_specification`, bit for bit. DEPENDENT: see `dependent`.
+    Semantics: `quantize_specification`, bit for bit. DEPENDENT: see `dependent`; behind values comes a linear of ours.
     """
     if DEPENDENT:
-        begin_dependents()
-        wait_for_the_launch_before()
+        if CODES:
+            wait_for_the_launch_before()
+        else:
+            wait_before_a_launch_of_ours()
     index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)  # 2^31 groups are more than a GPU holds
     block = index % k_blocks
     token = (index // k_blocks).to(tl.int64)
