@@ -1,8 +1,10 @@
 """Measure what `triton_kernels/nvidia/shapes.py` might say, on the GPU that is there.
 
 For each number of tokens and each of Qwen3-8B's linears: tiles and splits beside the table's are compiled, by all cores
-at once, compared with what the table's own shape gives, and timed in a CUDA graph with weights that are in no cache.
-The fastest are timed again in turn, also with other numbers of K blocks fetched ahead. What the table has is marked.
+at once, compared with what the table's own shape gives, and timed among the four linears of a layer, of which the
+others are the table's, in a CUDA graph with weights that are in no cache: launches overlap, so that a shape which is
+fast by itself may keep the next launch out. The fastest are timed again in turn, also with other numbers of K blocks
+fetched ahead. What the table has is marked.
 
     python -m benchmarks.nvidia_shapes                        # minutes on an H100 with 16 cores
     python -m benchmarks.nvidia_shapes --tokens 16 --layer o
@@ -13,12 +15,12 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -98,25 +100,34 @@ def compiled(cuts: Sequence[Cut], tokens: int, how: Activation, pool: ProcessPoo
     return [cut for cut, reason in reasons.items() if reason is None]
 
 
-def run(
-    x: torch.Tensor, copies: list[tuple[torch.Tensor, ...]], how: Activation, cut: Cut
-) -> Callable[[int], torch.Tensor]:
-    """A linear with the cut, of the call's number."""
+class Layer:
+    """The linears of a layer on the device, with as many copies of their weights as no cache holds."""
 
-    def call(number: int) -> torch.Tensor:
-        codes, scale, spans = copies[number % len(copies)]
-        return launch.linear(x, codes, scale, spans, how, None, cut)
+    def __init__(self, tokens: int, device: Device) -> None:
+        self.x: dict[str, torch.Tensor] = {}
+        self.copies: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+        for name, (n, k) in QWEN3_8B.items():
+            there = random_problem(tokens, (n,), k).to(device.place)
+            size = max(2, ceil_div(cache_bytes(device), n * k))
+            self.x[name] = there.x
+            self.copies[name] = [backend.pack(there.weight, there.scale, there.grid) for _ in range(size)]
 
-    return call
+    def linear(self, name: str, m: int, how: Activation, cut: Cut | None, number: int = 0) -> torch.Tensor:
+        """One linear of m tokens; the table's if there is no cut."""
+        codes, scale, spans = self.copies[name][number % len(self.copies[name])]
+        return launch.linear(self.x[name][:m], codes, scale, spans, how, None, cut)
+
+    def together(self, m: int, how: Activation, name: str = "", cut: Cut | None = None) -> Contender:
+        """All linears one after the other, one of them with the cut."""
+        return lambda number: [
+            self.linear(other, m, how, cut if other == name else None, number) for other in self.copies
+        ]
 
 
-def right(call: Contender, want: torch.Tensor, what: str) -> Contender:
-    """The contender itself, if it computes what the table's does."""
-    got = call(0)
-    assert isinstance(got, torch.Tensor)
+def check(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
+    """Refuse what does not compute what the table's shape does."""
     if not rel_l2(got, want) <= SAME:
         raise SystemExit(f"{what}: wrong by {rel_l2(got, want):.1e}")
-    return call
 
 
 def once(call: Contender, device: Device) -> float:
@@ -130,22 +141,59 @@ def once(call: Contender, device: Device) -> float:
     return min(device.seconds(replay) for _ in range(3)) / CALLS
 
 
-def quantizers(layer: Sequence[str], device: Device) -> None:
-    """Print the time of quantization and linear together, for each form of the first; `shapes.quantize_shape`."""
+def quantizers(layer: Layer, tokens: Sequence[int], device: Device) -> None:
+    """Print the time of a layer for each form of the quantization; `shapes.quantize_shape`."""
     chosen = shapes.quantize_shape
-    for name, m in itertools.product(layer, (1, 16, 64, 512)):
-        n, k = QWEN3_8B[name]
-        there = random_problem(m, (n,), k).to(device.place)
-        size = max(2, ceil_div(cache_bytes(device), n * k))
-        copies = [backend.pack(there.weight, there.scale, there.grid) for _ in range(size)]
-        table = cut_for(m, n // 128, n, k // 128, chip_of(device.place), cores_of(device.place), 2, True)
+    for m in tokens:
         times = {}
         for shape in QUANTIZERS:
             shapes.quantize_shape = lambda groups, shape=shape: shape  # type: ignore[misc]
-            times[shape] = once(run(there.x, copies, Activation.W8A8, table), device)
+            times[shape] = once(layer.together(m, Activation.W8A8), device)
         shapes.quantize_shape = chosen
         line = ", ".join(f"{shape} {times[shape] * 1e6:.1f}" for shape in sorted(times, key=times.__getitem__))
-        console.print(f"{name:8} {m:4} tokens, {m * k // 128} groups, us: {line}", highlight=False)
+        console.print(f"{m:4} tokens, us of the layer: {line}", highlight=False)
+
+
+def describe(cut: Cut) -> str:
+    tile = cut.tile
+    text = f"{tile.block_m} x {tile.block_n}, {tile.warps} warps, {tile.stages} stages, W first {tile.w_first:d}"
+    return f"{text}, scales early {tile.scales_early:d}, split {cut.split_k}, ahead {tile.ahead}"
+
+
+def search(
+    layer: Layer, name: str, m: int, how: Activation, device: Device, pool: ProcessPoolExecutor
+) -> Iterator[dict[str, Any]]:
+    """Time one linear's cuts within the layer and print the fastest; a line for each that was timed."""
+    n, k = QWEN3_8B[name]
+    chip, cores, k_blocks = chip_of(device.place), cores_of(device.place), k // 128
+    table = cut_for(m, n // 128, n, k_blocks, chip, cores, 2, how is not Activation.W8A16)
+    want = layer.linear(name, m, how, table)
+
+    def line(cut: Cut, seconds: float, turn: str) -> dict[str, Any]:
+        return {"layer": name, "m": m, "computes": str(how), "us": seconds * 1e6, "turn": turn} | {
+            "split": cut.split_k,
+            **vars(cut.tile),
+            "table": cut == table,
+        }
+
+    times = {}
+    for cut in compiled(list(dict.fromkeys(near(table, m, chip, k_blocks, how))), m, how, pool):
+        check(layer.linear(name, m, how, cut), want, f"{name}, {m} tokens, {cut}")
+        times[cut] = once(layer.together(m, how, name, cut), device)
+        yield line(cut, times[cut], "alone")
+    best = sorted(times, key=times.__getitem__)[:BEST]
+    ahead = [replace(cut, tile=replace(cut.tile, ahead=a)) for cut in best[:3] for a in AHEAD if a <= k_blocks]
+    final = list(dict.fromkeys([table, *best, *compiled(ahead, m, how, pool)]))
+    for cut in final:
+        check(layer.linear(name, m, how, cut), want, f"{name}, {m} tokens, {cut}")
+    contenders = {str(cut): layer.together(m, how, name, cut) for cut in final}
+    timings = interleave(contenders, seconds=0.3, device=device)
+    order = sorted(final, key=lambda cut: timings[str(cut)].median)
+    for cut in dict.fromkeys([*order[:BEST], table]):
+        mark = "  <- table" if cut == table else ""
+        us = timings[str(cut)].median * 1e6
+        console.print(f"{name:8} {how!s:5} {m:4} {us:8.1f} us of the layer  {describe(cut)}{mark}", highlight=False)
+    yield from (line(cut, timings[str(cut)].median, "in turn") for cut in final)
 
 
 def bench(
@@ -157,54 +205,18 @@ def bench(
 ) -> None:
     """Print the fastest cuts beside the table's."""
     torch.set_grad_enabled(False)
-    device, found = open_device("cuda"), []
-    chip, cores = chip_of(device.place), cores_of(device.place)
-    origin = provenance() | {"device": device.name}
+    device, rows = open_device("cuda"), tokens or list(TOKENS)
+    linears = Layer(max(rows), device)
     if quantize:
-        quantizers(layer or list(QWEN3_8B), device)
+        quantizers(linears, rows, device)
         return
-    pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
-
-    def note(name: str, m: int, how: Activation, cut: Cut, table: Cut, seconds: float, turn: str) -> None:
-        line = {"layer": name, "m": m, "computes": str(how), "us": seconds * 1e6, "turn": turn, "split": cut.split_k}
-        line |= {
-            part: getattr(cut.tile, part)
-            for part in ("block_m", "block_n", "warps", "stages", "w_first", "scales_early", "ahead")
-        }
-        found.append(line | {"table": cut == table} | origin)
-
-    for m, text in itertools.product(tokens or TOKENS, activation or ("w8a16", "w8a8")):
-        how = Activation.parse(text)
-        for name in layer or QWEN3_8B:
-            n, k = QWEN3_8B[name]
-            there = random_problem(m, (n,), k).to(device.place)
-            size = max(2, ceil_div(cache_bytes(device), n * k))
-            copies = [backend.pack(there.weight, there.scale, there.grid) for _ in range(size)]
-            table = cut_for(m, n // 128, n, k // 128, chip, cores, 2, how is not Activation.W8A16)
-            want = run(there.x, copies, how, table)(0)
-
-            times = {}
-            for cut in compiled(list(dict.fromkeys(near(table, m, chip, k // 128, how))), m, how, pool):
-                times[cut] = once(right(run(there.x, copies, how, cut), want, f"{name}, {m} tokens, {cut}"), device)
-                note(name, m, how, cut, table, times[cut], "alone")
-            best = sorted(times, key=times.__getitem__)[:BEST]
-            ahead = [replace(c, tile=replace(c.tile, ahead=a)) for c in best[:3] for a in AHEAD if a <= k // 128]
-            final = [table, *best, *compiled(ahead, m, how, pool)]
-            contenders = {cut: run(there.x, copies, how, cut) for cut in dict.fromkeys(final)}
-            for cut, call in contenders.items():
-                right(call, want, f"{name}, {m} tokens, {cut}")
-            timings = interleave({str(cut): call for cut, call in contenders.items()}, seconds=0.3, device=device)
-            order = sorted(contenders, key=lambda cut: timings[str(cut)].median)
-            for cut in dict.fromkeys([*order[:BEST], table]):
-                mark, us = "  <- table" if cut == table else "", timings[str(cut)].median * 1e6
-                t = cut.tile
-                shape = f"{t.block_m} x {t.block_n}, {t.warps} warps, {t.stages} stages, W first {t.w_first:d}"
-                shape += f", split {cut.split_k}, ahead {t.ahead}{mark}"
-                console.print(f"{name:8} {text:5} {m:4} {us:8.1f} us  {shape}", highlight=False)
-            for cut in contenders:
-                note(name, m, how, cut, table, timings[str(cut)].median, "in turn")
-            if output is not None:
-                pd.DataFrame(found).to_csv(output, index=False)
+    origin, found = provenance() | {"device": device.name}, []
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for m, text in itertools.product(rows, activation or ("w8a16", "w8a8")):
+            for name in layer or QWEN3_8B:
+                found += [line | origin for line in search(linears, name, m, Activation.parse(text), device, pool)]
+                if output is not None:
+                    pd.DataFrame(found).to_csv(output, index=False)
 
 
 if __name__ == "__main__":
