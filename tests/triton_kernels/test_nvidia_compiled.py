@@ -86,9 +86,29 @@ def linear_constants(tile, split):
     return {"SPLIT_K": split, "HAS_BIAS": False, "EVEN_M": True, "AHEAD": tile.ahead}
 
 
+MEMORY = re.compile(
+    r"\b(ld\.global|ld\.volatile|st\.global|atom\.|red\.|cp\.async\.c[ag]|cp\.async\.bulk\.(?!prefetch))"
+)
+
+
+def check_order(ptx, capability, begins_first=False):
+    """A dependent launch touches memory behind its wait alone, and others begin behind it, or first where asked."""
+    lines = ptx.splitlines()
+    waits, begins = (
+        [number for number, line in enumerate(lines) if f"griddepcontrol.{what}" in line]
+        for what in ("wait", "launch_dependents")
+    )
+    assert len(waits) == len(begins) == int(shapes.chip(capability).dependent)
+    if waits:
+        touched = next(number for number, line in enumerate(lines) if MEMORY.search(line))
+        assert waits[0] < touched, f"memory is touched before the launch before has ended: {lines[touched]}"
+        assert (begins[0] < waits[0]) == begins_first
+
+
 def check(built, operand, capability, folder):
     chip, ptx = shapes.chip(capability), built.asm["ptx"]
     assert built.metadata.shared <= chip.shared_kib << 10, f"{built.metadata.shared} bytes of shared memory"
+    check_order(ptx, capability)
     assert "mma" in ptx, "no tensor cores"
     assert ("cvt.rn.f16x2.e4m3x2" in ptx) == chip.hardware
     assert "cvt.rn.bf16.f16" not in ptx, "a conversion of a number at a time, at a quarter of the rate"
@@ -159,6 +179,7 @@ def test_quantize_divides_exactly(x, codes, groups, capability):
         {"CODES": codes, "UE8M0": False, "GROUPS": groups, "DEPENDENT": shapes.chip(capability).dependent},
         capability,
     )
+    check_order(built.asm["ptx"], capability, begins_first=not codes)
     assert "div.rn.f32" in built.asm["ptx"] and "div.full.f32" not in built.asm["ptx"]
 
 
@@ -172,6 +193,28 @@ def test_dequantize(capability):
         capability,
     )
     assert built.asm["cubin"]
+
+
+@pytest.mark.parametrize("moved", ["a load", "the next launch"])
+def test_a_launch_that_does_not_wait_is_noticed(moved):
+    tile = shapes.tile_for(16, 4096, shapes.chip(90), 2, True)
+    pointers = CODES | SCALE | SPANS | {"x_ptr": "*fp16", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    built = build(
+        linear.linear_kernel,
+        pointers | {"parts_ptr": "*fp32", "counters_ptr": "*i32"},
+        LINEAR_SIZES,
+        constants_of(tile, "w8a8", 90) | linear_constants(tile, 1),
+        90,
+        tile,
+    )
+    ptx = built.asm["ptx"]
+    check_order(ptx, 90)
+    with pytest.raises(AssertionError):
+        if moved == "a load":
+            check_order("\tld.global.b32 {%r1}, [%rd1];\n" + ptx, 90)
+        else:
+            line = next(line for line in ptx.splitlines() if "launch_dependents" in line)
+            check_order(line + "\n" + ptx.replace(line, ""), 90)
 
 
 def test_a_tile_that_spills_is_noticed(tmp_path):
