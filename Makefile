@@ -69,14 +69,17 @@ bench: venv  ## CPU micro-benchmark: correctness, then interleaved medians again
 	$(PY) -m benchmarks.bench_linear
 
 DEVICE ?= auto
-validate: venv  ## judge and time this machine's device against the specification (DEVICE=npu, cuda or cpu)
-	$(PY) -m qwen3_fp8_ascend validate --device $(DEVICE) $(VALIDATE)
+# $(VENV) has CPU torch. An NPU or a GPU is judged by the Python whose torch sees it, in which pip installed the package.
+ON_DEVICE := $(filter npu cuda,$(DEVICE))
+JUDGE = $(if $(ON_DEVICE),$(PYTHON),$(PY))
+validate: $(if $(ON_DEVICE),,venv)  ## judge and time this machine's device against the specification (DEVICE=npu, cuda or cpu)
+	$(JUDGE) -m qwen3_fp8_ascend validate --device $(DEVICE) $(VALIDATE)
 
 NAME ?= $(DEVICE)
-record: venv  ## the same, recorded: into docs/results/validation-NAME.json and every document that says what has run
-	$(PY) -m qwen3_fp8_ascend validate --device $(DEVICE) --no-pages --overwrite \
+record: $(if $(ON_DEVICE),,venv)  ## the same, recorded: into docs/results/validation-NAME.json and every document that says what has run
+	$(JUDGE) -m qwen3_fp8_ascend validate --device $(DEVICE) --no-pages --overwrite \
 		--output docs/results/validation-$(NAME).json $(VALIDATE); test $$? -le 1
-	$(MAKE) --no-print-directory report
+	$(JUDGE) -m qwen3_fp8_ascend report docs/results --output docs
 
 report: venv  ## the verification report in docs/, from docs/results/
 	$(PY) -m qwen3_fp8_ascend report docs/results --output docs
