@@ -55,8 +55,8 @@ def faulty(python: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as monkeypatch:
         real = orchestration._run
 
-        def short(request: Any, kind: str, step: Any, seconds: float, watch: Any) -> Any:
-            return real(request, kind, step, 20 if step["step"] == "linear/planted_hang/w8a8" else seconds, watch)
+        def short(request: Any, kind: str, step: Any, seconds: float, *rest: Any) -> Any:
+            return real(request, kind, step, 20 if step["step"] == "linear/planted_hang/w8a8" else seconds, *rest)
 
         monkeypatch.setattr(orchestration, "_run", short)
         monkeypatch.setattr(orchestration, "may_match", lambda step, pattern: step in FINDERS)
