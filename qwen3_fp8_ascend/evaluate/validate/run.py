@@ -89,8 +89,8 @@ def validate(request: Request, journal: Path | None, say: Say) -> tuple[dict[str
     with ThreadPoolExecutor(request.jobs) as pool:
         try:
             for together in _batches(steps):
-                left = [(number, step) for number, step in together if step["step"] not in done]
-                for job in as_completed([pool.submit(run, number, step) for number, step in left]):
+                todo = [(number, step) for number, step in together if step["step"] not in done]
+                for job in as_completed([pool.submit(run, number, step) for number, step in todo]):
                     record = job.result()
                     done[record["step"]] = record
                     if notes and record["outcome"] != "out of time":
@@ -194,9 +194,8 @@ def _run(
                 lines.append(said)
                 watch(said)
             timed_out = process.poll() is None and not any("ended" in said for said in lines)
-            if (
-                timed_out and not stop.is_set() and time.monotonic() < start + seconds
-            ):  # the pipe's end: it dies at this moment
+            # At the pipe's end it dies at this moment.
+            if timed_out and not stop.is_set() and time.monotonic() < start + seconds:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(5)
                     timed_out = False
