@@ -79,11 +79,18 @@ def constants_of(tile, operand, capability):
     }
 
 
-LINEAR_SIZES = ("m", "n", "k", "k_blocks", "x_stride", "x_scale_step")
-
-
-def linear_constants(tile, split):
-    return {"SPLIT_K": split, "HAS_BIAS": False, "EVEN_M": True, "AHEAD": tile.ahead}
+def build_linear(tile, operand, capability, split):
+    pointers = CODES | SCALE | SPANS | {"x_ptr": OPERANDS[operand][0], "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    constants = {"SPLIT_K": split, "HAS_BIAS": False, "EVEN_M": True, "AHEAD": tile.ahead}
+    return build(
+        linear.linear_kernel,
+        pointers | {"parts_ptr": "*fp32", "counters_ptr": "*i32"},
+        ("m", "n", "k", "k_blocks", "x_stride", "x_scale_step"),
+        constants_of(tile, operand, capability) | constants,
+        capability,
+        tile,
+        ("n", "k", "x_stride"),
+    )
 
 
 MEMORY = re.compile(
@@ -127,16 +134,7 @@ EXTREMES = [case for case in LINEARS if case[0] == 512 or case == (16, 4096, 2, 
 @pytest.mark.parametrize(("m", "n", "split", "operand", "capability"), on_every_gpu(LINEARS, EXTREMES))
 def test_linear(m, n, split, operand, capability, tmp_path):
     tile = shapes.tile_for(m, n, shapes.chip(capability), 4 if operand == "fp32" else 2, operand == "w8a8")
-    pointers = CODES | SCALE | SPANS | {"x_ptr": OPERANDS[operand][0], "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-    built = build(
-        linear.linear_kernel,
-        pointers | {"parts_ptr": "*fp32", "counters_ptr": "*i32"},
-        LINEAR_SIZES,
-        constants_of(tile, operand, capability) | linear_constants(tile, split),
-        capability,
-        tile,
-        ("n", "k", "x_stride"),
-    )
+    built = build_linear(tile, operand, capability, split)
     check(built, operand, capability, tmp_path)
     assert ("atom" in built.asm["ptx"]) == (split > 1)
     if split > 1:
@@ -198,15 +196,7 @@ def test_dequantize(capability):
 @pytest.mark.parametrize("moved", ["a load", "the next launch"])
 def test_a_launch_that_does_not_wait_is_noticed(moved):
     tile = shapes.tile_for(16, 4096, shapes.chip(90), 2, True)
-    pointers = CODES | SCALE | SPANS | {"x_ptr": "*fp16", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-    built = build(
-        linear.linear_kernel,
-        pointers | {"parts_ptr": "*fp32", "counters_ptr": "*i32"},
-        LINEAR_SIZES,
-        constants_of(tile, "w8a8", 90) | linear_constants(tile, 1),
-        90,
-        tile,
-    )
+    built = build_linear(tile, "w8a8", 90, split=1)
     ptx = built.asm["ptx"]
     check_order(ptx, 90)
     with pytest.raises(AssertionError):
@@ -219,15 +209,6 @@ def test_a_launch_that_does_not_wait_is_noticed(moved):
 
 def test_a_tile_that_spills_is_noticed(tmp_path):
     tile = shapes.Tile(128, 128, warps=4, stages=2, w_first=True, programs=1)
-    pointers = CODES | SCALE | SPANS | {"x_ptr": "*fp16", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-    built = build(
-        linear.linear_kernel,
-        pointers | {"parts_ptr": "*fp32", "counters_ptr": "*i32"},
-        LINEAR_SIZES,
-        constants_of(tile, "w8a8", 90) | linear_constants(tile, 1),
-        90,
-        tile,
-        ("n", "k", "x_stride"),
-    )
+    built = build_linear(tile, "w8a8", 90, split=1)
     with pytest.raises(AssertionError, match="spilled"):
         check(built, "w8a8", 90, tmp_path)
