@@ -18,7 +18,6 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +29,7 @@ from rich.console import Console
 from benchmarks.shapes import QWEN3_8B
 from qwen3_fp8_ascend.backends.nvidia import backend, launch
 from qwen3_fp8_ascend.backends.nvidia.device import chip_of, cores_of
-from qwen3_fp8_ascend.format import Activation, ceil_div
+from qwen3_fp8_ascend.format import Activation, BlockGrid, ceil_div
 from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.testing.devices import Device, open_device
 from qwen3_fp8_ascend.testing.judges import random_problem, rel_l2
@@ -55,7 +54,8 @@ def near(table: Cut, tokens: int, chip: Chip, k_blocks: int, how: Activation) ->
     """The table's choice, and what could be in its place and fits."""
     yield table
     few = tokens <= FEW
-    rows = sorted({max(16, tokens), max(16, tokens // 2)}) if few else [64, 128, 256]
+    whole_batch = 1 << (max(16, tokens) - 1).bit_length()  # a tile's sizes are powers of two
+    rows = sorted({whole_batch, max(16, whole_batch // 2)}) if few else [64, 128, 256]
     depths, splits = (
         ((2, 3, 4, 6), (1, 2, 3, 4, 6, 8)) if tokens <= 16 else ((2, 3, 4), (1, 2, 3, 4) if few else (1, 2))
     )
@@ -76,10 +76,9 @@ def near(table: Cut, tokens: int, chip: Chip, k_blocks: int, how: Activation) ->
 def compile_one(cut: Cut, tokens: int, how: Activation) -> str | None:
     """In a process of its own: have Triton put the kernel into its cache; the reason why it cannot, or None."""
     torch.set_grad_enabled(False)
-    there = random_problem(1, (128,), 128).to("cuda")
     codes = torch.zeros(128, 128 * 64, dtype=torch.uint8, device="cuda")
     scale = torch.ones(1, 64, device="cuda")
-    spans = launch.spans_of(there.grid, codes.device)
+    spans = launch.spans_of(BlockGrid((128,), codes.shape[1]), codes.device)
     try:
         # 64 blocks of K: what is a multiple of 16 is compiled for that.
         launch.linear(
@@ -93,7 +92,11 @@ def compile_one(cut: Cut, tokens: int, how: Activation) -> str | None:
 
 def compiled(cuts: Sequence[Cut], tokens: int, how: Activation, pool: ProcessPoolExecutor) -> list[Cut]:
     """Those that compile."""
-    reasons = dict(zip(cuts, pool.map(compile_one, cuts, repeat(tokens), repeat(how), chunksize=4), strict=True))
+    reasons = dict(
+        zip(
+            cuts, pool.map(compile_one, cuts, itertools.repeat(tokens), itertools.repeat(how), chunksize=4), strict=True
+        )
+    )
     for cut, reason in reasons.items():
         if reason:
             console.print(f"{tokens} tokens, {cut}: {reason[:200]}", highlight=False, markup=False)
