@@ -1,10 +1,10 @@
 // The kernels for AMX-BF16: one or two rows in registers as on AVX-512, more in tiles.
 //
-// A quarter of a chunk of a panel is two B tiles, one for each half of its rows: decoded, they are already in the order
-// that tdpbf16ps wants. The unit of work is a visit: up to 32 activation rows times one panel over one chunk. Its C
-// tiles then hold fp32 partial sums, which AVX-512 scales and adds up while the next visit is under way. Decoding, too,
-// goes on between the tile operations. On each of the two paths, the bits of an output depend neither on the number of
-// rows nor on the number of threads.
+// A step, 32 k of a panel, is two B tiles, one for each half of its rows: decoded, they are already in the order that
+// tdpbf16ps wants. The unit of work is a visit: up to 16 activation rows times two panels, or 32 times one, over one
+// chunk. Its C tiles then hold fp32 partial sums, which AVX-512 scales and adds up while the next visit is under way.
+// Decoding, too, goes on between the tile operations, and reads codes in the order of memory. On each of the two paths,
+// the bits of an output depend neither on the number of rows nor on the number of threads.
 #include "linear_avx512.h"
 
 namespace qwen3_fp8_ascend::cpu {
@@ -14,54 +14,44 @@ constexpr int kTile = 16;       // rows of a tile register; 64 bytes each
 constexpr int kTileDepth = 32;  // k of a tile of bf16
 constexpr int kTileStride = 64;
 constexpr int kActivationStride = kChunk * 2;  // bytes between rows
-constexpr int kVisitRows = 2 * kTile;
+constexpr int kVisitRows = 2 * kTile;          // the most of a visit to one panel; half as many to two
 constexpr std::int64_t kAmxRows = 512;
 constexpr int kFewRows = 2;
-
 constexpr int kRegisterPrefetchBytes = 2048;
-constexpr int kTilePrefetchBytes = 768;
 
 // A B tile: 32 k (as 16 pairs) of half a panel.
 using WeightTile = std::uint16_t[kTile][2 * kHalf];
+constexpr std::int64_t kStepQuads = kTileDepth / 4;
 constexpr int kChunkTiles = 2 * kChunk / kTileDepth;
 
-// A C tile for each half of a panel and each 16 activation rows.
-using PartialSums = float[kVisitRows / kTile][2][kTile][kHalf];
-
-// The order of work: groups of panels; in a group chunk after chunk, and in a chunk panel after panel.
+// The order of work: groups of panels; in a group chunk after chunk, and in a chunk panel after panel, or two at once.
+// A turn is what one B tile takes: its products, the decoding of as many weights, and some rows' scaling.
 //
 // One visit takes all of a small batch. Every decoded tile is then used once, and a ring of eight is enough: what is
 // written over and over stays in L1, since it is cache lines on their way out of L1 that are dear. Two panels share the
-// activations of a chunk while they are in L1. Longer batches use a chunk of a panel many times, so that the ring holds
-// it and the next one, and eight panels share the activations of a chunk, which come from L3, while they are in L2.
+// activations of a chunk: up to 16 rows their registers, and their codes are read in turn, a quad each, since the
+// memory is faster at two places than at one; up to 32 rows, L1. Longer batches use a chunk of a panel many times, so
+// that the ring holds it and the next one, and eight panels share the activations of a chunk, which come from L3, while
+// they are in L2.
 //
-// Half a ring is the best lead but for the fewest rows, which leave the unit idle: one tile more is up to 7 % faster
-// with up to eight, 3 % slower with twelve and 20 % with 32. Six tiles, or two, cost 20 % at 16.
-//
-// A load that follows the store of a tile at once waits for all of it, so that scaling does not begin at once. In
-// longer batches the sums come from L2, and it takes more turns to load them.
+// Half a ring is the best lead. A load that follows the store of a tile at once waits for all of it, so that scaling
+// does not begin at once. In longer batches the sums come from L2, and it takes more turns to load them.
+enum class Batch { of_16, of_32, longer };
+
+template <Batch batch>
 struct Schedule {
-  explicit Schedule(std::int64_t rows)
-      : visits(ceil_div(rows, kVisitRows)),
-        panels(visits == 1 ? 2 : kMostPanels),
-        ring(visits == 1 ? kChunkTiles : 2 * kChunkTiles),
-        lead(rows <= kRowsOfLongLead ? ring / 2 + 1 : ring / 2),
-        wait(visits == 1 ? 4 : 2) {}
-
-  static constexpr std::int64_t kMostPanels = 8;
-  static constexpr std::int64_t kRowsOfLongLead = 8;
-
-  std::int64_t visits;  // to a chunk of a panel
-  std::int64_t panels;  // of a group
-  std::int64_t ring;    // decoded tiles, a power of two
-  std::int64_t lead;    // tiles that decoding is ahead of their first use
-  std::int64_t wait;    // turns of a visit (one a B tile) before it scales the last one's sums
+  static constexpr bool kShared = batch == Batch::longer;  // whether a chunk of a panel has several visits
+  static constexpr std::int64_t kGroupPanels = kShared ? 8 : 2;
+  static constexpr std::int64_t kRing = kShared ? 2 * kChunkTiles : kChunkTiles;  // decoded tiles, a power of two
+  static constexpr std::int64_t kLead = kRing / 2;        // tiles that decoding is ahead of their first use
+  static constexpr std::int64_t kWait = kShared ? 2 : 4;  // turns of a visit before it scales the last one's sums
+  static constexpr std::int64_t kAhead = batch == Batch::of_16 ? 2048 : 768;  // bytes that codes are prefetched ahead
 };
 
 struct AmxScratch {
-  alignas(4096) WeightTile ring[2 * kChunkTiles];
-  alignas(64) PartialSums partial[2];
-  alignas(64) float sums[Schedule::kMostPanels][kAmxRows][kPanelRows];
+  alignas(4096) WeightTile ring[Schedule<Batch::longer>::kRing];
+  alignas(64) float partial[kVisitRows * kPanelRows];
+  alignas(64) float sums[Schedule<Batch::longer>::kGroupPanels][kAmxRows * kPanelRows];
 };
 
 struct alignas(64) TileConfig {
@@ -88,177 +78,303 @@ class TileSession {
   TileSession& operator=(const TileSession&) = delete;
 };
 
-// The B tiles of a range of panels in the order of their use, decoded one at a time into a ring.
+// The B tiles of a range of panels in the order of their use, `Panels` panels at once, decoded turn by turn into a
+// ring.
 //
-// A tile load waits for older stores whose address is the same modulo 4 KiB. Whole tiles are therefore written in the
-// order in which tiles are read, so that the stores still under way are those of other tiles.
+// Always inlined: its state and the decoder's constants have to stay in registers.
+template <Batch batch, int Panels, class Decoder>
 class WeightStream {
  public:
-  WeightStream(const Weight& weight, std::int64_t begin, std::int64_t end, const Schedule& schedule, WeightTile* ring)
-      : weight_(weight), end_(end), schedule_(schedule), ring_(ring), group_(begin), panel_(begin) {
-    if (weight.depth.chunks == 0) panel_ = end;
-    open();
-    for (std::int64_t tile = 0; tile < schedule.lead; ++tile) decode();
-  }
+  static constexpr int kTurns = 2 * Panels;  // of a step, and so its tiles
 
-  // Tile `index` of the chunk of a panel that is in use: half index % 2 of step index / 2.
-  const WeightTile& tile(std::int64_t index) const { return ring_[(first_ + index) & (schedule_.ring - 1)]; }
-
-  // To be called once for each use of a tile: what is decoded keeps the lead.
-  void advance() {
-    if (++uses_ == schedule_.visits) {
-      uses_ = 0;
-      decode();
+  [[gnu::always_inline]] WeightStream(const Decoder& decode, const Weight& weight, std::int64_t begin, std::int64_t end,
+                                      std::int64_t visits, WeightTile* ring)
+      : decode_(decode),
+        weight_(weight),
+        end_(end),
+        visits_(visits),
+        panel_bytes_(weight.depth.padded() * kPanelRows),
+        ring_(ring),
+        group_(begin),
+        chunk_source_(weight.codes_of(begin)) {
+    open_chunk();
+    for (std::int64_t tile = 0; tile < Schedule<batch>::kLead; tile += kTurns) {
+      for (int turn = 0; turn < kTurns; ++turn) decode_turn(turn);
+      next_step();
     }
   }
 
-  // To be called after all visits to a chunk of a panel, which had that many tiles.
-  void leave(std::int64_t tiles) { first_ += tiles; }
+  // Tile `index` of the visit under way: half index % 2 of panel index / 2 % Panels at step index / kTurns.
+  [[gnu::always_inline]] const WeightTile& tile(std::int64_t index) const { return at(first_ + index); }
+
+  // To be called in each turn (of a step) of every visit: what is decoded keeps the lead.
+  [[gnu::always_inline]] void advance(int turn) {
+    if constexpr (Schedule<batch>::kShared) {
+      if (++uses_ < visits_) return;
+      uses_ = 0;
+      turn = turn_;
+      turn_ = (turn_ + 1) % kTurns;
+    }
+    decode_turn(turn);
+    if (turn == kTurns - 1) next_step();
+  }
+
+  // To be called after all visits to a chunk, which had that many tiles.
+  [[gnu::always_inline]] void leave(std::int64_t tiles) { first_ += tiles; }
 
  private:
-  static constexpr std::int64_t kQuads = kTileDepth / 4;
+  static constexpr int kTurnQuads = kStepQuads / kTurns;  // of each panel
 
-  void open() {
-    if (panel_ >= end_) return;
-    source_ = weight_.codes_of(panel_) + weight_.depth.start_of(chunk_) * kPanelRows;
-    has_nan_ = weight_.panels[panel_].has_nan != 0;
-    quads_ = (weight_.depth.length_of(chunk_) + 3) / 4;
-    half_ = 0;
+  [[gnu::always_inline]] WeightTile& at(std::int64_t tile) const { return ring_[tile & (Schedule<batch>::kRing - 1)]; }
+
+  [[gnu::always_inline]] void next_step() {
+    decoded_ += kTurns;
+    source_ += kStepQuads * kQuadBytes;
+    quads_ -= kStepQuads;
+    if (quads_ <= 0) next_panel();
+    // Past a panel's end, the codes of the one that takes its place: its neighbours' are read beside it.
+    ahead_ = Schedule<batch>::kAhead + (quads_ * kQuadBytes > Schedule<batch>::kAhead ? 0 : past_end_);
   }
 
-  void decode() {
-    if (panel_ >= end_) return;
-    WeightTile& out = ring_[decoded_++ & (schedule_.ring - 1)];
-    const std::uint8_t* source = source_ + half_ * kQuadBytes / 2;
-    if (has_nan_) {
-      decode_tile(TableDecoder(kScaledTables), source, quads_ < kQuads ? quads_ : kQuads, out);
-    } else if (quads_ < kQuads) {
-      decode_tile(arithmetic_, source, quads_, out);
-    } else {
-      decode_tile(arithmetic_, source, kQuads, out);
+  [[gnu::always_inline]] void next_panel() {
+    panel_ += Panels;
+    if (panel_ < Schedule<batch>::kGroupPanels && group_ + panel_ < end_) {
+      open_panel();
+      return;
     }
-    half_ ^= 1;
-    if (half_ != 0) return;
-    source_ += kQuads * kQuadBytes;
-    quads_ -= kQuads;
-    if (quads_ <= 0) open_next();
+    if (++chunk_ >= weight_.depth.chunks) {
+      chunk_ = 0;
+      group_ += Schedule<batch>::kGroupPanels;
+    }
+    open_chunk();
   }
 
-  void open_next() {
-    ++panel_;
-    if (panel_ == end_ || panel_ == group_ + schedule_.panels) {
-      if (++chunk_ == weight_.depth.chunks) {
-        chunk_ = 0;
-        group_ += schedule_.panels;
+  // Behind the last chunk there is nothing: zeros, which nobody uses.
+  [[gnu::always_inline]] void open_chunk() {
+    const Depth& depth = weight_.depth;
+    chunk_quads_ = 0;
+    if (group_ < end_ && chunk_ < depth.chunks) {
+      chunk_source_ = weight_.codes_of(group_) + depth.start_of(chunk_) * kPanelRows;
+      chunk_quads_ = (depth.length_of(chunk_) + 3) / 4;
+      past_end_ = chunk_ + 1 < depth.chunks ? 0 : (Schedule<batch>::kGroupPanels - 1) * panel_bytes_;
+    }
+    panel_ = 0;
+    open_panel();
+  }
+
+  [[gnu::always_inline]] void open_panel() {
+    source_ = chunk_source_ + panel_ * panel_bytes_;
+    quads_ = chunk_quads_;
+  }
+
+  [[gnu::always_inline]] void decode_turn(int turn) {
+    const std::int64_t first = turn * kTurnQuads;
+    if (quads_ >= kStepQuads) {
+#pragma GCC unroll 4
+      for (std::int64_t quad = first; quad < first + kTurnQuads; ++quad) {
+#pragma GCC unroll 2
+        for (int panel = 0; panel < Panels; ++panel) {
+          decode_quad(decode_, source_ + panel * panel_bytes_, quad, ahead_, &at(decoded_ + 2 * panel));
+        }
       }
-      panel_ = group_;
+    } else {
+      for (int panel = 0; panel < Panels; ++panel) {
+        const Decoder decode = decode_;  // whose address may be known to others
+        decode_rest(decode, source_ + panel * panel_bytes_, first, quads_, &at(decoded_ + 2 * panel));
+      }
     }
-    open();
   }
 
-  // What is behind the last quad becomes zero, since the tile reaches further and 0 * NaN is NaN.
-  template <class Decoder>
-  static void decode_tile(const Decoder& decode, const std::uint8_t* source, std::int64_t quads, WeightTile& out) {
-    for (std::int64_t quad = 0; quad < quads; ++quad) {
-      _mm_prefetch(reinterpret_cast<const char*>(source + quad * kQuadBytes + kTilePrefetchBytes), _MM_HINT_T0);
-      const HalfQuad decoded = decode(source + quad * kQuadBytes);
-      _mm512_store_si512(out[2 * quad], decoded.pair0);
-      _mm512_store_si512(out[2 * quad + 1], decoded.pair1);
+  [[gnu::always_inline]] static void decode_quad(const Decoder& decode, const std::uint8_t* step, std::int64_t quad,
+                                                 std::int64_t ahead, WeightTile* out) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const std::uint8_t* codes = step + quad * kQuadBytes + half * kQuadBytes / 2;
+      _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T0);
+      const HalfQuad decoded = decode(load_once(codes));
+      _mm512_store_si512(out[half][2 * quad], decoded.pair0);
+      _mm512_store_si512(out[half][2 * quad + 1], decoded.pair1);
     }
-    for (std::int64_t pair = 2 * quads; pair < kTile; ++pair) _mm512_store_si512(out[pair], _mm512_setzero_si512());
   }
 
+  // A turn of a step that has only so many quads. What is behind the last one becomes zero, since the tile reaches
+  // further and 0 * NaN is NaN.
+  [[gnu::noinline]] static void decode_rest(const Decoder& decode, const std::uint8_t* step, std::int64_t first,
+                                            std::int64_t quads, WeightTile* out) {
+    for (std::int64_t quad = first; quad < first + kTurnQuads; ++quad) {
+      if (quad < quads) {
+        decode_quad(decode, step, quad, 0, out);
+      } else {
+        for (int half = 0; half < 2; ++half) std::memset(out[half][2 * quad], 0, 2 * sizeof out[half][0]);
+      }
+    }
+  }
+
+  const Decoder decode_;
   const Weight& weight_;
   const std::int64_t end_;
-  const Schedule schedule_;
+  const std::int64_t visits_;  // to a chunk of a panel
+  const std::int64_t panel_bytes_;
   WeightTile* const ring_;
-  const ArithmeticDecoder arithmetic_;
 
   // What is decoded next.
-  std::int64_t group_;
-  std::int64_t panel_;
+  std::int64_t group_;  // its first panel
   std::int64_t chunk_ = 0;
-  const std::uint8_t* source_ = nullptr;
-  bool has_nan_ = false;
-  std::int64_t quads_ = 0;
-  int half_ = 0;
+  std::int64_t panel_ = 0;  // of the group
+  int turn_ = 0;
+  const std::uint8_t* chunk_source_;  // the group's first
+  std::int64_t chunk_quads_ = 0;
+  const std::uint8_t* source_ = nullptr;  // the step's
+  std::int64_t quads_ = 0;                // of the chunk, from there on
+  std::int64_t ahead_ = Schedule<batch>::kAhead;
+  std::int64_t past_end_ = 0;
 
-  std::int64_t decoded_ = 0;
-  std::int64_t first_ = 0;  // the first tile in use
+  std::int64_t decoded_ = 0;  // tiles, without the step's
+  std::int64_t first_ = 0;    // the first tile in use
   std::int64_t uses_ = 0;
 };
 
 // sums += partial * x_scale * w_scale for the rows of a visit, some at a time.
+template <int Panels>
 class Scaling {
  public:
   Scaling() = default;
-  Scaling(const PartialSums& partial, std::int64_t rows, const float* x_scale, float w_scale, float (*sums)[kPanelRows])
-      : partial_(partial), left_(rows), rows_(rows), x_scale_(x_scale), w_scale_(w_scale), sums_(sums) {}
+  [[gnu::always_inline]] Scaling(const float* partial, std::int64_t rows, const float* x_scale,
+                                 const float (&w_scale)[Panels], float* sums)
+      : partial_(partial), rows_(rows), x_scale_(x_scale), sums_(sums) {
+    for (int panel = 0; panel < Panels; ++panel) w_scale_[panel] = _mm512_set1_ps(w_scale[panel]);
+  }
 
-  std::int64_t rows_left() const { return left_; }
+  std::int64_t rows() const { return rows_; }
 
-  void advance(std::int64_t count) {
-    const __m512 column_scale = _mm512_set1_ps(w_scale_);
-    for (; count > 0 && left_ > 0; --count, --left_) {
-      const std::int64_t row = rows_ - left_;
-      const __m512 row_scale = _mm512_set1_ps(x_scale_[row]);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        float* sum = sums_[row] + half * kHalf;
-        const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(partial_[row / kTile][half][row % kTile]), row_scale);
-        _mm512_store_ps(sum, _mm512_fmadd_ps(scaled, column_scale, _mm512_load_ps(sum)));
+  [[gnu::always_inline]] void advance(std::int64_t count) {
+    const std::int64_t stop = count < rows_ - row_ ? row_ + count : rows_;
+    for (; row_ < stop; ++row_) {
+      const __m512 row_scale = _mm512_set1_ps(x_scale_[row_]);
+#pragma GCC unroll 4
+      for (int half = 0; half < 2 * Panels; ++half) {
+        const std::int64_t at = row_ * Panels * kPanelRows + half * kHalf;
+        const __m512 scaled = _mm512_mul_ps(_mm512_load_ps(partial_ + at), row_scale);
+        _mm512_store_ps(sums_ + at, _mm512_fmadd_ps(scaled, w_scale_[half / 2], _mm512_load_ps(sums_ + at)));
       }
     }
   }
 
-  void finish() { advance(left_); }
+  [[gnu::always_inline]] void finish() { advance(rows_); }
 
  private:
-  const float (*partial_)[2][kTile][kHalf] = nullptr;
-  std::int64_t left_ = 0;
+  const float* partial_ = nullptr;  // (rows, Panels * kPanelRows), as sums
   std::int64_t rows_ = 0;
+  std::int64_t row_ = 0;  // the next
   const float* x_scale_ = nullptr;
-  float w_scale_ = 0;
-  float (*sums_)[kPanelRows] = nullptr;
+  __m512 w_scale_[Panels] = {};
+  float* sums_ = nullptr;
 };
 
-// A visit: partial sums of 16 * RowTiles activation rows (A tiles 4, 5) times a panel (C tiles 0, 1 and 2, 3: its
-// halves) over `steps` * 32 k, while the weights to come are decoded and the last visit's sums are scaled.
-template <int RowTiles>
-inline void visit(const std::uint16_t* x, std::int64_t steps, std::int64_t wait, WeightStream& weights, Scaling& last,
-                  PartialSums& out) {
-  const std::int64_t turns = 2 * steps - wait;
-  const std::int64_t rows_a_turn = turns > 0 ? ceil_div(last.rows_left(), turns) : 0;
-  const auto take_turn = [&](std::int64_t turn) {
-    weights.advance();
-    if (turn >= wait) last.advance(rows_a_turn);
-  };
+// A visit: partial sums of 16 * RowTiles activation rows (A tiles 4, 5) times `Panels` panels over `steps` * 32 k,
+// while the weights to come are decoded and the last visit's sums are scaled. C tiles 0 to 3: a panel's halves, then
+// those of the second panel or of the second 16 rows.
+//
+// Loads, products and vector work alternate as finely as this because the processor runs them in nearly this order: all
+// loads of a step first, then its products, takes up to a sixth more time.
+template <int RowTiles, Batch batch, int Panels, class Decoder>
+[[gnu::always_inline]] inline void visit(const std::uint16_t* x, std::int64_t steps,
+                                         WeightStream<batch, Panels, Decoder>& weights, Scaling<Panels>& last,
+                                         float* out) {
+  static_assert(RowTiles * Panels <= 2, "C has four tiles");
+  constexpr int kTurns = WeightStream<batch, Panels, Decoder>::kTurns;
+  constexpr int kOutStride = Panels * kPanelRows * static_cast<int>(sizeof(float));
+  constexpr std::int64_t kWait = Schedule<batch>::kWait;
+  const std::int64_t turns = kTurns * steps - kWait;
+  const std::int64_t rows_a_turn = turns > 0 ? ceil_div(last.rows(), turns) : 0;
   _tile_zero(0);
   _tile_zero(1);
-  if constexpr (RowTiles == 2) {
+  if constexpr (RowTiles * Panels == 2) {
     _tile_zero(2);
     _tile_zero(3);
   }
   for (std::int64_t step = 0; step < steps; ++step) {
+    const std::int64_t tile = kTurns * step;
+    const auto scale = [&](int turn) {
+      if (tile + turn >= kWait) last.advance(rows_a_turn);
+    };
+    _tile_loadd(6, weights.tile(tile), kTileStride);
     _tile_loadd(4, x + step * kTileDepth, kActivationStride);
-    _tile_loadd(6, weights.tile(2 * step), kTileStride);
     _tile_dpbf16ps(0, 4, 6);
+    weights.advance(0);
+    if constexpr (RowTiles == 1) scale(0);
+    _tile_loadd(7, weights.tile(tile + 1), kTileStride);
+    _tile_dpbf16ps(1, 4, 7);
     if constexpr (RowTiles == 2) {
+      scale(0);
       _tile_loadd(5, x + kTile * kChunk + step * kTileDepth, kActivationStride);
       _tile_dpbf16ps(2, 5, 6);
     }
-    take_turn(2 * step);
-    _tile_loadd(7, weights.tile(2 * step + 1), kTileStride);
-    _tile_dpbf16ps(1, 4, 7);
+    weights.advance(1);
     if constexpr (RowTiles == 2) _tile_dpbf16ps(3, 5, 7);
-    take_turn(2 * step + 1);
+    scale(1);
+    if constexpr (Panels == 2) {
+      _tile_loadd(6, weights.tile(tile + 2), kTileStride);
+      _tile_dpbf16ps(2, 4, 6);
+      weights.advance(2);
+      scale(2);
+      _tile_loadd(7, weights.tile(tile + 3), kTileStride);
+      _tile_dpbf16ps(3, 4, 7);
+      weights.advance(3);
+      scale(3);
+    }
   }
   last.finish();
-  _tile_stored(0, out[0][0], kTileStride);
-  _tile_stored(1, out[0][1], kTileStride);
+  _tile_stored(0, out, kOutStride);
+  _tile_stored(1, out + kHalf, kOutStride);
+  if constexpr (Panels == 2) {
+    _tile_stored(2, out + 2 * kHalf, kOutStride);
+    _tile_stored(3, out + 3 * kHalf, kOutStride);
+  }
   if constexpr (RowTiles == 2) {
-    _tile_stored(2, out[1][0], kTileStride);
-    _tile_stored(3, out[1][1], kTileStride);
+    _tile_stored(2, out + kTile * kPanelRows, kOutStride);
+    _tile_stored(3, out + kTile * kPanelRows + kHalf, kOutStride);
+  }
+}
+
+// Panels [begin, end), a multiple of `Panels`.
+template <Batch batch, int Panels, class Decoder>
+void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int64_t end, const Decoder& decode,
+                     AmxScratch& scratch) {
+  if (begin == end) return;
+  const Weight& w = problem.weight;
+  const Activation& x = problem.activation;
+  WeightStream<batch, Panels, Decoder> weights(decode, w, begin, end, ceil_div(x.rows, kVisitRows), scratch.ring);
+  for (std::int64_t group = begin; group < end; group += Schedule<batch>::kGroupPanels) {
+    const std::int64_t left = end - group;
+    const std::int64_t panels = left < Schedule<batch>::kGroupPanels ? left : Schedule<batch>::kGroupPanels;
+    for (std::int64_t p = 0; p < panels; p += Panels) {
+      std::memset(scratch.sums[p], 0, static_cast<std::size_t>(x.rows) * Panels * kPanelRows * sizeof(float));
+    }
+    Scaling<Panels> last;
+    for (std::int64_t chunk = 0; chunk < w.depth.chunks; ++chunk) {
+      const std::int64_t steps = ceil_div(w.depth.length_of(chunk), kTileDepth);
+      for (std::int64_t p = 0; p < panels; p += Panels) {
+        float w_scale[Panels];
+        for (int i = 0; i < Panels; ++i) w_scale[i] = w.scales_of(group + p + i)[w.depth.block_of(chunk)];
+        for (std::int64_t row = 0; row < x.rows; row += kVisitRows) {
+          const std::int64_t rows = x.rows - row < kVisitRows ? x.rows - row : kVisitRows;
+          if (batch == Batch::of_16 || (batch == Batch::longer && rows <= kTile)) {
+            visit<1>(x.values_of(chunk, row), steps, weights, last, scratch.partial);
+          } else if constexpr (batch != Batch::of_16) {
+            visit<2>(x.values_of(chunk, row), steps, weights, last, scratch.partial);
+          }
+          last = Scaling<Panels>(scratch.partial, rows, x.scales_of(chunk, row), w_scale,
+                                 scratch.sums[p] + row * Panels * kPanelRows);
+        }
+        weights.leave(2 * Panels * steps);
+      }
+    }
+    last.finish();
+    for (std::int64_t p = 0; p < panels; ++p) {
+      store_panel(problem, group + p, scratch.sums[p - p % Panels] + p % Panels * kPanelRows, Panels * kPanelRows, 0,
+                  x.rows);
+    }
   }
 }
 
@@ -272,40 +388,15 @@ void linear_of_few_rows(const Problem& problem, std::int64_t begin, std::int64_t
 void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* memory) {
   if (problem.path == Path::registers) return linear_of_few_rows(problem, begin, end);
   auto& scratch = *static_cast<AmxScratch*>(memory);
-  const Weight& w = problem.weight;
-  const Activation& x = problem.activation;
-  const TileSession session(x.rows < kTile ? x.rows : kTile);
-  const Schedule schedule(x.rows);
-  WeightStream weights(w, begin, end, schedule, scratch.ring);
-  int buffer = 0;
-  for (std::int64_t group = begin; group < end; group += schedule.panels) {
-    const std::int64_t panels = end - group < schedule.panels ? end - group : schedule.panels;
-    for (std::int64_t p = 0; p < panels; ++p) {
-      std::memset(scratch.sums[p], 0, static_cast<std::size_t>(x.rows) * sizeof scratch.sums[p][0]);
-    }
-    Scaling last;
-    for (std::int64_t chunk = 0; chunk < w.depth.chunks; ++chunk) {
-      const std::int64_t steps = ceil_div(w.depth.length_of(chunk), kTileDepth);
-      for (std::int64_t p = 0; p < panels; ++p) {
-        const float w_scale = w.scales_of(group + p)[w.depth.block_of(chunk)];
-        for (std::int64_t row = 0; row < x.rows; row += kVisitRows) {
-          const std::int64_t rows = x.rows - row < kVisitRows ? x.rows - row : kVisitRows;
-          PartialSums& partial = scratch.partial[buffer];
-          buffer ^= 1;
-          if (rows > kTile) {
-            visit<2>(x.values_of(chunk, row), steps, schedule.wait, weights, last, partial);
-          } else {
-            visit<1>(x.values_of(chunk, row), steps, schedule.wait, weights, last, partial);
-          }
-          last = Scaling(partial, rows, x.scales_of(chunk, row), w_scale, scratch.sums[p] + row);
-        }
-        weights.leave(2 * steps);
-      }
-    }
-    last.finish();
-    for (std::int64_t p = 0; p < panels; ++p)
-      store_panel(problem, group + p, scratch.sums[p][0], kPanelRows, 0, x.rows);
-  }
+  const std::int64_t rows = problem.activation.rows;
+  const TileSession session(rows < kTile ? rows : kTile);
+  with_scaled_decoder(problem.weight, begin, end, [&](const auto& decode) {
+    if (rows > kVisitRows) return linear_in_tiles<Batch::longer, 1>(problem, begin, end, decode, scratch);
+    if (rows > kTile) return linear_in_tiles<Batch::of_32, 1>(problem, begin, end, decode, scratch);
+    const std::int64_t pairs_end = end - (end - begin) % 2;
+    linear_in_tiles<Batch::of_16, 2>(problem, begin, pairs_end, decode, scratch);
+    linear_in_tiles<Batch::of_16, 1>(problem, pairs_end, end, decode, scratch);
+  });
 }
 
 }  // namespace

@@ -15,6 +15,13 @@ struct HalfQuad {
   __m512i pair1;
 };
 
+// Codes that are read once: g++ would read them again for each operation that can take its operand from memory.
+inline __m512i load_once(const std::uint8_t* codes) {
+  __m512i code = _mm512_loadu_si512(codes);
+  asm("" : "+v"(code));
+  return code;
+}
+
 // By two byte tables: exact for all 256 codes. Cheapest where a two-register byte permutation is one operation (Zen).
 class TableDecoder {
  public:
@@ -26,8 +33,9 @@ class TableDecoder {
         sign_(_mm512_set1_epi8(static_cast<char>(0x80))),
         low_byte_(_mm512_set1_epi16(0x00ff)) {}
 
-  HalfQuad operator()(const std::uint8_t* codes) const {
-    const __m512i code = _mm512_loadu_si512(codes);
+  HalfQuad operator()(const std::uint8_t* codes) const { return (*this)(_mm512_loadu_si512(codes)); }
+
+  HalfQuad operator()(__m512i code) const {
     // The table lookup ignores the sign bit; high | (code & sign) puts it back.
     __m512i high = _mm512_permutex2var_epi8(high0_, code, high1_);
     high = _mm512_ternarylogic_epi32(high, code, sign_, 0xf8);
@@ -55,10 +63,14 @@ class ArithmeticDecoder {
         correction_(_mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, -120, -17, -10, -7, -4, -3, -2, -1))),
         even_(_mm512_set1_epi16(0x0010)),
         odd_(_mm512_set1_epi16(0x1000)),
-        sign_(_mm512_set1_epi16(static_cast<short>(0x8000))) {}
+        sign_(_mm512_set1_epi16(static_cast<short>(0x8000))) {
+    // To be kept in registers: g++ would make some of them anew for every line.
+    asm("" : "+v"(magnitude_), "+v"(offset_), "+v"(correction_), "+v"(even_), "+v"(odd_), "+v"(sign_));
+  }
 
-  HalfQuad operator()(const std::uint8_t* codes) const {
-    const __m512i code = _mm512_loadu_si512(codes);
+  HalfQuad operator()(const std::uint8_t* codes) const { return (*this)(_mm512_loadu_si512(codes)); }
+
+  HalfQuad operator()(__m512i code) const {
     // Index 0x78 + mantissa for subnormals; the highest bit is set for all others, which makes the lookup give 0.
     const __m512i index = _mm512_add_epi8(_mm512_and_si512(code, magnitude_), offset_);
     const __m512i bits = _mm512_add_epi8(index, _mm512_shuffle_epi8(correction_, index));
