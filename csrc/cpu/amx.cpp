@@ -1,11 +1,12 @@
-// The kernels for AMX-BF16: one or two rows in registers as on AVX-512, more in tiles.
+// The kernels for AMX-BF16, all in tiles.
 //
 // A step, 32 k of a panel, is two B tiles, one for each half of its rows: decoded, they are already in the order that
 // tdpbf16ps wants. The unit of work is a visit: up to 16 activation rows times two panels, or 32 times one, over one
 // chunk. Its C tiles then hold fp32 partial sums, which AVX-512 scales and adds up while the next visit is under way.
-// Decoding, too, goes on between the tile operations, and reads codes in the order of memory. On each of the two paths,
-// the bits of an output depend neither on the number of rows nor on the number of threads.
-#include "linear_avx512.h"
+// Decoding, too, goes on between the tile operations, and reads codes in the order of memory. The bits of an output
+// depend neither on the number of rows nor on the number of threads.
+#include "decode_avx512.h"
+#include "runs.h"
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {
@@ -16,8 +17,6 @@ constexpr int kTileStride = 64;
 constexpr int kActivationStride = kChunk * 2;  // bytes between rows
 constexpr int kVisitRows = 2 * kTile;          // the most of a visit to one panel; half as many to two
 constexpr std::int64_t kAmxRows = 512;
-constexpr int kFewRows = 2;
-constexpr int kRegisterPrefetchBytes = 2048;
 
 // A B tile: 32 k (as 16 pairs) of half a panel.
 using WeightTile = std::uint16_t[kTile][2 * kHalf];
@@ -378,15 +377,7 @@ void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int64_t en
   }
 }
 
-// Few rows: the tiles' detour through memory costs more than it saves.
-void linear_of_few_rows(const Problem& problem, std::int64_t begin, std::int64_t end) {
-  with_scaled_decoder(problem.weight, begin, end, [&](const auto& decode) {
-    linear_in_registers<kFewRows, 2, kRegisterPrefetchBytes>(problem, begin, end, decode);
-  });
-}
-
 void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* memory) {
-  if (problem.path == Path::registers) return linear_of_few_rows(problem, begin, end);
   auto& scratch = *static_cast<AmxScratch*>(memory);
   const std::int64_t rows = problem.activation.rows;
   const TileSession session(rows < kTile ? rows : kTile);
@@ -407,8 +398,6 @@ constexpr Kernels kAmxKernels = [] {
   kernels.linear = linear;
   kernels.scratch_bytes = sizeof(AmxScratch);
   kernels.max_rows = kAmxRows;
-  kernels.register_rows = kFewRows;
-  kernels.paths_agree = false;  // tdpbf16ps adds even and odd k apart, vdpbf16ps in turn
   return kernels;
 }();
 

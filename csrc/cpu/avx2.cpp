@@ -204,7 +204,6 @@ constexpr Kernels kernels_for() {
   kernels.scratch_bytes = sizeof(Scratch);
   kernels.max_rows = kMaxRows;
   kernels.register_rows = kFewRows;
-  kernels.paths_agree = true;
   kernels.multiply_add = multiply_add;
   return kernels;
 }

@@ -39,7 +39,7 @@ struct Intel {
 template <class Core>
 void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* scratch) {
   Core::with_decoder(problem.weight, begin, end, [&](const auto& decode) {
-    if (problem.path == Path::tiles) {
+    if (problem.activation.rows > kRegisterRows) {
       linear_in_tiles(problem, begin, end, decode, *static_cast<Avx512Scratch*>(scratch));
       return;
     }
@@ -61,7 +61,6 @@ constexpr Kernels kernels_for() {
   kernels.scratch_bytes = sizeof(Avx512Scratch);
   kernels.max_rows = kMostTileRows;
   kernels.register_rows = kRegisterRows;
-  kernels.paths_agree = true;
   kernels.multiply_add = multiply_add;
   return kernels;
 }

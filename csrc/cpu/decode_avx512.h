@@ -9,6 +9,8 @@
 namespace qwen3_fp8_ascend::cpu {
 namespace {
 
+constexpr int kHalf = 16;  // fp32 numbers in a register: half a panel
+
 // bf16 pairs (k, k + 1) of 16 rows, and pairs (k + 2, k + 3).
 struct HalfQuad {
   __m512i pair0;
@@ -84,6 +86,25 @@ class ArithmeticDecoder {
  private:
   __m512i magnitude_, offset_, correction_, even_, odd_, sign_;
 };
+
+constexpr DecodeTables kScaledTables = make_decode_tables(ArithmeticDecoder::kExponent);
+
+inline bool any_nan(const Weight& w, std::int64_t begin, std::int64_t end) {
+  bool found = false;
+  for (std::int64_t panel = begin; panel < end; ++panel) found |= w.panels[panel].has_nan != 0;
+  return found;
+}
+
+// Calls body(decoder) with one for the panels [begin, end), on processors where byte permutations are slow: the weights
+// are decoded as code * 2^ArithmeticDecoder::kExponent.
+template <class Body>
+void with_scaled_decoder(const Weight& w, std::int64_t begin, std::int64_t end, const Body& body) {
+  if (any_nan(w, begin, end)) {
+    body(TableDecoder(kScaledTables));
+  } else {
+    body(ArithmeticDecoder());
+  }
+}
 
 }  // namespace
 }  // namespace qwen3_fp8_ascend::cpu

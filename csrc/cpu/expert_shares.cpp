@@ -36,11 +36,8 @@ void make_shares(Plan& plan, int terms) {
   }
 }
 
-Manner manner_of(Dtype dtype, Quantization quantization, std::int64_t rows, std::int64_t experts) {
-  const Kernels& kernels = kernels_of(current_isa());
-  const int terms = terms_of(dtype, quantization);
-  const bool few = terms <= kernels.register_rows && ceil_div(rows, experts) * terms <= kernels.register_rows;
-  return {kernels, dtype, quantization, terms, few ? Path::registers : Path::tiles};
+Manner manner_of(Dtype dtype, Quantization quantization) {
+  return {kernels_of(current_isa()), dtype, quantization, terms_of(dtype, quantization)};
 }
 
 void make_tasks(Plan& plan, const Manner& manner, std::int64_t parts) {
@@ -68,21 +65,8 @@ PanelRanges make_ranges(const ExpertWeights& weights, std::int64_t shares) {
 
 void multiply(const Manner& manner, const Weight& weight, const Share& share, const Task& task, const PreparedShares& x,
               const Output& y, std::int64_t begin, std::int64_t end) {
-  const Path path = manner.path_of(share);
-  const std::int64_t at_once = manner.rows_at_once(path);
-  const Prepared prepared = x.of(share);
-  void* scratch = kernel_memory.grow(manner.kernels.scratch_bytes);
-  // Rows beyond what registers hold take the same panels again, from the cache.
-  const std::int64_t panels = task.rows <= at_once ? std::max<std::int64_t>(1, end - begin) : kPanelsAtOnce;
-  for (std::int64_t panel = begin; panel < end; panel += panels) {
-    for (std::int64_t row = 0; row < task.rows; row += at_once) {
-      Output part = y;
-      part.y = static_cast<char*>(y.y) + row * y.n * size_of(y.dtype);
-      const std::int64_t rows = std::min(at_once, task.rows - row);
-      const Problem problem{weight, prepared.activation(task.first + row, rows), part, path};
-      manner.kernels.linear(problem, panel, std::min(panel + panels, end), scratch);
-    }
-  }
+  const Problem problem{weight, x.of(share).activation(task.first, task.rows), y};
+  manner.kernels.linear(problem, begin, end, kernel_memory.grow(manner.kernels.scratch_bytes));
 }
 
 PreparedShares grow_prepared(Scratch& memory, const Depth& depth, const Plan& plan, int terms) {

@@ -75,24 +75,12 @@ struct Manner {
   Dtype dtype;
   Quantization quantization;
   int terms;
-  Path batch_path;  // of all shares, where paths do not agree
 
-  // Few rows of x are decoded in registers, more in tiles. Where that changes a row's bits, all shares of a batch take
-  // one path, by the size of the batch alone: else a row's bits would depend on where the others are routed.
-  Path path_of(const Share& share) const {
-    if (!kernels.paths_agree) return batch_path;
-    return share.rows * terms <= kernels.register_rows ? Path::registers : Path::tiles;
-  }
-
-  // The most rows of x that a kernel takes at once.
-  std::int64_t rows_at_once(Path path) const {
-    return path == Path::registers ? kernels.register_rows / terms : rows_of_task();
-  }
-
+  // The most.
   std::int64_t rows_of_task() const { return kernels.max_rows / terms / kTileRows * kTileRows; }
 };
 
-Manner manner_of(Dtype dtype, Quantization quantization, std::int64_t rows, std::int64_t experts);
+Manner manner_of(Dtype dtype, Quantization quantization);
 
 // Every share's rows, as many at once as tiles take, times every part of the weight's rows.
 void make_tasks(Plan& plan, const Manner& manner, std::int64_t parts);

@@ -157,7 +157,7 @@ void block_experts(const Rows& x, const ExpertWeights& w13, const ExpertWeights&
   const std::int64_t top_k = routing.top_k;
   const std::int64_t experts = w13.experts;
   const std::int64_t intermediate = w2.depth.k;
-  const Manner manner = manner_of(x.dtype, quantization, x.rows * top_k, std::max<std::int64_t>(1, experts));
+  const Manner manner = manner_of(x.dtype, quantization);
   const std::int64_t slot_bytes = prepared_row_bytes(w13.depth, manner.terms) +
                                   prepared_row_bytes(w2.depth, manner.terms) +
                                   n * static_cast<std::int64_t>(sizeof(float));

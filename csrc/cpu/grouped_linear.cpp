@@ -7,7 +7,7 @@ namespace qwen3_fp8_ascend::cpu {
 void grouped_linear(const Rows& x, const ExpertWeights& weights, const std::int64_t* ends, Quantization quantization,
                     void* y, std::int64_t n) {
   if (n == 0 || x.rows == 0) return;
-  const Manner manner = manner_of(x.dtype, quantization, x.rows, std::max<std::int64_t>(1, weights.experts));
+  const Manner manner = manner_of(x.dtype, quantization);
   const std::int64_t row_bytes = n * size_of(x.dtype);
   const std::int64_t last = weights.experts == 0 ? 0 : ends[weights.experts - 1];
   std::memset(static_cast<char*>(y) + last * row_bytes, 0, static_cast<std::size_t>((x.rows - last) * row_bytes));

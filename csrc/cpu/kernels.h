@@ -33,7 +33,7 @@ enum class Quantization { none = 0, any_scale = 1, power_of_two = 2 };
 // In 16-bit lanes the even bytes are then the pairs (k, k + 1) of all rows and the odd bytes the pairs (k + 2, k + 3),
 // in the order that vdpbf16ps and tdpbf16ps want, and no decoder has to move anything across lanes.
 //
-// A tile is what Path::tiles decodes into L1 for many rows of x: one chunk of a panel. With AVX-512 and AMX it is in
+// A tile is what is decoded into L1 for many rows of x: one chunk of a panel. With AVX-512 and AMX it is in
 // bf16, a line for each pair of k, two lines from each quad; AMX multiplies 16 lines of 16 rows at once (a B tile):
 //
 //   line 0   row 0: k, k + 1        row 1: k, k + 1        ...   row 31: k, k + 1
@@ -115,14 +115,10 @@ struct Output {
   std::int64_t first_row = 0;  // the weight row that y's first column is for
 };
 
-// Where `linear` puts decoded weights: few rows use them at once, many share them.
-enum class Path { registers, tiles };
-
 struct Problem {
   Weight weight;
   Activation activation;
   Output output;
-  Path path;
 };
 
 struct Kernels {
@@ -151,12 +147,11 @@ struct Kernels {
   void (*linear)(const Problem& problem, std::int64_t begin, std::int64_t end, void* scratch);
   // Bytes of `scratch` that `linear` needs.
   std::size_t scratch_bytes;
-  // Rows of `activation` beyond which `linear` gains nothing; the caller splits longer batches.
+  // The most rows of `activation` that `linear` takes; the caller splits longer batches.
   std::int64_t max_rows;
-  // Batches of at most this many rows of `activation` take Path::registers, longer ones Path::tiles in all their parts.
+  // Up to this many rows of `activation`, `linear` decodes weights in registers and uses them at once; more share
+  // tiles. A row has the same bits either way.
   std::int64_t register_rows;
-  // Whether a row has the same bits on both paths, and so in every batch.
-  bool paths_agree;
   // At least `count` multiply-adds of the kind that `linear` does, from registers, as fast as the processor can: what
   // a benchmark measures `linear` against. Null where nobody measures that.
   void (*multiply_add)(std::int64_t count);

@@ -23,7 +23,7 @@ thread_local Scratch prepared_memory;
 thread_local Scratch kernel_memory;
 
 // All rows at once; they fit the kernel and the bound on prepared activations.
-void linear_pass(const Kernels& kernels, Path path, const Rows& x, const Weight& weight, Quantization quantization,
+void linear_pass(const Kernels& kernels, const Rows& x, const Weight& weight, Quantization quantization,
                  const Output& output) {
   const Depth& depth = weight.depth;
   const int terms = terms_of(x.dtype, quantization);
@@ -36,7 +36,7 @@ void linear_pass(const Kernels& kernels, Path path, const Rows& x, const Weight&
     }
   });
 
-  const Problem problem{weight, prepared.activation(0, x.rows), output, path};
+  const Problem problem{weight, prepared.activation(0, x.rows), output};
   const std::int64_t bytes_at_once = std::max<std::int64_t>(1, kPanelsAtOnce * depth.padded() * kPanelRows);
   // Work grows with the rows: eight of them count as one more pass over the codes.
   const std::int64_t work_at_once = bytes_at_once * (1 + x.rows * terms / 8);
@@ -64,8 +64,6 @@ void block_linear(const Rows& x, const Weight& weight, Quantization quantization
   if (output.n == 0) return;
   const Kernels& kernels = kernels_of(current_isa());
   const std::int64_t terms = terms_of(x.dtype, quantization);
-  // By the whole batch, so that the rows of a short last pass have the bits of all others.
-  const Path path = x.rows * terms <= kernels.register_rows ? Path::registers : Path::tiles;
   const std::int64_t row_bytes = std::max<std::int64_t>(1, weight.depth.chunks * kChunk * 2 * terms);
   const std::int64_t bound = std::max<std::int64_t>(32, kMostPreparedBytes / row_bytes);
   const std::int64_t rows_per_pass = std::min(kernels.max_rows / terms, bound);
@@ -75,7 +73,7 @@ void block_linear(const Rows& x, const Weight& weight, Quantization quantization
     part.rows = std::min(rows_per_pass, x.rows - row);
     Output target = output;
     target.y = static_cast<char*>(output.y) + row * output.n * (output.dtype == Dtype::fp32 ? 4 : 2);
-    linear_pass(kernels, path, part, weight, quantization, target);
+    linear_pass(kernels, part, weight, quantization, target);
   }
 }
 

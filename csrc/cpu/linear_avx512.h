@@ -11,7 +11,6 @@
 namespace qwen3_fp8_ascend::cpu {
 namespace {
 
-constexpr int kHalf = 16;  // fp32 numbers in a register: half a panel
 constexpr int kTilePanels = 2;
 constexpr int kTileColumns = kTilePanels * kPanelRows;
 constexpr int kTileRows = 6;
@@ -21,8 +20,6 @@ struct Avx512Scratch {
   alignas(64) std::uint16_t weights[kChunk / 2][kTileColumns * 2];  // [pair of k][weight row][2]
   alignas(64) float sums[kMostTileRows][kTileColumns];
 };
-
-constexpr DecodeTables kScaledTables = make_decode_tables(ArithmeticDecoder::kExponent);
 
 inline __m512bh as_bf16(__m512i bits) { return reinterpret_cast<__m512bh>(bits); }
 
@@ -106,23 +103,6 @@ void linear_in_registers(const Problem& problem, std::int64_t begin, std::int64_
   std::int64_t panel = begin;
   for (; panel + Panels <= end; panel += Panels) multiply_in_registers<Rows, Panels, Ahead>(problem, panel, decode);
   for (; panel < end; ++panel) multiply_in_registers<Rows, 1, Ahead>(problem, panel, decode);
-}
-
-inline bool any_nan(const Weight& w, std::int64_t begin, std::int64_t end) {
-  bool found = false;
-  for (std::int64_t panel = begin; panel < end; ++panel) found |= w.panels[panel].has_nan != 0;
-  return found;
-}
-
-// Calls body(decoder) with one for the panels [begin, end), on processors where byte permutations are slow: the weights
-// are decoded as code * 2^ArithmeticDecoder::kExponent.
-template <class Body>
-void with_scaled_decoder(const Weight& w, std::int64_t begin, std::int64_t end, const Body& body) {
-  if (any_nan(w, begin, end)) {
-    body(TableDecoder(kScaledTables));
-  } else {
-    body(ArithmeticDecoder());
-  }
 }
 
 // Decodes a chunk of `panels` panels; the second of one panel is left as it was.

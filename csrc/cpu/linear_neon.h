@@ -32,6 +32,9 @@ constexpr std::int64_t kTilePanels = 4;      // panels that share a chunk of arr
 constexpr int kAhead = kChunk * kPanelRows;  // codes are prefetched a chunk before use
 
 template <class Arithmetic>
+constexpr std::int64_t kRegisterRows = kMostUnits * Arithmetic::kUnitRows;
+
+template <class Arithmetic>
 constexpr int kGroupUnits = kGroupRows / Arithmetic::kUnitRows;
 
 // Groups of weight rows that `units` units of x are multiplied with at a time; three units take as many as four.
@@ -173,7 +176,7 @@ void multiply_panel(const typename Arithmetic::Unit (*x)[kQuads], const Weights&
 template <class Arithmetic>
 void multiply_tile(const NeonScratch<Arithmetic>& scratch, const ChunkStep& step) {
   constexpr int kStep = groups_beside<Arithmetic>(kMostUnits);
-  constexpr std::int64_t kRows = kMostUnits * Arithmetic::kUnitRows;
+  constexpr std::int64_t kRows = kRegisterRows<Arithmetic>;
   const DecodedTile<Arithmetic> weights(scratch.weights);
   for (int group = 0; group < kGroups; group += kStep) {
     ChunkStep part = step;
@@ -205,9 +208,9 @@ void arrange_chunk(const Activation& x, std::int64_t chunk, std::int64_t quads,
 }
 
 template <class Arithmetic, bool HasNan>
-void multiply_chunk(Path path, const std::uint8_t* codes, const ChunkStep& step, NeonScratch<Arithmetic>& scratch) {
+void multiply_chunk(const std::uint8_t* codes, const ChunkStep& step, NeonScratch<Arithmetic>& scratch) {
   const PackedCodes<Arithmetic, HasNan> packed(codes);
-  if (path == Path::registers) return multiply_panel<Arithmetic, kMostUnits>(scratch.x, packed, step);
+  if (step.rows <= kRegisterRows<Arithmetic>) return multiply_panel<Arithmetic, kMostUnits>(scratch.x, packed, step);
   for (std::int64_t quad = 0; quad < step.quads; ++quad) {
     packed.template prefetch<kGroups>(quad, 0);
 #pragma GCC unroll 8
@@ -222,7 +225,7 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
   const Weight& w = problem.weight;
   const Activation& x = problem.activation;
   // Few rows are arranged anew for each panel, so that its codes are read in one go.
-  const std::int64_t panels_at_once = problem.path == Path::registers ? 1 : kTilePanels;
+  const std::int64_t panels_at_once = x.rows <= kRegisterRows<Arithmetic> ? 1 : kTilePanels;
   for (std::int64_t first = begin; first < end; first += panels_at_once) {
     const std::int64_t panels = end - first < panels_at_once ? end - first : panels_at_once;
     for (std::int64_t p = 0; p < panels; ++p) {
@@ -237,9 +240,9 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
         const ChunkStep step{quads, x.rows, x.scales_of(chunk, 0), w.scales_of(panel)[w.depth.block_of(chunk)],
                              scratch.sums[p]};
         if (w.panels[panel].has_nan != 0) {
-          multiply_chunk<Arithmetic, true>(problem.path, codes, step, scratch);
+          multiply_chunk<Arithmetic, true>(codes, step, scratch);
         } else {
-          multiply_chunk<Arithmetic, false>(problem.path, codes, step, scratch);
+          multiply_chunk<Arithmetic, false>(codes, step, scratch);
         }
       }
     }

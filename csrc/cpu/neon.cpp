@@ -54,8 +54,7 @@ constexpr Kernels kNeonKernels = [] {
   kernels.linear = linear<Fp32Arithmetic>;
   kernels.scratch_bytes = sizeof(NeonScratch<Fp32Arithmetic>);
   kernels.max_rows = kMaxRows;
-  kernels.register_rows = kMostUnits * Fp32Arithmetic::kUnitRows;
-  kernels.paths_agree = true;
+  kernels.register_rows = kRegisterRows<Fp32Arithmetic>;
   return kernels;
 }();
 

@@ -76,8 +76,7 @@ constexpr Kernels kNeonBf16Kernels = [] {
   kernels.linear = linear<Bf16Arithmetic>;
   kernels.scratch_bytes = sizeof(NeonScratch<Bf16Arithmetic>);
   kernels.max_rows = kMaxRows;
-  kernels.register_rows = kMostUnits * Bf16Arithmetic::kUnitRows;
-  kernels.paths_agree = true;
+  kernels.register_rows = kRegisterRows<Bf16Arithmetic>;
   return kernels;
 }();
 

@@ -118,7 +118,6 @@ const Kernels& kernels_of_level(std::int64_t level) {
 }
 
 std::int64_t cpu_register_rows(std::int64_t level) { return kernels_of_level(level).register_rows; }
-bool cpu_paths_agree(std::int64_t level) { return kernels_of_level(level).paths_agree; }
 
 bool cpu_threads_lost() { return threads_lost(); }
 
@@ -138,7 +137,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
   m.def("cpu_current_isa() -> int");
   m.def("cpu_set_isa(int level) -> ()");
   m.def("cpu_register_rows(int level) -> int");
-  m.def("cpu_paths_agree(int level) -> bool");
   m.def("cpu_threads_lost() -> bool");
 }
 
@@ -154,6 +152,5 @@ STABLE_TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, CompositeExplicitAutograd, m) {
   m.impl("cpu_current_isa", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_current_isa));
   m.impl("cpu_set_isa", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_set_isa));
   m.impl("cpu_register_rows", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_register_rows));
-  m.impl("cpu_paths_agree", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_paths_agree));
   m.impl("cpu_threads_lost", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_threads_lost));
 }

@@ -75,7 +75,6 @@ constexpr Kernels kPortableKernels = [] {
   kernels.scratch_bytes = sizeof(Scratch) + kMaxRows * kPanelRows * sizeof(float);
   kernels.max_rows = kMaxRows;
   kernels.register_rows = 0;
-  kernels.paths_agree = true;
   return kernels;
 }();
 

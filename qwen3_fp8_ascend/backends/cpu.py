@@ -138,11 +138,6 @@ def register_rows(name: str) -> int:
     return _OPS.cpu_register_rows(ISAS.index(name))
 
 
-def paths_agree(name: str) -> bool:
-    """Whether a row has the same bits in every batch on an instruction set; if not, on each side of `register_rows`."""
-    return _OPS.cpu_paths_agree(ISAS.index(name))
-
-
 def empty_bytes(shape: tuple[int, ...]) -> torch.Tensor:
     """Uninitialised bytes on 2 MiB pages where the system has them: without, reading weights is half as fast."""
     size = math.prod(shape)

@@ -359,7 +359,7 @@ def test_tensors_on_different_devices_are_refused(name: str, real: str) -> None:
 
 
 def test_there_is_no_level_beyond_the_last() -> None:
-    for function in (OPERATORS.cpu_register_rows, OPERATORS.cpu_paths_agree, OPERATORS.cpu_set_isa):
+    for function in (OPERATORS.cpu_register_rows, OPERATORS.cpu_set_isa):
         for level in (-1, len(cpu.ISAS), 2**62, -(2**63)):
             with pytest.raises(RuntimeError, match="instruction set"):
                 function(level)

@@ -124,21 +124,28 @@ DEFECTS: dict[str, tuple[Variant, Edit, str, str]] = {
         EXPERTS_THREADS,
         "ThreadSanitizer: data race",
     ),
-    "a path chosen for each expert": (
-        ADDRESS,
-        Edit("expert_shares.h", "    if (!kernels.paths_agree) return batch_path;\n", ""),
-        f"{EXPERTS}::test_bits_change_at_the_stated_limit_and_nowhere_else[amx-w8a8]",
-        "AssertionError",
-    ),
-    "a path chosen for each pass of a batch": (
+    "sums of few rows in another order": (
         ADDRESS,
         Edit(
-            "linear.cpp",
-            "linear_pass(kernels, path, part,",
-            "linear_pass(kernels, part.rows * terms <= kernels.register_rows ? Path::registers : path, part,",
+            "linear_avx512.h",
+            "top.pair0, x0);\n          partial[r][p][1] = dot_pair(partial[r][p][1], bottom.pair0, x0);\n"
+            "          partial[r][p][0] = dot_pair(partial[r][p][0], top.pair1, x1);",
+            "top.pair1, x1);\n          partial[r][p][1] = dot_pair(partial[r][p][1], bottom.pair0, x0);\n"
+            "          partial[r][p][0] = dot_pair(partial[r][p][0], top.pair0, x0);",
         ),
-        f"{DETERMINISM}::test_bits_change_at_the_stated_limit_and_nowhere_else[amx-w8a8-torch.bfloat16]",
-        "AssertionError: first and last row of 513",
+        f"{DETERMINISM}::test_bits_are_the_same_in_batches_of_any_size[avx512-w8a8-torch.bfloat16]",
+        "AssertionError: alone and among 13",
+    ),
+    "sums of two panels rounded once more": (
+        ADDRESS,
+        Edit(
+            "amx.cpp",
+            "_mm512_fmadd_ps(scaled, w_scale_[half / 2], _mm512_load_ps(sums_ + at))",
+            "Panels == 1 ? _mm512_fmadd_ps(scaled, w_scale_[half / 2], _mm512_load_ps(sums_ + at))\n"
+            ": _mm512_add_ps(_mm512_mul_ps(scaled, w_scale_[half / 2]), _mm512_load_ps(sums_ + at))",
+        ),
+        f"{EXPERTS}::test_bits_are_the_same_in_batches_of_any_size[amx-w8a8]",
+        "AssertionError: alone and among",
     ),
 }
 """Each with a test that passes without it, and what the sanitizer or the test must say with it."""
