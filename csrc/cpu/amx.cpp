@@ -17,6 +17,7 @@ constexpr int kTileStride = 64;
 constexpr int kActivationStride = kChunk * 2;  // bytes between rows
 constexpr int kVisitRows = 2 * kTile;          // the most of a visit to one panel; half as many to two
 constexpr std::int64_t kAmxRows = 512;
+constexpr std::int64_t kFewRows = 4;
 
 // A B tile: 32 k (as 16 pairs) of half a panel.
 using WeightTile = std::uint16_t[kTile][2 * kHalf];
@@ -35,16 +36,21 @@ constexpr int kChunkTiles = 2 * kChunk / kTileDepth;
 //
 // Half a ring is the best lead. A load that follows the store of a tile at once waits for all of it, so that scaling
 // does not begin at once. In longer batches the sums come from L2, and it takes more turns to load them.
-enum class Batch { of_16, of_32, longer };
+//
+// Up to 32 rows, the activations of the next chunk are asked for meanwhile; of few rows they are a few lines, and
+// asking for them costs more than it saves.
+enum class Batch { few, of_16, of_32, longer };
 
 template <Batch batch>
 struct Schedule {
+  static constexpr bool kOneRowTile = batch == Batch::few || batch == Batch::of_16;
   static constexpr bool kShared = batch == Batch::longer;  // whether a chunk of a panel has several visits
+  static constexpr bool kAsks = batch == Batch::of_16 || batch == Batch::of_32;
   static constexpr std::int64_t kGroupPanels = kShared ? 8 : 2;
   static constexpr std::int64_t kRing = kShared ? 2 * kChunkTiles : kChunkTiles;  // decoded tiles, a power of two
   static constexpr std::int64_t kLead = kRing / 2;        // tiles that decoding is ahead of their first use
   static constexpr std::int64_t kWait = kShared ? 2 : 4;  // turns of a visit before it scales the last one's sums
-  static constexpr std::int64_t kAhead = batch == Batch::of_16 ? 2048 : 768;  // bytes that codes are prefetched ahead
+  static constexpr std::int64_t kAhead = kOneRowTile ? 2048 : 768;  // bytes that codes are prefetched ahead
 };
 
 struct AmxScratch {
@@ -275,15 +281,19 @@ class Scaling {
 // those of the second panel or of the second 16 rows.
 //
 // Loads, products and vector work alternate as finely as this because the processor runs them in nearly this order: all
-// loads of a step first, then its products, takes up to a sixth more time.
+// loads of a step first, then its products, takes up to a sixth more time. `next` are activations to be asked for, or
+// null.
 template <int RowTiles, Batch batch, int Panels, class Decoder>
-[[gnu::always_inline]] inline void visit(const std::uint16_t* x, std::int64_t steps,
+[[gnu::always_inline]] inline void visit(const std::uint16_t* x, const std::uint16_t* next, std::int64_t steps,
                                          WeightStream<batch, Panels, Decoder>& weights, Scaling<Panels>& last,
                                          float* out) {
   static_assert(RowTiles * Panels <= 2, "C has four tiles");
   constexpr int kTurns = WeightStream<batch, Panels, Decoder>::kTurns;
   constexpr int kOutStride = Panels * kPanelRows * static_cast<int>(sizeof(float));
   constexpr std::int64_t kWait = Schedule<batch>::kWait;
+  constexpr int kLine = 64 / sizeof *next;
+  constexpr int kLines =
+      RowTiles * kTile * kChunk / kLine / (kTurns * kChunk / kTileDepth);  // to be asked for in a turn
   const std::int64_t turns = kTurns * steps - kWait;
   const std::int64_t rows_a_turn = turns > 0 ? ceil_div(last.rows(), turns) : 0;
   _tile_zero(0);
@@ -294,33 +304,39 @@ template <int RowTiles, Batch batch, int Panels, class Decoder>
   }
   for (std::int64_t step = 0; step < steps; ++step) {
     const std::int64_t tile = kTurns * step;
-    const auto scale = [&](int turn) {
+    const auto beside = [&](int turn) {
+      if (Schedule<batch>::kAsks && next != nullptr) {
+#pragma GCC unroll 16
+        for (int line = 0; line < kLines; ++line) {
+          _mm_prefetch(reinterpret_cast<const char*>(next + ((tile + turn) * kLines + line) * kLine), _MM_HINT_T0);
+        }
+      }
       if (tile + turn >= kWait) last.advance(rows_a_turn);
     };
     _tile_loadd(6, weights.tile(tile), kTileStride);
     _tile_loadd(4, x + step * kTileDepth, kActivationStride);
     _tile_dpbf16ps(0, 4, 6);
     weights.advance(0);
-    if constexpr (RowTiles == 1) scale(0);
+    if constexpr (RowTiles == 1) beside(0);
     _tile_loadd(7, weights.tile(tile + 1), kTileStride);
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (RowTiles == 2) {
-      scale(0);
+      beside(0);
       _tile_loadd(5, x + kTile * kChunk + step * kTileDepth, kActivationStride);
       _tile_dpbf16ps(2, 5, 6);
     }
     weights.advance(1);
     if constexpr (RowTiles == 2) _tile_dpbf16ps(3, 5, 7);
-    scale(1);
+    beside(1);
     if constexpr (Panels == 2) {
       _tile_loadd(6, weights.tile(tile + 2), kTileStride);
       _tile_dpbf16ps(2, 4, 6);
       weights.advance(2);
-      scale(2);
+      beside(2);
       _tile_loadd(7, weights.tile(tile + 3), kTileStride);
       _tile_dpbf16ps(3, 4, 7);
       weights.advance(3);
-      scale(3);
+      beside(3);
     }
   }
   last.finish();
@@ -356,12 +372,14 @@ void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int64_t en
       for (std::int64_t p = 0; p < panels; p += Panels) {
         float w_scale[Panels];
         for (int i = 0; i < Panels; ++i) w_scale[i] = w.scales_of(group + p + i)[w.depth.block_of(chunk)];
+        const bool ask = Schedule<batch>::kAsks && p + Panels >= panels;
+        const std::uint16_t* next = ask ? x.values_of(chunk + 1 < w.depth.chunks ? chunk + 1 : 0, 0) : nullptr;
         for (std::int64_t row = 0; row < x.rows; row += kVisitRows) {
           const std::int64_t rows = x.rows - row < kVisitRows ? x.rows - row : kVisitRows;
-          if (batch == Batch::of_16 || (batch == Batch::longer && rows <= kTile)) {
-            visit<1>(x.values_of(chunk, row), steps, weights, last, scratch.partial);
-          } else if constexpr (batch != Batch::of_16) {
-            visit<2>(x.values_of(chunk, row), steps, weights, last, scratch.partial);
+          if (Schedule<batch>::kOneRowTile || (Schedule<batch>::kShared && rows <= kTile)) {
+            visit<1>(x.values_of(chunk, row), next, steps, weights, last, scratch.partial);
+          } else if constexpr (!Schedule<batch>::kOneRowTile) {
+            visit<2>(x.values_of(chunk, row), next, steps, weights, last, scratch.partial);
           }
           last = Scaling<Panels>(scratch.partial, rows, x.scales_of(chunk, row), w_scale,
                                  scratch.sums[p] + row * Panels * kPanelRows);
@@ -377,16 +395,24 @@ void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int64_t en
   }
 }
 
+// Two panels at once, and a last one alone.
+template <Batch batch, class Decoder>
+void linear_in_pairs(const Problem& problem, std::int64_t begin, std::int64_t end, const Decoder& decode,
+                     AmxScratch& scratch) {
+  const std::int64_t pairs_end = end - (end - begin) % 2;
+  linear_in_tiles<batch, 2>(problem, begin, pairs_end, decode, scratch);
+  linear_in_tiles<batch, 1>(problem, pairs_end, end, decode, scratch);
+}
+
 void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* memory) {
   auto& scratch = *static_cast<AmxScratch*>(memory);
   const std::int64_t rows = problem.activation.rows;
   const TileSession session(rows < kTile ? rows : kTile);
   with_scaled_decoder(problem.weight, begin, end, [&](const auto& decode) {
-    if (rows > kVisitRows) return linear_in_tiles<Batch::longer, 1>(problem, begin, end, decode, scratch);
-    if (rows > kTile) return linear_in_tiles<Batch::of_32, 1>(problem, begin, end, decode, scratch);
-    const std::int64_t pairs_end = end - (end - begin) % 2;
-    linear_in_tiles<Batch::of_16, 2>(problem, begin, pairs_end, decode, scratch);
-    linear_in_tiles<Batch::of_16, 1>(problem, pairs_end, end, decode, scratch);
+    if (rows <= kFewRows) return linear_in_pairs<Batch::few>(problem, begin, end, decode, scratch);
+    if (rows <= kTile) return linear_in_pairs<Batch::of_16>(problem, begin, end, decode, scratch);
+    if (rows <= kVisitRows) return linear_in_tiles<Batch::of_32, 1>(problem, begin, end, decode, scratch);
+    return linear_in_tiles<Batch::longer, 1>(problem, begin, end, decode, scratch);
   });
 }
 
