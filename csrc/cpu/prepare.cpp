@@ -62,10 +62,10 @@ void prepare_block(const Kernels& kernels, const void* x, Dtype dtype, Quantizat
   const PowerScale power = quantize
                                ? PowerScale{power_of_two(-kernels.weight_exponent), group_scale(amax, quantization)}
                                : power_scale(amax, kernels.weight_exponent);
-  const std::int64_t first = block * depth.chunks_per_block;
-  for (std::int64_t chunk = first; chunk < first + ceil_div(count, kChunk); ++chunk) {
-    const std::int64_t length = depth.length_of(chunk);
-    const void* source = at(x, dtype, depth.start_of(chunk) - begin);
+  std::int64_t chunk = block * depth.chunks_per_block;
+  for (std::int64_t start = 0; start < count; start += kChunk, ++chunk) {
+    const std::int64_t length = std::min<std::int64_t>(kChunk, count - start);
+    const void* source = at(x, dtype, start);
     const std::int64_t place = chunk * out.capacity + row * out.terms;
     std::uint16_t* target = out.values + place * kChunk;
     if (quantize) {
@@ -73,9 +73,9 @@ void prepare_block(const Kernels& kernels, const void* x, Dtype dtype, Quantizat
     } else {
       kernels.split_values(source, dtype, length, power.factor, std::isfinite(amax), out.terms, target, kChunk);
     }
+    const std::int64_t tail = round_up(length, 32) - length;
     for (int term = 0; term < out.terms; ++term) {
-      std::uint16_t* tail = target + term * kChunk + length;
-      std::memset(tail, 0, static_cast<std::size_t>(round_up(length, 32) - length) * sizeof *tail);
+      if (tail > 0) std::memset(target + term * kChunk + length, 0, static_cast<std::size_t>(tail) * sizeof *target);
       out.scales[place + term] = power.scale;
     }
   }
