@@ -17,7 +17,6 @@ constexpr int kTileStride = 64;
 constexpr int kActivationStride = kChunk * 2;  // bytes between rows
 constexpr int kVisitRows = 2 * kTile;          // the most of a visit to one panel; half as many to two
 constexpr std::int64_t kAmxRows = 512;
-constexpr std::int64_t kFewRows = 4;
 
 // A B tile: 32 k (as 16 pairs) of half a panel.
 using WeightTile = std::uint16_t[kTile][2 * kHalf];
@@ -30,24 +29,27 @@ constexpr int kChunkTiles = 2 * kChunk / kTileDepth;
 // One visit takes all of a small batch. Every decoded tile is then used once, and a ring of eight is enough: what is
 // written over and over stays in L1, since it is cache lines on their way out of L1 that are dear. Two panels share the
 // activations of a chunk: up to 16 rows their registers, and their codes are read in turn, a quad each, since the
-// memory is faster at two places than at one; up to 32 rows, L1. Longer batches use a chunk of a panel many times, so
-// that the ring holds it and the next one, and eight panels share the activations of a chunk, which come from L3, while
-// they are in L2.
+// memory is faster at two places than at one; up to 32 rows, L1. The activations of the next chunk are asked for
+// meanwhile; of few rows they are a few lines, and asking for them costs more than it saves.
+//
+// Longer batches use a chunk of a panel many times, so that the ring holds it and the next one, and eight panels share
+// the activations of a chunk, which come from L3, while they are in L2. From there to L1 they are what takes longest:
+// in long batches, two panels visit each 32 rows one after the other. A short one has to decode too fast for that: the
+// ring, twice as large, would not stay in L1.
 //
 // Half a ring is the best lead. A load that follows the store of a tile at once waits for all of it, so that scaling
 // does not begin at once. In longer batches the sums come from L2, and it takes more turns to load them.
-//
-// Up to 32 rows, the activations of the next chunk are asked for meanwhile; of few rows they are a few lines, and
-// asking for them costs more than it saves.
-enum class Batch { few, of_16, of_32, longer };
+enum class Batch { upto_4, upto_16, upto_32, upto_128, longer };
 
 template <Batch batch>
 struct Schedule {
-  static constexpr bool kOneRowTile = batch == Batch::few || batch == Batch::of_16;
-  static constexpr bool kShared = batch == Batch::longer;  // whether a chunk of a panel has several visits
-  static constexpr bool kAsks = batch == Batch::of_16 || batch == Batch::of_32;
+  static constexpr bool kOneRowTile = batch == Batch::upto_4 || batch == Batch::upto_16;
+  // Whether a chunk of a panel has several visits.
+  static constexpr bool kShared = batch == Batch::upto_128 || batch == Batch::longer;
+  static constexpr bool kAsks = batch == Batch::upto_16 || batch == Batch::upto_32;
   static constexpr std::int64_t kGroupPanels = kShared ? 8 : 2;
-  static constexpr std::int64_t kRing = kShared ? 2 * kChunkTiles : kChunkTiles;  // decoded tiles, a power of two
+  static constexpr std::int64_t kTogether = batch == Batch::longer ? 2 : 1;           // panels that visit rows in turn
+  static constexpr std::int64_t kRing = (kShared ? 2 : 1) * kTogether * kChunkTiles;  // decoded tiles, a power of two
   static constexpr std::int64_t kLead = kRing / 2;        // tiles that decoding is ahead of their first use
   static constexpr std::int64_t kWait = kShared ? 2 : 4;  // turns of a visit before it scales the last one's sums
   static constexpr std::int64_t kAhead = kOneRowTile ? 2048 : 768;  // bytes that codes are prefetched ahead
@@ -109,7 +111,7 @@ class WeightStream {
     }
   }
 
-  // Tile `index` of the visit under way: half index % 2 of panel index / 2 % Panels at step index / kTurns.
+  // Tile `index` of those in use: half index % 2 of panel index / 2 % Panels at step index / kTurns.
   [[gnu::always_inline]] const WeightTile& tile(std::int64_t index) const { return at(first_ + index); }
 
   // To be called in each turn (of a step) of every visit: what is decoded keeps the lead.
@@ -124,7 +126,7 @@ class WeightStream {
     if (turn == kTurns - 1) next_step();
   }
 
-  // To be called after all visits to a chunk, which had that many tiles.
+  // To be called after all visits to so many tiles.
   [[gnu::always_inline]] void leave(std::int64_t tiles) { first_ += tiles; }
 
  private:
@@ -281,12 +283,12 @@ class Scaling {
 // those of the second panel or of the second 16 rows.
 //
 // Loads, products and vector work alternate as finely as this because the processor runs them in nearly this order: all
-// loads of a step first, then its products, takes up to a sixth more time. `next` are activations to be asked for, or
-// null.
+// loads of a step first, then its products, takes up to a sixth more time. `first` is the first of the visit's tiles.
+// `next` are activations to be asked for, or null.
 template <int RowTiles, Batch batch, int Panels, class Decoder>
 [[gnu::always_inline]] inline void visit(const std::uint16_t* x, const std::uint16_t* next, std::int64_t steps,
-                                         WeightStream<batch, Panels, Decoder>& weights, Scaling<Panels>& last,
-                                         float* out) {
+                                         std::int64_t first, WeightStream<batch, Panels, Decoder>& weights,
+                                         Scaling<Panels>& last, float* out) {
   static_assert(RowTiles * Panels <= 2, "C has four tiles");
   constexpr int kTurns = WeightStream<batch, Panels, Decoder>::kTurns;
   constexpr int kOutStride = Panels * kPanelRows * static_cast<int>(sizeof(float));
@@ -313,12 +315,12 @@ template <int RowTiles, Batch batch, int Panels, class Decoder>
       }
       if (tile + turn >= kWait) last.advance(rows_a_turn);
     };
-    _tile_loadd(6, weights.tile(tile), kTileStride);
+    _tile_loadd(6, weights.tile(first + tile), kTileStride);
     _tile_loadd(4, x + step * kTileDepth, kActivationStride);
     _tile_dpbf16ps(0, 4, 6);
     weights.advance(0);
     if constexpr (RowTiles == 1) beside(0);
-    _tile_loadd(7, weights.tile(tile + 1), kTileStride);
+    _tile_loadd(7, weights.tile(first + tile + 1), kTileStride);
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (RowTiles == 2) {
       beside(0);
@@ -329,11 +331,11 @@ template <int RowTiles, Batch batch, int Panels, class Decoder>
     if constexpr (RowTiles == 2) _tile_dpbf16ps(3, 5, 7);
     beside(1);
     if constexpr (Panels == 2) {
-      _tile_loadd(6, weights.tile(tile + 2), kTileStride);
+      _tile_loadd(6, weights.tile(first + tile + 2), kTileStride);
       _tile_dpbf16ps(2, 4, 6);
       weights.advance(2);
       beside(2);
-      _tile_loadd(7, weights.tile(tile + 3), kTileStride);
+      _tile_loadd(7, weights.tile(first + tile + 3), kTileStride);
       _tile_dpbf16ps(3, 4, 7);
       weights.advance(3);
       beside(3);
@@ -357,6 +359,7 @@ template <Batch batch, int Panels, class Decoder>
 void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int64_t end, const Decoder& decode,
                      AmxScratch& scratch) {
   if (begin == end) return;
+  constexpr std::int64_t kWidth = Panels > Schedule<batch>::kTogether ? Panels : Schedule<batch>::kTogether;
   const Weight& w = problem.weight;
   const Activation& x = problem.activation;
   WeightStream<batch, Panels, Decoder> weights(decode, w, begin, end, ceil_div(x.rows, kVisitRows), scratch.ring);
@@ -369,22 +372,27 @@ void linear_in_tiles(const Problem& problem, std::int64_t begin, std::int64_t en
     Scaling<Panels> last;
     for (std::int64_t chunk = 0; chunk < w.depth.chunks; ++chunk) {
       const std::int64_t steps = ceil_div(w.depth.length_of(chunk), kTileDepth);
-      for (std::int64_t p = 0; p < panels; p += Panels) {
-        float w_scale[Panels];
-        for (int i = 0; i < Panels; ++i) w_scale[i] = w.scales_of(group + p + i)[w.depth.block_of(chunk)];
-        const bool ask = Schedule<batch>::kAsks && p + Panels >= panels;
+      const std::int64_t block = w.depth.block_of(chunk);
+      for (std::int64_t first = 0; first < panels; first += kWidth) {
+        const std::int64_t stop = first + kWidth < panels ? first + kWidth : panels;
+        const bool ask = Schedule<batch>::kAsks && stop == panels;
         const std::uint16_t* next = ask ? x.values_of(chunk + 1 < w.depth.chunks ? chunk + 1 : 0, 0) : nullptr;
         for (std::int64_t row = 0; row < x.rows; row += kVisitRows) {
           const std::int64_t rows = x.rows - row < kVisitRows ? x.rows - row : kVisitRows;
-          if (Schedule<batch>::kOneRowTile || (Schedule<batch>::kShared && rows <= kTile)) {
-            visit<1>(x.values_of(chunk, row), next, steps, weights, last, scratch.partial);
-          } else if constexpr (!Schedule<batch>::kOneRowTile) {
-            visit<2>(x.values_of(chunk, row), next, steps, weights, last, scratch.partial);
+          for (std::int64_t p = first; p < stop; p += Panels) {
+            const std::int64_t tile = 2 * (p - first) * steps;
+            if (Schedule<batch>::kOneRowTile || (Schedule<batch>::kShared && rows <= kTile)) {
+              visit<1>(x.values_of(chunk, row), next, steps, tile, weights, last, scratch.partial);
+            } else if constexpr (!Schedule<batch>::kOneRowTile) {
+              visit<2>(x.values_of(chunk, row), next, steps, tile, weights, last, scratch.partial);
+            }
+            float w_scale[Panels];
+            for (int i = 0; i < Panels; ++i) w_scale[i] = w.scales_of(group + p + i)[block];
+            last = Scaling<Panels>(scratch.partial, rows, x.scales_of(chunk, row), w_scale,
+                                   scratch.sums[p] + row * Panels * kPanelRows);
           }
-          last = Scaling<Panels>(scratch.partial, rows, x.scales_of(chunk, row), w_scale,
-                                 scratch.sums[p] + row * Panels * kPanelRows);
         }
-        weights.leave(2 * Panels * steps);
+        weights.leave(2 * (stop - first) * steps);
       }
     }
     last.finish();
@@ -409,9 +417,10 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
   const std::int64_t rows = problem.activation.rows;
   const TileSession session(rows < kTile ? rows : kTile);
   with_scaled_decoder(problem.weight, begin, end, [&](const auto& decode) {
-    if (rows <= kFewRows) return linear_in_pairs<Batch::few>(problem, begin, end, decode, scratch);
-    if (rows <= kTile) return linear_in_pairs<Batch::of_16>(problem, begin, end, decode, scratch);
-    if (rows <= kVisitRows) return linear_in_tiles<Batch::of_32, 1>(problem, begin, end, decode, scratch);
+    if (rows <= 4) return linear_in_pairs<Batch::upto_4>(problem, begin, end, decode, scratch);
+    if (rows <= kTile) return linear_in_pairs<Batch::upto_16>(problem, begin, end, decode, scratch);
+    if (rows <= kVisitRows) return linear_in_tiles<Batch::upto_32, 1>(problem, begin, end, decode, scratch);
+    if (rows <= 128) return linear_in_tiles<Batch::upto_128, 1>(problem, begin, end, decode, scratch);
     return linear_in_tiles<Batch::longer, 1>(problem, begin, end, decode, scratch);
   });
 }
