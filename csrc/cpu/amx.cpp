@@ -52,7 +52,7 @@ struct Schedule {
   static constexpr std::int64_t kRing = (kShared ? 2 : 1) * kTogether * kChunkTiles;  // decoded tiles, a power of two
   static constexpr std::int64_t kLead = kRing / 2;        // tiles that decoding is ahead of their first use
   static constexpr std::int64_t kWait = kShared ? 2 : 4;  // turns of a visit before it scales the last one's sums
-  static constexpr std::int64_t kAhead = kOneRowTile ? 2048 : 768;  // bytes that codes are prefetched ahead
+  static constexpr std::int64_t kAhead = kOneRowTile ? 2048 : 832;  // bytes that codes are prefetched ahead
 };
 
 struct AmxScratch {
