@@ -85,10 +85,9 @@ class TileSession {
   TileSession& operator=(const TileSession&) = delete;
 };
 
-// The B tiles of a range of panels in the order of their use, `Panels` panels at once, decoded turn by turn into a
-// ring.
+// The B tiles of a range of panels in the order of their use, `Panels` at once, decoded turn by turn into a ring.
 //
-// Always inlined: its state and the decoder's constants have to stay in registers.
+// Always inlined, and nothing gets its address: its state and the decoder's constants have to stay in registers.
 template <Batch batch, int Panels, class Decoder>
 class WeightStream {
  public:

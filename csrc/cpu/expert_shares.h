@@ -76,7 +76,7 @@ struct Manner {
   Quantization quantization;
   int terms;
 
-  // The most.
+  // The most rows of x in a task: whole tiles.
   std::int64_t rows_of_task() const { return kernels.max_rows / terms / kTileRows * kTileRows; }
 };
 
