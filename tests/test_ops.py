@@ -293,6 +293,77 @@ def test_refused_activations(x: torch.Tensor, bias: torch.Tensor | None, said: s
         ops.block_linear(x, _pack(), bias)  # type: ignore[arg-type]
 
 
+def _outcome(x: torch.Tensor, packed: ops.PackedWeight, bias: torch.Tensor | None, activation: Activation) -> Any:
+    try:
+        return ops.block_linear(x, packed, bias, activation)
+    except BlockFp8Error as error:
+        return str(error)
+
+
+def _strided(t: torch.Tensor) -> torch.Tensor:
+    return torch.stack([t, t], dim=-1)[..., 0]
+
+
+ACTIVATIONS_IN_SOME_FORM: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "as it is": lambda x: x,
+    "rows apart": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    "numbers apart": _strided,
+    "one dimension": lambda x: x[0] if len(x) else x.new_zeros(x.shape[1]),
+    "three dimensions": lambda x: x[None],
+    "no row": lambda x: x[:0],
+    "a column less": lambda x: x[:, 1:],
+    "int32": lambda x: x.int(),
+    "fp64": lambda x: x.double(),
+    "sparse": lambda x: x.to_sparse(),
+    "on no device": lambda x: x.to("meta"),
+}
+BIASES_IN_SOME_FORM: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
+    "none": lambda b: None,
+    "as it is": lambda b: b,
+    "numbers apart": _strided,
+    "fp64": lambda b: b.double(),
+    "one more": lambda b: torch.cat([b, b.new_zeros(1)]),
+    "two dimensions": lambda b: b[None],
+    "sparse": lambda b: b.to_sparse(),
+    "on no device": lambda b: b.to("meta"),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("x_form", ACTIVATIONS_IN_SOME_FORM)
+@pytest.mark.parametrize("bias_form", BIASES_IN_SOME_FORM)
+def test_without_gradients_the_same_is_computed_and_refused(backend: str, x_form: str, bias_form: str) -> None:
+    """A backend that checks its operands itself is asked before `ops` looks at them."""
+    for m, n, k, activation in (
+        (2, 40, 130, Activation.W8A8),
+        (1, 0, 64, Activation.W8A16),
+        (3, 40, 0, Activation.W8A8),
+    ):
+        problem = random_problem(m, (n,), k).to(PLACE)
+        packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, backend)
+        x = ACTIVATIONS_IN_SOME_FORM[x_form](problem.x)
+        bias = BIASES_IN_SOME_FORM[bias_form](torch.ones(n, device=PLACE))
+        want = _outcome(x, packed, bias, activation)
+        with torch.no_grad():
+            got = _outcome(x, packed, bias, activation)
+        assert got == want if isinstance(want, str) else got.shape == want.shape and torch.equal(got, want)
+
+
+@pytest.mark.skipif(PLACE.type != "cpu", reason="of the backends on this device none checks its operands itself")
+@pytest.mark.parametrize(("m", "n", "k"), [(2, 40, 130), (0, 40, 64), (2, 0, 64), (2, 40, 0)])
+def test_a_backend_that_checks_its_operands_is_asked_at_once(
+    m: int, n: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = random_problem(m, (n,), k)
+    packed = ops.pack_weight(problem.weight, problem.scale, problem.grid, "cpu")
+    want = ops.block_linear(problem.x, packed)
+    monkeypatch.delattr("qwen3_fp8_ascend.ops.dense._checked_linear")
+    with torch.no_grad():
+        assert torch.equal(ops.block_linear(problem.x, packed), want)
+        with pytest.raises(NameError, match="_checked_linear"):
+            ops.block_linear(problem.x.double(), packed)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("block_k", [0, -1, 1 << 63, 1 << 70, 128.0, "128", True, None])
 def test_refused_group_sizes(backend: str, block_k: object) -> None:

@@ -1,6 +1,5 @@
 // torch.ops.qwen3_fp8_ascend.cpu_grouped_linear, cpu_silu_product, cpu_block_experts: argument checks, registration.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <string>
@@ -69,8 +68,7 @@ Tensor cpu_grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, 
     if (end_of[expert] > before) require_same_panels(weights, expert, "");
     before = end_of[expert];
   }
-  const std::int64_t shape[2] = {rows.rows, n};
-  Tensor y = torch::stable::empty({shape, 2}, x.scalar_type(), std::nullopt, x.device());
+  Tensor y = empty_matrix(rows.rows, n, x.scalar_type());
   grouped_linear(rows, weights, end_of, require_quantization(quantization), y.mutable_data_ptr(), n);
   return y;
 }
@@ -79,8 +77,7 @@ Tensor cpu_silu_product(Tensor x) {
   const Rows rows = rows_of(x);
   require(x.size(1) % 2 == 0, "x must have as many columns of gate as of up, got ", x.size(1), " in all");
   const std::int64_t half = x.size(1) / 2;
-  const std::int64_t shape[2] = {rows.rows, half};
-  Tensor out = torch::stable::empty({shape, 2}, x.scalar_type(), std::nullopt, x.device());
+  Tensor out = empty_matrix(rows.rows, half, x.scalar_type());
   silu_products(rows, half, out.mutable_data_ptr());
   return out;
 }
@@ -136,8 +133,7 @@ Tensor cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w
     require_same_panels(w13, expert, "w13_");
     require_same_panels(w2, expert, "w2_");
   }
-  const std::int64_t shape[2] = {rows.rows, hidden};
-  Tensor out = torch::stable::empty({shape, 2}, x.scalar_type(), std::nullopt, x.device());
+  Tensor out = empty_matrix(rows.rows, hidden, x.scalar_type());
   const Routing routing{topk_weights.const_data_ptr<float>(), experts.data(), topk_weights.size(1)};
   block_experts(rows, w13, w2, segments, routing, require_quantization(quantization), out.mutable_data_ptr(), hidden);
   return out;

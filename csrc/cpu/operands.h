@@ -39,6 +39,16 @@ inline Dtype require_float(ScalarType type, const char* name) {
   return *dtype;
 }
 
+// A result of (rows, columns), not yet written. torch::stable::empty would look an operator up by its name in each call.
+inline Tensor empty_matrix(std::int64_t rows, std::int64_t columns, ScalarType dtype) {
+  const std::int64_t sizes[2] = {rows, columns};
+  const std::int64_t strides[2] = {columns > 0 ? columns : 1, 1};
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, static_cast<std::int32_t>(dtype),
+                                                  aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 // e4m3 codes, as such or as bytes.
 inline void require_codes(const Tensor& tensor, const char* name, std::int64_t dim) {
   require_cpu(tensor, name, dim);

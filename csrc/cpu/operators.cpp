@@ -1,7 +1,6 @@
 // torch.ops.qwen3_fp8_ascend.cpu_*: argument checks and registration, through torch's stable ABI only, so that one
 // library serves every Python and every torch since 2.10.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
@@ -58,8 +57,7 @@ Tensor cpu_block_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, st
     require_memory(*bias, "bias", n);
     bias_data = bias->const_data_ptr();
   }
-  const std::int64_t shape[2] = {x.size(0), n};
-  Tensor y = torch::stable::empty({shape, 2}, x.scalar_type(), std::nullopt, x.device());
+  Tensor y = empty_matrix(x.size(0), n, x.scalar_type());
   const Weight weight{codes.const_data_ptr<std::uint8_t>(), scales.const_data_ptr<float>(), table, panels.size(0),
                       depth};
   block_linear(rows, weight, require_quantization(quantization),
@@ -73,10 +71,8 @@ std::tuple<Tensor, Tensor> cpu_quantize_activation(Tensor x, std::int64_t block_
   const Quantization how = require_quantization(quantization);
   require(how != Quantization::none, "quantization must be 1 or 2 where x is quantized, got ", quantization);
   const std::int64_t k = x.size(1);
-  const std::int64_t codes_shape[2] = {rows.rows, k};
-  const std::int64_t scale_shape[2] = {rows.rows, ceil_div(k, block_k)};
-  Tensor codes = torch::stable::empty({codes_shape, 2}, ScalarType::Float8_e4m3fn, std::nullopt, x.device());
-  Tensor scale = torch::stable::empty({scale_shape, 2}, ScalarType::Float, std::nullopt, x.device());
+  Tensor codes = empty_matrix(rows.rows, k, ScalarType::Float8_e4m3fn);
+  Tensor scale = empty_matrix(rows.rows, ceil_div(k, block_k), ScalarType::Float);
   quantize_activation(rows, k, block_k, how, static_cast<std::uint8_t*>(codes.mutable_data_ptr()),
                       scale.mutable_data_ptr<float>());
   return {codes, scale};
@@ -97,8 +93,7 @@ Tensor cpu_dequantize_weight(Tensor weight, Tensor scales, Tensor scale_rows, st
     require(rows[i] >= 0 && rows[i] < scales.size(0), "scale_rows[", i, "] is ", rows[i], " of ", scales.size(0));
   }
   const Dtype out_dtype = require_float(dtype, "dtype");
-  const std::int64_t shape[2] = {n, k};
-  Tensor out = torch::stable::empty({shape, 2}, dtype, std::nullopt, weight.device());
+  Tensor out = empty_matrix(n, k, dtype);
   dequantize_weight(static_cast<const std::uint8_t*>(weight.const_data_ptr()), n, k, scales.const_data_ptr<float>(),
                     rows, block_k, out_dtype, out.mutable_data_ptr());
   return out;

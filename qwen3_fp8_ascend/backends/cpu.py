@@ -253,4 +253,5 @@ BACKEND = Backend(
     detail=isa,
     plan=plan,
     levels=levels,
+    checks_operands=True,
 )

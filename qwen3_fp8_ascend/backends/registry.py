@@ -95,6 +95,9 @@ class Backend:
     max_scale: the largest block scale it can represent.
     levels: kernels for several processors that this machine can all run, from the lowest to the best: the name of each,
     as `detail` has it, and the environment of a process that is to use it.
+    checks_operands: `linear` computes any x (m, k) and weight, empty ones too, and raises a RuntimeError for operands
+    that `ops.block_linear` would refuse, other than for gradients, or would change. `ops` then asks in Python only when
+    it has refused: while the caches hold nothing but the last weight, those questions take longer than the call itself.
     """
 
     name: str
@@ -120,6 +123,7 @@ class Backend:
     plan: Callable[[], tuple[tuple[str, str], ...]] | None = None
     max_scale: float = math.inf
     levels: Callable[[], Mapping[str, Mapping[str, str]]] = dict
+    checks_operands: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from qwen3_fp8_ascend.backends.gradients import refuse_gradients
 from qwen3_fp8_ascend.backends.registry import LOADED, PackedWeight, select_backend
@@ -139,6 +140,18 @@ def block_linear(
             not compute, or a gradient is wanted (`refuse_gradients`).
     Semantics and source: `qwen3_fp8_ascend.reference.block_linear`, up to the order of fp32 additions.
     """
+    backend = LOADED[packed.backend]
+    if backend.checks_operands and x.dim() == 2 and not torch.is_grad_enabled() and not is_dynamo_compiling():
+        try:
+            return backend.linear(x, packed, bias, parsed_activation(activation))
+        except RuntimeError:
+            pass  # the checks below say what is wrong, or change what the backend does not take as it is
+    return _checked_linear(x, packed, bias, activation)
+
+
+def _checked_linear(
+    x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None, activation: Activation | str
+) -> torch.Tensor:
     check_activation(x)
     activation = parsed_activation(activation)
     if x.shape[-1] != packed.k:
@@ -161,7 +174,7 @@ def block_linear(
     else:
         out = rows.new_zeros(rows.shape[0], packed.n)
         out = out if bias is None else out + bias.to(out.dtype)
-    return out.reshape(*x.shape[:-1], packed.n)
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], packed.n)
 
 
 def _choose(
