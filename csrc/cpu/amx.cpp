@@ -14,6 +14,7 @@ namespace {
 constexpr int kTile = 16;       // rows of a tile register; 64 bytes each
 constexpr int kTileDepth = 32;  // k of a tile of bf16
 constexpr int kTileStride = 64;
+constexpr int kLine = 64;                      // bytes of a cache line
 constexpr int kActivationStride = kChunk * 2;  // bytes between rows
 constexpr int kVisitRows = 2 * kTile;          // the most of a visit to one panel; half as many to two
 constexpr std::int64_t kAmxRows = 512;
@@ -29,8 +30,10 @@ constexpr int kChunkTiles = 2 * kChunk / kTileDepth;
 // One visit takes all of a small batch. Every decoded tile is then used once, and a ring of eight is enough: what is
 // written over and over stays in L1, since it is cache lines on their way out of L1 that are dear. Two panels share the
 // activations of a chunk: up to 16 rows their registers, and their codes are read in turn, a quad each, since the
-// memory is faster at two places than at one; up to 32 rows, L1. The activations of the next chunk are asked for
-// meanwhile; of few rows they are a few lines, and asking for them costs more than it saves.
+// memory is faster at two places than at one; up to 32 rows, L1. There a chunk of a panel is a page of codes, at whose
+// end the processor's own prefetching stops: it is set going on the panel's next page when this one begins. The
+// activations of the next chunk are asked for meanwhile; of few rows they are a few lines, and asking for them costs
+// more than it saves.
 //
 // Longer batches use a chunk of a panel many times, so that the ring holds it and the next one, and eight panels share
 // the activations of a chunk, which come from L3, while they are in L2. From there to L1 they are what takes longest:
@@ -53,6 +56,8 @@ struct Schedule {
   static constexpr std::int64_t kLead = kRing / 2;        // tiles that decoding is ahead of their first use
   static constexpr std::int64_t kWait = kShared ? 2 : 4;  // turns of a visit before it scales the last one's sums
   static constexpr std::int64_t kAhead = kOneRowTile ? 2048 : 832;  // bytes that codes are prefetched ahead
+  // Lines of a panel's next chunk that are asked for when this one begins.
+  static constexpr int kEarlyLines = batch == Batch::upto_32 ? 4 : 0;
 };
 
 struct AmxScratch {
@@ -171,6 +176,11 @@ class WeightStream {
   [[gnu::always_inline]] void open_panel() {
     source_ = chunk_source_ + panel_ * panel_bytes_;
     quads_ = chunk_quads_;
+    const std::uint8_t* next = source_ + chunk_quads_ * kQuadBytes + past_end_;
+#pragma GCC unroll 4
+    for (int line = 0; line < Schedule<batch>::kEarlyLines; ++line) {
+      _mm_prefetch(reinterpret_cast<const char*>(next + line * kLine), _MM_HINT_T1);
+    }
   }
 
   [[gnu::always_inline]] void decode_turn(int turn) {
@@ -292,9 +302,9 @@ template <int RowTiles, Batch batch, int Panels, class Decoder>
   constexpr int kTurns = WeightStream<batch, Panels, Decoder>::kTurns;
   constexpr int kOutStride = Panels * kPanelRows * static_cast<int>(sizeof(float));
   constexpr std::int64_t kWait = Schedule<batch>::kWait;
-  constexpr int kLine = 64 / sizeof *next;
+  constexpr int kLineNumbers = kLine / sizeof *next;
   constexpr int kLines =
-      RowTiles * kTile * kChunk / kLine / (kTurns * kChunk / kTileDepth);  // to be asked for in a turn
+      RowTiles * kTile * kChunk / kLineNumbers / (kTurns * kChunk / kTileDepth);  // to be asked for in a turn
   const std::int64_t turns = kTurns * steps - kWait;
   const std::int64_t rows_a_turn = turns > 0 ? ceil_div(last.rows(), turns) : 0;
   _tile_zero(0);
@@ -309,7 +319,8 @@ template <int RowTiles, Batch batch, int Panels, class Decoder>
       if (Schedule<batch>::kAsks && next != nullptr) {
 #pragma GCC unroll 16
         for (int line = 0; line < kLines; ++line) {
-          _mm_prefetch(reinterpret_cast<const char*>(next + ((tile + turn) * kLines + line) * kLine), _MM_HINT_T0);
+          _mm_prefetch(reinterpret_cast<const char*>(next + ((tile + turn) * kLines + line) * kLineNumbers),
+                       _MM_HINT_T0);
         }
       }
       if (tile + turn >= kWait) last.advance(rows_a_turn);
