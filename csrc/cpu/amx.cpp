@@ -30,10 +30,11 @@ constexpr int kChunkTiles = 2 * kChunk / kTileDepth;
 // One visit takes all of a small batch. Every decoded tile is then used once, and a ring of eight is enough: what is
 // written over and over stays in L1, since it is cache lines on their way out of L1 that are dear. Two panels share the
 // activations of a chunk: up to 16 rows their registers, and their codes are read in turn, a quad each, since the
-// memory is faster at two places than at one; up to 32 rows, L1. There a chunk of a panel is a page of codes, at whose
-// end the processor's own prefetching stops: it is set going on the panel's next page when this one begins. The
-// activations of the next chunk are asked for meanwhile; of few rows they are a few lines, and asking for them costs
-// more than it saves.
+// memory is faster at two places than at one; up to 32 rows, L1. The activations of the next chunk are asked for
+// meanwhile; of few rows they are a few lines, and asking for them costs more than it saves.
+//
+// A chunk of a panel is a page of codes, and at a page's end the processor's own prefetching stops. It is set going on
+// the panel's next page when this one begins.
 //
 // Longer batches use a chunk of a panel many times, so that the ring holds it and the next one, and eight panels share
 // the activations of a chunk, which come from L3, while they are in L2. From there to L1 they are what takes longest:
@@ -55,9 +56,9 @@ struct Schedule {
   static constexpr std::int64_t kRing = (kShared ? 2 : 1) * kTogether * kChunkTiles;  // decoded tiles, a power of two
   static constexpr std::int64_t kLead = kRing / 2;        // tiles that decoding is ahead of their first use
   static constexpr std::int64_t kWait = kShared ? 2 : 4;  // turns of a visit before it scales the last one's sums
-  static constexpr std::int64_t kAhead = kOneRowTile ? 2048 : 832;  // bytes that codes are prefetched ahead
+  static constexpr std::int64_t kAhead = kOneRowTile ? 1856 : 832;  // bytes that codes are prefetched ahead
   // Lines of a panel's next chunk that are asked for when this one begins.
-  static constexpr int kEarlyLines = batch == Batch::upto_32 ? 4 : 0;
+  static constexpr int kEarlyLines = kShared ? 0 : kOneRowTile ? 2 : 4;
 };
 
 struct AmxScratch {
@@ -176,10 +177,12 @@ class WeightStream {
   [[gnu::always_inline]] void open_panel() {
     source_ = chunk_source_ + panel_ * panel_bytes_;
     quads_ = chunk_quads_;
-    const std::uint8_t* next = source_ + chunk_quads_ * kQuadBytes + past_end_;
+    for (int panel = 0; panel < Panels; ++panel) {
+      const std::uint8_t* next = source_ + panel * panel_bytes_ + chunk_quads_ * kQuadBytes + past_end_;
 #pragma GCC unroll 4
-    for (int line = 0; line < Schedule<batch>::kEarlyLines; ++line) {
-      _mm_prefetch(reinterpret_cast<const char*>(next + line * kLine), _MM_HINT_T1);
+      for (int line = 0; line < Schedule<batch>::kEarlyLines; ++line) {
+        _mm_prefetch(reinterpret_cast<const char*>(next + line * kLine), _MM_HINT_T1);
+      }
     }
   }
 
