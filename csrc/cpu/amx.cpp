@@ -14,7 +14,6 @@ namespace {
 constexpr int kTile = 16;       // rows of a tile register; 64 bytes each
 constexpr int kTileDepth = 32;  // k of a tile of bf16
 constexpr int kTileStride = 64;
-constexpr int kLine = 64;                      // bytes of a cache line
 constexpr int kActivationStride = kChunk * 2;  // bytes between rows
 constexpr int kVisitRows = 2 * kTile;          // the most of a visit to one panel; half as many to two
 constexpr std::int64_t kAmxRows = 512;

@@ -24,11 +24,14 @@ constexpr std::int64_t kPanelsTogether = 4;  // as many as the gate or the up pr
 // as fp32. AMD's cores convert beside their multipliers, and storing and loading costs more until tiles are many.
 struct Zen {
   static constexpr std::int64_t kRowsWithoutKeeping = 32;
+  static constexpr int kChunksEarly = 0;
 };
 
-// Intel's convert where they multiply.
+// Intel's convert where they multiply. Their own prefetching ends with a page, which a chunk of a panel is: it is set
+// going on a page so many chunks before.
 struct Intel {
   static constexpr std::int64_t kRowsWithoutKeeping = kTileRows;
+  static constexpr int kChunksEarly = 6;
 };
 
 // Processors take a load to depend on a store before it whose address ends in the same 12 bits. While one strip is read
@@ -90,6 +93,27 @@ class Walk {
   std::int64_t block_ = 0;
 };
 
+// Where Core::kChunksEarly is not 0: asks for the first lines of the chunk that is so many behind another.
+template <class Core>
+class EarlyLines {
+ public:
+  explicit EarlyLines(const Walk& now) : early_(now) {
+    for (int chunk = 0; chunk < Core::kChunksEarly && !early_.ended(); ++chunk) early_.advance();
+  }
+
+  void advance() {
+    if (Core::kChunksEarly == 0 || early_.ended()) return;
+    for (int line = 0; line < kLines; ++line) {
+      _mm_prefetch(reinterpret_cast<const char*>(early_.codes() + line * kLine), _MM_HINT_T1);
+    }
+    early_.advance();
+  }
+
+ private:
+  static constexpr int kLines = 4;
+  Walk early_;
+};
+
 void widen_activations(const Activation& x, const Walk& now, float (*out)[kChunk]) {
   for (std::int64_t row = 0; row < x.rows; ++row) {
     load_run(x.values_of(now.chunk(), row), Dtype::bf16, 0, 4 * now.quads(), out[row]);
@@ -120,11 +144,13 @@ void multiply_rows(const Operands& o, std::int64_t rows, const std::uint16_t* ha
   }
 }
 
+template <class Core>
 void multiply_one(const Problem& problem, Walk now, Scratch& scratch) {
   if (now.ended()) return;
   Walk next = now;
   next.advance();
-  for (; !now.ended(); now.advance()) {
+  EarlyLines<Core> early(now);
+  for (; !now.ended(); now.advance(), early.advance()) {
     if (now.panel() == 0) widen_activations(problem.activation, now, scratch.x);
     const Operands o = operands(now, problem.activation, scratch);
     const Prefetch prefetch{next.ended() ? now.codes() : next.codes()};
@@ -148,7 +174,8 @@ void multiply_panels(const Problem& problem, Walk now, Scratch& scratch) {
   next.advance();
   Walk later = next;
   if (!later.ended()) later.advance();
-  for (; !now.ended(); now.advance()) {
+  EarlyLines<Core> early(now);
+  for (; !now.ended(); now.advance(), early.advance()) {
     if (now.panel() == 0) widen_activations(x, now, scratch.x);
     // Where nothing comes later, codes that are in the cache.
     const std::uint8_t* ahead = later.ended() ? now.codes() : later.codes();
@@ -185,7 +212,7 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
     }
     const Walk start(problem.weight, first, panels);
     if (x.rows == 1) {
-      multiply_one(problem, start, scratch);
+      multiply_one<Core>(problem, start, scratch);
     } else if (x.rows <= kFewRows) {
       multiply_panels<Core, 4>(problem, start, scratch);
     } else {

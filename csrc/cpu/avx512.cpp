@@ -16,6 +16,7 @@ struct Zen {
   static constexpr int kWeightExponent = 0;
   static constexpr int kPairedRows = 0;
   static constexpr int kAhead = 2 * kChunk * kPanelRows;
+  static constexpr int kEarlyLines = 0;
 
   template <class Body>
   static void with_decoder(const Weight&, std::int64_t, std::int64_t, const Body& body) {
@@ -24,11 +25,13 @@ struct Zen {
 };
 
 // Intel's: byte permutations are several operations, so that arithmetic decodes; pages that are far ahead come no
-// sooner than half a page does. Few rows take two panels together: the memory then has two places to read from.
+// sooner than half a page does; but the processor's own prefetching, which ends with a page, is set going on each
+// of them early. Few rows take two panels together: the memory then has two places to read from.
 struct Intel {
   static constexpr int kWeightExponent = ArithmeticDecoder::kExponent;
   static constexpr int kPairedRows = 4;  // four sums for each row
   static constexpr int kAhead = kChunk * kPanelRows / 2;
+  static constexpr int kEarlyLines = 2;
 
   template <class Body>
   static void with_decoder(const Weight& weight, std::int64_t begin, std::int64_t end, const Body& body) {
@@ -45,11 +48,11 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
     }
     if constexpr (Core::kPairedRows > 0) {
       if (problem.activation.rows <= Core::kPairedRows) {
-        linear_in_registers<Core::kPairedRows, 2, Core::kAhead>(problem, begin, end, decode);
+        linear_in_registers<Core::kPairedRows, 2, Core>(problem, begin, end, decode);
         return;
       }
     }
-    linear_in_registers<kRegisterRows, 1, Core::kAhead>(problem, begin, end, decode);
+    linear_in_registers<kRegisterRows, 1, Core>(problem, begin, end, decode);
   });
 }
 

@@ -44,6 +44,9 @@ constexpr int kQuadBytes = 4 * kPanelRows;
 // Kernels walk k in chunks of at most this many, none of which crosses a scale block.
 constexpr int kChunk = 128;
 
+// Bytes of a cache line: what one prefetch asks for.
+constexpr int kLine = 64;
+
 // The most columns of a weight; far from where the arithmetic of sizes would overflow.
 constexpr std::int64_t kMostColumns = std::int64_t{1} << 40;
 

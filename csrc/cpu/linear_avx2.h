@@ -16,7 +16,6 @@ namespace qwen3_fp8_ascend::cpu {
 namespace {
 
 constexpr int kTileRows = 6;
-constexpr int kLine = 64;
 
 [[gnu::always_inline]] inline void prefetch(const std::uint8_t* codes) {
   _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T0);

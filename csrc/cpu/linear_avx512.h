@@ -33,9 +33,10 @@ inline std::int32_t load_pair(const std::uint16_t* values) {
   return pair;
 }
 
-// All activation rows (exactly `Rows`) times `Panels` panels, whose codes are prefetched `Ahead` bytes before use: past
-// a panel's end those of the panel that takes its place, not those of its neighbour, which are read beside it.
-template <int Rows, int Panels, int Ahead, class Decoder>
+// All activation rows (exactly `Rows`) times `Panels` panels, whose codes are prefetched Core::kAhead bytes before use,
+// and the first lines of a chunk when the one before it begins. Past a panel's end follows the panel that takes its
+// place, not its neighbour, which is read beside it.
+template <int Rows, int Panels, class Core, class Decoder>
 void multiply_in_registers(const Problem& problem, std::int64_t panel, const Decoder& decode) {
   const Weight& w = problem.weight;
   const Activation& x = problem.activation;
@@ -53,14 +54,24 @@ void multiply_in_registers(const Problem& problem, std::int64_t panel, const Dec
     const std::uint16_t* values = x.values_of(chunk, 0);
     const std::int64_t quads = (w.depth.length_of(chunk) + 3) / 4;
     const std::int64_t offset = w.depth.start_of(chunk) * kPanelRows;
+    const auto past_end = [&](std::int64_t at) { return at < panel_bytes ? 0 : (Panels - 1) * panel_bytes; };
+    const std::int64_t next_chunk = offset + quads * kQuadBytes;
+#pragma GCC unroll 2
+    for (int p = 0; p < Panels; ++p) {
+      const std::uint8_t* next = codes[p] + next_chunk + past_end(next_chunk);
+#pragma GCC unroll 2
+      for (int line = 0; line < Core::kEarlyLines; ++line) {
+        _mm_prefetch(reinterpret_cast<const char*>(next + line * kLine), _MM_HINT_T1);
+      }
+    }
     for (std::int64_t quad = 0; quad < quads; ++quad) {
       const std::int64_t at = offset + quad * kQuadBytes;
-      const std::int64_t ahead = at + Ahead < panel_bytes ? Ahead : Ahead + (Panels - 1) * panel_bytes;
+      const std::int64_t ahead = Core::kAhead + past_end(at + Core::kAhead);
 #pragma GCC unroll 2
       for (int p = 0; p < Panels; ++p) {
         const std::uint8_t* source = codes[p] + at;
         _mm_prefetch(reinterpret_cast<const char*>(source + ahead), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(source + ahead + kQuadBytes / 2), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(source + ahead + kLine), _MM_HINT_T0);
         const HalfQuad top = decode(source);
         const HalfQuad bottom = decode(source + kQuadBytes / 2);
 #pragma GCC unroll 12
@@ -93,16 +104,16 @@ void multiply_in_registers(const Problem& problem, std::int64_t panel, const Dec
 }
 
 // At most `Rows` rows, and `Panels` panels at a time.
-template <int Rows, int Panels, int Ahead, class Decoder>
+template <int Rows, int Panels, class Core, class Decoder>
 void linear_in_registers(const Problem& problem, std::int64_t begin, std::int64_t end, const Decoder& decode) {
   if constexpr (Rows > 1) {
     if (problem.activation.rows < Rows) {
-      return linear_in_registers<Rows - 1, Panels, Ahead>(problem, begin, end, decode);
+      return linear_in_registers<Rows - 1, Panels, Core>(problem, begin, end, decode);
     }
   }
   std::int64_t panel = begin;
-  for (; panel + Panels <= end; panel += Panels) multiply_in_registers<Rows, Panels, Ahead>(problem, panel, decode);
-  for (; panel < end; ++panel) multiply_in_registers<Rows, 1, Ahead>(problem, panel, decode);
+  for (; panel + Panels <= end; panel += Panels) multiply_in_registers<Rows, Panels, Core>(problem, panel, decode);
+  for (; panel < end; ++panel) multiply_in_registers<Rows, 1, Core>(problem, panel, decode);
 }
 
 // Decodes a chunk of `panels` panels; the second of one panel is left as it was.
@@ -187,8 +198,7 @@ inline void multiply_rest(const TileStep& step, std::int64_t rows, const Prefetc
 
 // Past the last rows of a chunk, the first of the next one follow.
 inline void prefetch_rows(const std::uint16_t* values) {
-  constexpr int kLine = 64 / sizeof *values;
-  for (int at = 0; at < kTileRows * kChunk; at += kLine) {
+  for (int at = 0; at < kTileRows * kChunk; at += kLine / static_cast<int>(sizeof *values)) {
     _mm_prefetch(reinterpret_cast<const char*>(values + at), _MM_HINT_T0);
   }
 }

@@ -67,7 +67,6 @@ class PackedCodes {
   // Every cache line once, whatever number of groups is taken at a time.
   template <int Groups>
   void prefetch(std::int64_t quad, int group) const {
-    constexpr int kLine = 64;
     const std::uint8_t* ahead = codes_ + quad * kQuadBytes + group * kGroupBytes + kAhead;
     if constexpr (Groups * kGroupBytes >= kLine) {
 #pragma GCC unroll 2

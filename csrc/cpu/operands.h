@@ -39,7 +39,8 @@ inline Dtype require_float(ScalarType type, const char* name) {
   return *dtype;
 }
 
-// A result of (rows, columns), not yet written. torch::stable::empty would look an operator up by its name in each call.
+// A result of (rows, columns), not yet written. torch::stable::empty would look an operator up by its name in each
+// call.
 inline Tensor empty_matrix(std::int64_t rows, std::int64_t columns, ScalarType dtype) {
   const std::int64_t sizes[2] = {rows, columns};
   const std::int64_t strides[2] = {columns > 0 ? columns : 1, 1};
