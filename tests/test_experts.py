@@ -263,39 +263,83 @@ def test_every_backend_says_what_it_has_for_experts() -> None:
         assert has == (backend.pack_experts is not None), status.name
 
 
-def _layer(**changes: Any) -> torch.Tensor:
-    w13, w2 = GOOD.pack("reference")
+def _layer(backend: str = "reference", **changes: Any) -> torch.Tensor:
+    w13, w2 = GOOD.pack(backend)
     operands = {"w13": w13, "w2": w2, "x": GOOD.x, "topk_weights": GOOD.topk_weights, "topk_ids": GOOD.topk_ids}
     return ops.block_experts(**(operands | {k: v(operands) if callable(v) else v for k, v in changes.items()}))
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"x": GOOD.x[:, 1:]}, r"does not fit the experts[\s\S]*\(m, 130\)"),
-        ({"x": GOOD.x[0]}, "does not fit the experts"),
-        ({"x": GOOD.x.int()}, "activation dtype"),
-        ({"x": GOOD.x.to("meta")}, "different devices"),
-        ({"topk_ids": GOOD.topk_ids[:2]}, r"topk_ids has another shape[\s\S]*\(3, top_k\)"),
-        ({"topk_ids": GOOD.topk_ids[:, 0]}, "topk_ids has another shape"),
-        ({"topk_ids": GOOD.topk_ids.float()}, r"topk_ids has another dtype[\s\S]*int32, int64"),
-        ({"topk_ids": GOOD.topk_ids.to("meta")}, "topk_ids is on another device"),
-        ({"topk_weights": GOOD.topk_weights[:, :1]}, r"topk_weights has another shape[\s\S]*\(3, 2\)"),
-        ({"topk_weights": GOOD.topk_ids}, "topk_weights has another dtype"),
-        ({"topk_weights": GOOD.topk_weights.to_sparse()}, "topk_weights is sparse"),
-        ({"w13": lambda o: o["w2"]}, "does not fit the experts"),
-        ({"w2": lambda o: dataclasses.replace(o["w2"], groups=3)}, "differ in their experts"),
-        ({"w2": lambda o: dataclasses.replace(o["w2"], backend="cpu")}, "differ in their backend"),
-        ({"w2": lambda o: dataclasses.replace(o["w2"], grid=BlockGrid((131,), 70))}, "down projection does not fit"),
-        ({"w13": lambda o: dataclasses.replace(o["w13"], grid=BlockGrid((140,), 130))}, "two shards of 70 rows"),
-        ({"topk_ids": GOOD.topk_ids + 4}, r"an expert that there is not[\s\S]*from 0 to 3"),
-        ({"topk_ids": GOOD.topk_ids - 6}, "an expert that there is not"),
-        ({"activation": "static"}, "activation"),
-    ],
-)
+REFUSED_OPERANDS: list[tuple[dict[str, Any], str]] = [
+    ({"x": GOOD.x[:, 1:]}, r"does not fit the experts[\s\S]*\(m, 130\)"),
+    ({"x": GOOD.x[0]}, "does not fit the experts"),
+    ({"x": GOOD.x.int()}, "activation dtype"),
+    ({"x": GOOD.x.to("meta")}, "different devices"),
+    ({"topk_ids": GOOD.topk_ids[:2]}, r"topk_ids has another shape[\s\S]*\(3, top_k\)"),
+    ({"topk_ids": GOOD.topk_ids[:, 0]}, "topk_ids has another shape"),
+    ({"topk_ids": GOOD.topk_ids.float()}, r"topk_ids has another dtype[\s\S]*int32, int64"),
+    ({"topk_ids": GOOD.topk_ids.to("meta")}, "topk_ids is on another device"),
+    ({"topk_weights": GOOD.topk_weights[:, :1]}, r"topk_weights has another shape[\s\S]*\(3, 2\)"),
+    ({"topk_weights": GOOD.topk_ids}, "topk_weights has another dtype"),
+    ({"topk_weights": GOOD.topk_weights.to_sparse()}, "topk_weights is sparse"),
+    ({"w13": lambda o: o["w2"]}, "does not fit the experts"),
+    ({"w2": lambda o: dataclasses.replace(o["w2"], groups=3)}, "differ in their experts"),
+    ({"w2": lambda o: dataclasses.replace(o["w2"], backend="cpu")}, "differ in their backend"),
+    ({"w2": lambda o: dataclasses.replace(o["w2"], grid=BlockGrid((131,), 70))}, "down projection does not fit"),
+    ({"w13": lambda o: dataclasses.replace(o["w13"], grid=BlockGrid((140,), 130))}, "two shards of 70 rows"),
+    ({"topk_ids": GOOD.topk_ids + 4}, r"an expert that there is not[\s\S]*from 0 to 3"),
+    ({"topk_ids": GOOD.topk_ids - 6}, "an expert that there is not"),
+    ({"activation": "static"}, "activation"),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), REFUSED_OPERANDS)
 def test_refused_operands(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(BlockFp8Error, match=said):
         _layer(**changes)
+
+
+TAKEN_OPERANDS: list[dict[str, Any]] = [
+    {},
+    {"x": torch.stack([GOOD.x, GOOD.x], 2)[:, :, 0]},
+    {"x": GOOD.x.float(), "activation": "w8a16"},
+    {"x": GOOD.x[:0], "topk_weights": GOOD.topk_weights[:0], "topk_ids": GOOD.topk_ids[:0]},
+    {"topk_weights": GOOD.topk_weights[:, :0], "topk_ids": GOOD.topk_ids[:, :0]},
+    {"topk_weights": GOOD.topk_weights.bfloat16(), "topk_ids": GOOD.topk_ids.long()},
+    {"topk_ids": torch.stack([GOOD.topk_ids, GOOD.topk_ids], 2)[:, :, 0]},
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("changes", [*TAKEN_OPERANDS, *(changes for changes, _ in REFUSED_OPERANDS)])
+def test_without_gradients_the_same_is_computed_and_refused(backend: str, changes: dict[str, Any]) -> None:
+    """A backend that checks its operands itself is asked before `ops` looks at them."""
+
+    def outcome() -> torch.Tensor | str:
+        try:
+            return _layer(backend, **changes)
+        except (BlockFp8Error, RuntimeError) as error:
+            return f"{type(error).__name__}: {error}".partition("Exception raised from")[0]
+
+    want = outcome()
+    with torch.no_grad():
+        got = outcome()
+    if isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor):
+        assert got.shape == want.shape and torch.equal(got, want)
+    else:
+        assert got == want
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if "cpu" in backend.values])
+@pytest.mark.parametrize("changes", [TAKEN_OPERANDS[i] for i in (0, 2, 3, 4)])
+def test_a_backend_that_checks_its_operands_is_asked_at_once(
+    backend: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = _layer(backend, **changes)
+    monkeypatch.delattr("qwen3_fp8_ascend.ops.experts._checked_experts")
+    with torch.no_grad():
+        assert torch.equal(_layer(backend, **changes), want)
+        with pytest.raises(NameError, match="_checked_experts"):
+            _layer(backend, topk_weights=GOOD.topk_weights.bfloat16())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

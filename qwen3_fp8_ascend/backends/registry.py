@@ -78,7 +78,8 @@ class Backend:
     Shapes and semantics of `pack`, `linear`, `quantize_activation` and `dequantize_weight` are those of
     `qwen3_fp8_ascend.ops`, which validates before it calls them: codes (n, k) float8_e4m3fn without NaN, scale
     `grid.scale_shape` fp32 contiguous, x (m, k) two-dimensional and contiguous in its last dimension. None of them is
-    called with an empty x or weight, or with an activation that is not in `computes`: `ops` answers that itself.
+    called with an empty x or weight, or with an activation that is not in `computes`: `ops` answers that itself. A
+    backend that `checks_operands` gets what it is given.
 
     `pack_experts`, `grouped_linear` and `block_experts` are `ops`' too. A backend may have none of the three, or
     `pack_experts` with either of the others: `grouped.block_experts` makes a layer of a grouped linear.
@@ -96,8 +97,9 @@ class Backend:
     levels: kernels for several processors that this machine can all run, from the lowest to the best: the name of each,
     as `detail` has it, and the environment of a process that is to use it.
     checks_operands: `linear` computes any x (m, k) and weight, empty ones too, and raises a RuntimeError for operands
-    that `ops.block_linear` would refuse, other than for gradients, or would change. `ops` then asks in Python only when
-    it has refused: while the caches hold nothing but the last weight, those questions take longer than the call itself.
+    that `ops.block_linear` would refuse, other than for gradients, or would change; `block_experts` likewise, for
+    weights of whole experts that are packed alike. `ops` then asks in Python only when they have refused: while the
+    caches hold nothing but the last weight, its questions take longer than the call itself.
     """
 
     name: str

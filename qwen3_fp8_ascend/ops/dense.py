@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.compiler import is_dynamo_compiling
 
 from qwen3_fp8_ascend.backends.gradients import refuse_gradients
 from qwen3_fp8_ascend.backends.registry import LOADED, PackedWeight, select_backend
@@ -29,6 +28,7 @@ from qwen3_fp8_ascend.ops.operands import (
     contiguous_codes,
     dtype_names,
     fp32_scales,
+    may_be_asked_at_once,
     parsed_activation,
 )
 from qwen3_fp8_ascend.ops.values import check_shard_values
@@ -141,7 +141,7 @@ def block_linear(
     Semantics and source: `qwen3_fp8_ascend.reference.block_linear`, up to the order of fp32 additions.
     """
     backend = LOADED[packed.backend]
-    if backend.checks_operands and x.dim() == 2 and not torch.is_grad_enabled() and not is_dynamo_compiling():
+    if may_be_asked_at_once(backend) and x.dim() == 2:
         try:
             return backend.linear(x, packed, bias, parsed_activation(activation))
         except RuntimeError:

@@ -9,7 +9,7 @@ import torch
 
 from qwen3_fp8_ascend.backends import grouped
 from qwen3_fp8_ascend.backends.gradients import refuse_gradients
-from qwen3_fp8_ascend.backends.registry import PackedWeight, select_backend
+from qwen3_fp8_ascend.backends.registry import LOADED, PackedWeight, select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import SCALE_NAME, Activation, BlockGrid
 from qwen3_fp8_ascend.ops.operands import (
@@ -22,6 +22,7 @@ from qwen3_fp8_ascend.ops.operands import (
     check_weight,
     contiguous_codes,
     fp32_scales,
+    may_be_asked_at_once,
     parsed_activation,
 )
 from qwen3_fp8_ascend.ops.values import check_shard_values
@@ -158,6 +159,31 @@ def block_experts(
             would have to wait for a look, such an id adds nothing.
     Semantics and source: `qwen3_fp8_ascend.reference.block_experts`, up to the order of fp32 additions in its linears.
     """
+    backend = LOADED[w13.backend]
+    if may_be_asked_at_once(backend) and backend.block_experts is not None and between is None and _whole(w13, w2):
+        try:
+            return backend.block_experts(x, w13, w2, topk_weights, topk_ids, parsed_activation(activation))
+        except RuntimeError:
+            pass  # as in `block_linear`
+    return _checked_experts(x, w13, w2, topk_weights, topk_ids, activation, between)
+
+
+def _whole(w13: PackedWeight, w2: PackedWeight) -> bool:
+    """Whether they are a layer of whole experts, packed alike: what an operator does not see in its tensors."""
+    up, down = w13.grid, w2.grid
+    alike = w13.backend == w2.backend and w13.groups == w2.groups and up.block == down.block
+    return alike and up.widths == (down.k, down.k) and down.n == up.k
+
+
+def _checked_experts(
+    x: torch.Tensor,
+    w13: PackedWeight,
+    w2: PackedWeight,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: Activation | str,
+    between: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> torch.Tensor:
     check_tokens(x, w13)
     activation = parsed_activation(activation)
     part = between is not None or len(w13.grid.widths) != 2

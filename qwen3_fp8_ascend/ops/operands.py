@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.backends.registry import LOADED, Backend, PackedWeight
@@ -114,6 +115,11 @@ def backend_of(packed: PackedWeight, activation: Activation) -> Backend:
             fix="pack the weight for a backend that does; `qwen3-fp8-ascend doctor` lists them",
         )
     return backend
+
+
+def may_be_asked_at_once(backend: Backend) -> bool:
+    """Whether the backend's own checks are enough: it has some, and nobody wants gradients or traces the call."""
+    return backend.checks_operands and not torch.is_grad_enabled() and not is_dynamo_compiling()
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
