@@ -32,10 +32,9 @@ BYTES_BETWEEN = 200_000_000
 console = Console()
 
 
+@torch.no_grad()
 def call_cost() -> None:
     """Print the median microseconds of a call, each contender in turn with the others."""
-    torch.set_grad_enabled(False)
-    torch.set_num_threads(1)
     problem = random_problem(1, (cpu.PANEL_ROWS,), 128)
     packed = ops.pack_weight(problem.weight, problem.scale, backend="cpu")
     operands = (problem.x, *packed.tensors, None, packed.n, packed.k, packed.grid.block.k, 1)
