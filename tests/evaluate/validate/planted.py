@@ -29,8 +29,9 @@ GOOD = registry.load_backend("cpu")
 
 
 def plant(name: str, **changes: Any) -> None:
-    """A backend that differs from the CPU's in what is given."""
-    registry.LOADED[name] = dataclasses.replace(GOOD, name=name, plan=None, **{"levels": dict} | changes)
+    """A backend that differs from the CPU's in what is given, which does not check its operands."""
+    kept: dict[str, Any] = {"plan": None, "levels": dict, "checks_operands": False}
+    registry.LOADED[name] = dataclasses.replace(GOOD, name=name, **kept | changes)
     registry._MODULES = (*registry._MODULES, name)
 
 
