@@ -2,11 +2,13 @@
 
 A second of processor time is no measure by itself: another process on the core's other thread, a slower core or a
 virtual machine's neighbours make each instruction take longer. So what took longer than its bound is divided by how
-much longer a fixed piece of the same sort of work takes at that moment.
+much longer a fixed piece of the same sort of work takes at that moment. Nor is a garbage collection counted: a full one
+takes as long as everything that the process has made before, which has nothing to do with the work.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import time
@@ -32,12 +34,24 @@ def piece(entries: int = 4000) -> int:
     return found
 
 
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def pace() -> float:
     """How many times longer than on that idle core `PIECES` pieces take here and now, at least 1."""
-    started = time.process_time()
-    for _ in range(PIECES):
-        piece()
-    return max(1.0, (time.process_time() - started) / (PIECES * PIECE_SECONDS))
+    with _without_collections():
+        started = time.process_time()
+        for _ in range(PIECES):
+            piece()
+        return max(1.0, (time.process_time() - started) / (PIECES * PIECE_SECONDS))
 
 
 def at_pace(seconds: float, bound: float) -> float:
@@ -53,7 +67,8 @@ def within(bound: float) -> Iterator[None]:
     """
     started = time.process_time()
     try:
-        yield
+        with _without_collections():
+            yield
     finally:
         seconds = at_pace(time.process_time() - started, bound)
         assert seconds <= bound, f"took {seconds:.2f} s of an idle core's time, more than {bound} s"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from typing import Any
+
 import pytest
 
 from tests.support import own_time
@@ -17,6 +20,30 @@ def test_what_is_slow_is_found() -> None:
 def test_what_is_not_is_not() -> None:
     with within(5 * own_time.PIECE_SECONDS):
         piece()
+
+
+def test_no_collection_is_counted() -> None:
+    """A full one takes as long as the process is large: a second, in one that has imported vLLM."""
+    collections: list[dict[str, int]] = []
+
+    def note(phase: str, info: dict[str, int]) -> Any:
+        collections.append(info)
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(note)
+    gc.set_threshold(100, 1, 1)
+    try:
+        piece(100)
+        assert collections
+        with within(1.0):
+            before = len(collections)
+            piece()
+            pace()
+            counted = len(collections) - before
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(note)
+    assert counted == 0 and gc.isenabled()
 
 
 def test_a_slow_core_is_excused(monkeypatch: pytest.MonkeyPatch) -> None:
