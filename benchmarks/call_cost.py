@@ -29,7 +29,7 @@ ROUNDS = 100
 BYTES_BETWEEN = 200_000_000
 """What is read before a call that shall find nothing in the caches."""
 
-console = Console()
+console = Console(width=max(140, Console().width))
 
 
 @torch.no_grad()
@@ -37,7 +37,8 @@ def call_cost() -> None:
     """Print the median microseconds of a call, each contender in turn with the others."""
     problem = random_problem(1, (cpu.PANEL_ROWS,), 128)
     packed = ops.pack_weight(problem.weight, problem.scale, backend="cpu")
-    operands = (problem.x, *packed.tensors, None, packed.n, packed.k, packed.grid.block.k, 1)
+    w8a8 = cpu.QUANTIZATIONS[Activation.W8A8]
+    operands = (problem.x, *packed.tensors, None, packed.n, packed.k, packed.grid.block.k, w8a8)
     bf16 = problem.weight.bfloat16()
     passing = on_huge_pages(torch.zeros(BYTES_BETWEEN, dtype=torch.uint8))
     operator = torch.ops.qwen3_fp8_ascend
@@ -56,7 +57,7 @@ def call_cost() -> None:
         for name in order.sample(list(calls), len(calls)):
             calls[name]()
             warm[name].append(_seconds(calls[name]))
-            operator.cpu_read(passing, 2048)
+            operator.cpu_read(passing)
             cold[name].append(_seconds(calls[name]))
     console.print(", ".join(f"{key} {value}" for key, value in provenance().items()), highlight=False)
     table = Table("call", "µs, caches warm", f"µs, behind {BYTES_BETWEEN // 10**6} MB")

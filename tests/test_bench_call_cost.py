@@ -8,7 +8,6 @@ from benchmarks import call_cost
 def test_every_call_gets_two_times(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call_cost, "ROUNDS", 2)
     monkeypatch.setattr(call_cost, "BYTES_BETWEEN", 4_000_000)
-    monkeypatch.setattr(call_cost.console, "width", 200)
     call_cost.call_cost()
     rows = [line.split("│")[1:4] for line in capsys.readouterr().out.splitlines() if "│" in line]
     calls = {row[0].strip(): [float(number) for number in row[1:]] for row in rows}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
 
 import pytest
 
@@ -26,7 +25,7 @@ def test_no_collection_is_counted() -> None:
     """A full one takes as long as the process is large: a second, in one that has imported vLLM."""
     collections: list[dict[str, int]] = []
 
-    def note(phase: str, info: dict[str, int]) -> Any:
+    def note(phase: str, info: dict[str, int]) -> None:
         collections.append(info)
 
     thresholds = gc.get_threshold()
