@@ -1,6 +1,7 @@
 """The CPU kernels on every instruction set of this machine: exact decoding and quantization, linear, misuse."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -118,6 +119,36 @@ def test_quantizes_halfway_cases(isa: str, dtype: torch.dtype) -> None:
     want_codes, want_scale = reference.quantize_activation(x, 129)
     assert torch.equal(scale, want_scale) and (scale == 1).all()
     assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
+
+
+@functools.cache
+def every_bf16_quotient() -> torch.Tensor:
+    """Groups of 128: every significand of a bf16 number as the largest, with all numbers down to 2^-19 of it.
+
+    Both signs of each. Then all numbers down to 2^-19 of 1e-10, below which the scale stays as it is. Shape
+    (groups, 128). Other exponents divide alike.
+    """
+    below_two = torch.arange(0x3F80 - 19 * 128, 0x4000, dtype=torch.int16).view(torch.bfloat16)
+    numbers = torch.nn.functional.pad(below_two, (0, -len(below_two) % 127)).view(1, -1, 127)
+    largest = below_two[-128:].view(-1, 1, 1)
+    groups = torch.where(numbers <= largest, numbers, 0)
+    least = int(torch.tensor(1e-10, dtype=torch.bfloat16).view(torch.int16))
+    floored = torch.arange(least - 19 * 128, least + 128, dtype=torch.int16).view(torch.bfloat16)
+    with_largest = torch.cat([largest.expand(-1, numbers.shape[1], 1), groups], 2)
+    return torch.cat([with_largest.reshape(-1, 128), -with_largest.reshape(-1, 128), floored.view(-1, 128)])
+
+
+@pytest.mark.parametrize("activation", [Activation.W8A8, Activation.W8A8_UE8M0])
+def test_quantizes_every_quotient_of_bf16_numbers(isa: str, activation: Activation) -> None:
+    """By themselves, and inside a linear, whose weight here is a unit matrix."""
+    x = every_bf16_quotient()
+    codes, scale = ops.quantize_activation(x, activation=activation, backend="cpu")
+    want_codes, want_scale = reference.quantize_activation(x, 128, activation)
+    assert torch.equal(scale, want_scale)
+    assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8))
+    unit = ops.pack_weight(torch.eye(128).to(torch.float8_e4m3fn), torch.ones(1, 1), backend="cpu")
+    got = ops.block_linear(x, unit, None, activation)
+    assert torch.equal(got, (want_codes.float() * want_scale).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("activation", list(Activation))
