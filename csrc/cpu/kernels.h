@@ -127,7 +127,8 @@ struct Problem {
 struct Kernels {
   // Largest magnitude; NaN if any number is NaN.
   float (*amax)(const void* x, Dtype dtype, std::int64_t count);
-  // x / scale rounded to the e4m3 grid, times the power of two `factor`, as exact bf16.
+  // x / scale rounded to the e4m3 grid, times the power of two `factor`, as exact bf16. The scale is that of a group of
+  // such numbers (`group_scale`).
   void (*quantize_values)(const void* x, Dtype dtype, std::int64_t count, float scale, float factor,
                           std::uint16_t* values);
   // The same, as e4m3 codes.

@@ -136,10 +136,9 @@ inline float round_to_e4m3(float value) {
 // - Two steps give the correctly rounded quotient (Markstein, "Computation of elementary functions on the IBM RISC
 //   System/6000 processor", 1990): the first makes it faithful, and the second rounds it, since the reciprocal is
 //   rounded to nearest and the remainder is exact.
-// - After one it may be an ulp off, where the exact quotient is within 2^-23 of an ulp of the middle of two floats.
-// That
-//   matters where e4m3 rounds up on one side of this middle and down on the other, which bf16 numbers divided by a
-//   448th of one of them are too coarse for (tests/backends/test_cpu_backend.py divides all of them).
+// - After one it may be an ulp off, where the exact quotient is within 2^-23 of an ulp of the middle of two floats. It
+//   matters only where e4m3 rounds up on one side of that middle and down on the other. bf16 numbers are too coarse to
+//   get there with the scale of a group of them (tests/backends/test_cpu_backend.py divides all by all).
 //
 // Remainders underflow only where the quotient is far below what becomes zero. Not so with a scale that is infinite or
 // NaN: those divide.
