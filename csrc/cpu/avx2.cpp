@@ -17,22 +17,26 @@ namespace qwen3_fp8_ascend::cpu {
 namespace {
 
 constexpr std::int64_t kMaxRows = 256;
-constexpr std::int64_t kFewRows = 3;         // from four rows on, two groups of weights keep the multiplier busy
-constexpr std::int64_t kPanelsTogether = 4;  // as many as the gate or the up projection of an expert gives a task
+constexpr std::int64_t kFewRows = 3;  // from four rows on, two groups of weights keep the multiplier busy
 
-// Batches of at most so many rows widen a strip anew in each tile. In longer ones the first tile keeps what it widened,
-// as fp32. AMD's cores convert beside their multipliers, and storing and loading costs more until tiles are many.
+// Batches of at most kRowsWithoutKeeping rows widen a strip anew in each tile. In longer ones the first tile keeps what
+// it widened, as fp32. AMD's cores convert beside their multipliers, and storing and loading costs more until tiles are
+// many.
 struct Zen {
   static constexpr std::int64_t kRowsWithoutKeeping = 32;
-  static constexpr int kChunksEarly = 0;
+  static constexpr std::int64_t kPanelsTogether = 4;
+  static constexpr bool kAsksEarly = false;
 };
 
 // Intel's convert where they multiply. Their own prefetching ends with a page, which a chunk of a panel is: it is set
-// going on a page so many chunks before.
+// going on a page one and a half chunks of all panels before.
 struct Intel {
   static constexpr std::int64_t kRowsWithoutKeeping = kTileRows;
-  static constexpr int kChunksEarly = 6;
+  static constexpr std::int64_t kPanelsTogether = 8;
+  static constexpr bool kAsksEarly = true;
 };
+
+constexpr std::int64_t kMostTogether = 8;  // on any core
 
 // Processors take a load to depend on a store before it whose address ends in the same 12 bits. While one strip is read
 // another is written at the same place: half of 4096 bytes apart, the store is long done.
@@ -43,87 +47,116 @@ struct HalfStrip {
 
 struct Scratch {
   alignas(64) float x[kMaxRows][kChunk];  // one chunk of activations as fp32
-  alignas(64) float sums[kPanelsTogether][kMaxRows][kPanelRows];
+  alignas(64) float sums[kMostTogether][kMaxRows][kPanelRows];
   HalfStrip half[2];                                      // the strip that is multiplied, and the next one
   alignas(64) float kept[strip_numbers(2)];               // that strip as fp32
   alignas(64) std::uint16_t row[strip_numbers(kGroups)];  // a whole chunk, for one row
   DecodeMasks masks;
 };
 
-// One chunk after the other: that of all panels, then the next one of all panels.
-class Walk {
+// A chunk of a panel.
+struct Step {
+  const std::uint8_t* codes;
+  const float* x_scale;
+  std::int64_t chunk;
+  std::int64_t quads;
+  std::int64_t panel;  // from the first one on
+  float w_scale;
+  bool has_nan;
+};
+
+// One chunk after the other: that of all panels, then the next one of all panels. Steps are made ahead, so that each is
+// made once and those behind the one at hand can be looked at.
+template <class Core>
+class Steps {
  public:
-  Walk(const Weight& weight, std::int64_t first, std::int64_t panels)
-      : weight_(weight), first_(first), panels_(panels) {
-    enter_chunk();
+  Steps(const Weight& weight, const Activation& x, std::int64_t first, std::int64_t panels)
+      : weight_(weight), x_(x), panels_(panels), left_(weight.depth.chunks * panels), unmade_(left_) {
+    for (std::int64_t p = 0; p < panels; ++p) {
+      codes_[p] = weight.codes_of(first + p);
+      scales_[p] = weight.scales_of(first + p);
+      has_nan_[p] = weight.panels[first + p].has_nan != 0;
+    }
+    const std::int64_t early = Core::kAsksEarly ? panels * 3 / 2 : 0;
+    for (std::int64_t i = 0; i < std::max(early, kLookedAt); ++i) make();
   }
 
-  bool ended() const { return chunk_ == weight_.depth.chunks; }
-  std::int64_t panel() const { return panel_; }  // from `first` on
-  std::int64_t chunk() const { return chunk_; }
-  std::int64_t quads() const { return quads_; }
-  bool has_nan() const { return weight_.panels[first_ + panel_].has_nan != 0; }
-  const std::uint8_t* codes() const { return weight_.codes_of(first_ + panel_) + offset_; }
-  float scale() const { return weight_.scales_of(first_ + panel_)[block_]; }
+  bool ended() const { return left_ == 0; }
+
+  // The step at hand (0), the one behind it, the one after that; null behind the last.
+  const Step* behind(std::int64_t count) const { return count < left_ ? &ring_[(at_ + count) % kRing] : nullptr; }
 
   void advance() {
-    if (++panel_ < panels_) return;
-    panel_ = 0;
-    ++chunk_;
-    enter_chunk();
+    ++at_;
+    --left_;
+    const Step* made = make();
+    if (!Core::kAsksEarly || made == nullptr) return;
+    for (int line = 0; line < kEarlyLines; ++line) {
+      _mm_prefetch(reinterpret_cast<const char*>(made->codes + line * kLine), _MM_HINT_T1);
+    }
   }
 
  private:
+  static constexpr std::int64_t kLookedAt = 3;  // what `behind` may give
+  static constexpr int kEarlyLines = 4;
+  static constexpr int kRing = 16;
+  static_assert(kMostTogether * 3 / 2 <= kRing);
+
+  const Step* make() {
+    if (unmade_ == 0) return nullptr;
+    if (panel_ == 0) enter_chunk();
+    Step& step = ring_[made_ % kRing];
+    step = {codes_[panel_] + offset_, x_scale_, chunk_, quads_, panel_, scales_[panel_][block_], has_nan_[panel_]};
+    ++made_;
+    --unmade_;
+    if (++panel_ == panels_) {
+      panel_ = 0;
+      ++chunk_;
+    }
+    return &step;
+  }
+
   // Here and not for each panel: these are divisions.
   void enter_chunk() {
-    if (ended()) return;
     const Depth& depth = weight_.depth;
     quads_ = (depth.length_of(chunk_) + 3) / 4;
     offset_ = depth.start_of(chunk_) * kPanelRows;
     block_ = depth.block_of(chunk_);
+    x_scale_ = x_.scales_of(chunk_, 0);
   }
 
   const Weight& weight_;
-  std::int64_t first_;
+  const Activation& x_;
   std::int64_t panels_;
+  std::int64_t left_;  // with the one at hand
+  std::int64_t unmade_;
+  std::uint64_t at_ = 0;
+  std::uint64_t made_ = 0;
+  Step ring_[kRing];
+
+  // Of the step that is made next.
   std::int64_t panel_ = 0;
   std::int64_t chunk_ = 0;
   std::int64_t quads_ = 0;
   std::int64_t offset_ = 0;
   std::int64_t block_ = 0;
+  const float* x_scale_ = nullptr;
+
+  const std::uint8_t* codes_[Core::kPanelsTogether];
+  const float* scales_[Core::kPanelsTogether];
+  bool has_nan_[Core::kPanelsTogether];
 };
 
-// Where Core::kChunksEarly is not 0: asks for the first lines of the chunk that is so many behind another.
-template <class Core>
-class EarlyLines {
- public:
-  explicit EarlyLines(const Walk& now) : early_(now) {
-    for (int chunk = 0; chunk < Core::kChunksEarly && !early_.ended(); ++chunk) early_.advance();
-  }
-
-  void advance() {
-    if (Core::kChunksEarly == 0 || early_.ended()) return;
-    for (int line = 0; line < kLines; ++line) {
-      _mm_prefetch(reinterpret_cast<const char*>(early_.codes() + line * kLine), _MM_HINT_T1);
-    }
-    early_.advance();
-  }
-
- private:
-  static constexpr int kLines = 4;
-  Walk early_;
-};
-
-void widen_activations(const Activation& x, const Walk& now, float (*out)[kChunk]) {
+void widen_activations(const Activation& x, const Step& now, float (*out)[kChunk]) {
   for (std::int64_t row = 0; row < x.rows; ++row) {
-    load_run(x.values_of(now.chunk(), row), Dtype::bf16, 0, 4 * now.quads(), out[row]);
+    load_run(x.values_of(now.chunk, row), Dtype::bf16, 0, 4 * now.quads, out[row]);
   }
 }
 
 // Of the strip that begins with weight row `row` of the panel.
-Operands operands(const Walk& now, const Activation& x, Scratch& scratch, int row = 0) {
-  auto* sums = reinterpret_cast<float (*)[kPanelRows]>(&scratch.sums[now.panel()][0][row]);
-  return {now.quads(), scratch.x, x.scales_of(now.chunk(), 0), now.scale(), sums};
+Operands operands(const Step& now, Scratch& scratch, int row = 0) {
+  auto* sums = reinterpret_cast<float (*)[kPanelRows]>(&scratch.sums[now.panel][0][row]);
+  return {now.quads, scratch.x, now.x_scale, now.w_scale, sums};
 }
 
 // All rows times one strip, and `work` beside the first of them.
@@ -145,58 +178,52 @@ void multiply_rows(const Operands& o, std::int64_t rows, const std::uint16_t* ha
 }
 
 template <class Core>
-void multiply_one(const Problem& problem, Walk now, Scratch& scratch) {
-  if (now.ended()) return;
-  Walk next = now;
-  next.advance();
-  EarlyLines<Core> early(now);
-  for (; !now.ended(); now.advance(), early.advance()) {
-    if (now.panel() == 0) widen_activations(problem.activation, now, scratch.x);
-    const Operands o = operands(now, problem.activation, scratch);
-    const Prefetch prefetch{next.ended() ? now.codes() : next.codes()};
-    if (now.has_nan()) {
-      multiply_row<true>(o, now.codes(), scratch.row, prefetch);
+void multiply_one(const Problem& problem, Steps<Core>& steps, Scratch& scratch) {
+  for (; !steps.ended(); steps.advance()) {
+    const Step& now = *steps.behind(0);
+    const Step* next = steps.behind(1);
+    if (now.panel == 0) widen_activations(problem.activation, now, scratch.x);
+    const Operands o = operands(now, scratch);
+    const Prefetch prefetch{next == nullptr ? now.codes : next->codes};
+    if (now.has_nan) {
+      multiply_row<true>(o, now.codes, scratch.row, prefetch);
     } else {
-      multiply_row<false>(o, now.codes(), scratch.row, prefetch);
+      multiply_row<false>(o, now.codes, scratch.row, prefetch);
     }
-    if (!next.ended()) next.advance();
   }
 }
 
 template <class Core, int Groups>
-void multiply_panels(const Problem& problem, Walk now, Scratch& scratch) {
+void multiply_panels(const Problem& problem, Steps<Core>& steps, Scratch& scratch) {
   constexpr int kStrips = kGroups / Groups;
   static_assert(kStrips % 2 == 0, "a chunk's first strip is decoded into half[0]");
   const Activation& x = problem.activation;
-  if (now.ended()) return;
-  decode_strip<Groups>(now.codes(), now.quads(), now.has_nan(), scratch.half[0].numbers);
-  Walk next = now;
-  next.advance();
-  Walk later = next;
-  if (!later.ended()) later.advance();
-  EarlyLines<Core> early(now);
-  for (; !now.ended(); now.advance(), early.advance()) {
-    if (now.panel() == 0) widen_activations(x, now, scratch.x);
+  if (const Step* first = steps.behind(0)) {
+    decode_strip<Groups>(first->codes, first->quads, first->has_nan, scratch.half[0].numbers);
+  }
+  for (; !steps.ended(); steps.advance()) {
+    const Step& now = *steps.behind(0);
+    const Step* next = steps.behind(1);
+    const Step* later = steps.behind(2);
+    if (now.panel == 0) widen_activations(x, now, scratch.x);
     // Where nothing comes later, codes that are in the cache.
-    const std::uint8_t* ahead = later.ended() ? now.codes() : later.codes();
+    const std::uint8_t* ahead = later == nullptr ? now.codes : later->codes;
     for (int strip = 0; strip < kStrips; ++strip) {
-      const Operands o = operands(now, x, scratch, strip * Groups * kGroupRows);
+      const Operands o = operands(now, scratch, strip * Groups * kGroupRows);
       const std::uint16_t* half = scratch.half[strip % 2].numbers;
       std::uint16_t* out = scratch.half[1 - strip % 2].numbers;
       const bool last = strip + 1 == kStrips;
-      const Walk& source = last ? next : now;  // of the strip after this one
+      const Step* source = last ? next : &now;  // of the strip after this one
       const Prefetch prefetch{ahead + strip * (Groups * kGroupBytes * kChunk / 4)};
       const std::uint8_t* codes =
-          source.ended() ? nullptr : source.codes() + (last ? 0 : strip + 1) * Groups * kGroupBytes;
-      if (codes != nullptr && !source.has_nan() && source.quads() == now.quads()) {
+          source == nullptr ? nullptr : source->codes + (last ? 0 : strip + 1) * Groups * kGroupBytes;
+      if (codes != nullptr && !source->has_nan && source->quads == now.quads) {
         multiply_rows<Core, Groups>(o, x.rows, half, scratch.kept, DecodeNext{codes, out, &scratch.masks, prefetch});
       } else {
         multiply_rows<Core, Groups>(o, x.rows, half, scratch.kept, prefetch);
-        if (codes != nullptr) decode_strip<Groups>(codes, source.quads(), source.has_nan(), out);
+        if (codes != nullptr) decode_strip<Groups>(codes, source->quads, source->has_nan, out);
       }
     }
-    if (!next.ended()) next.advance();
-    if (!later.ended()) later.advance();
   }
 }
 
@@ -205,18 +232,18 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
   auto& scratch = *static_cast<Scratch*>(memory);
   scratch.masks = DecodeMasks{};
   const Activation& x = problem.activation;
-  for (std::int64_t first = begin; first < end; first += kPanelsTogether) {
-    const std::int64_t panels = std::min(kPanelsTogether, end - first);
+  for (std::int64_t first = begin; first < end; first += Core::kPanelsTogether) {
+    const std::int64_t panels = std::min(Core::kPanelsTogether, end - first);
     for (std::int64_t p = 0; p < panels; ++p) {
       std::memset(scratch.sums[p], 0, static_cast<std::size_t>(x.rows) * sizeof scratch.sums[p][0]);
     }
-    const Walk start(problem.weight, first, panels);
+    Steps<Core> steps(problem.weight, x, first, panels);
     if (x.rows == 1) {
-      multiply_one<Core>(problem, start, scratch);
+      multiply_one(problem, steps, scratch);
     } else if (x.rows <= kFewRows) {
-      multiply_panels<Core, 4>(problem, start, scratch);
+      multiply_panels<Core, 4>(problem, steps, scratch);
     } else {
-      multiply_panels<Core, 2>(problem, start, scratch);
+      multiply_panels<Core, 2>(problem, steps, scratch);
     }
     for (std::int64_t p = 0; p < panels; ++p) {
       store_panel(problem, first + p, scratch.sums[p][0], kPanelRows, 0, x.rows);

@@ -243,6 +243,7 @@ template <int Rows, int Groups, class Weights, class Work>
 // Tiles of a batch have as many rows as each other, or one more: a multiply-add takes four cycles and two begin in
 // each, so that two groups times less than four rows leave the multiplier idle.
 inline std::int64_t tile_rows(std::int64_t rows) {
+  if (rows <= kTileRows) return rows;
   return ceil_div(rows, ceil_div(rows, static_cast<std::int64_t>(kTileRows)));
 }
 
