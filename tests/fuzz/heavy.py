@@ -6,6 +6,7 @@ The process is forked from one that has everything imported and used once, so th
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import json
 import os
@@ -89,6 +90,7 @@ def _once(name: str, reader: Reader, hostile: HostileFolder) -> Outcome:
 def _child(reader: Reader, folder: Path, size: int, mapped: int, send: int) -> None:
     """Read, answer, and end without a word, whatever happens."""
     answer: dict[str, object] = {}
+    faulthandler.disable()
     try:
         _read_sound(reader)  # a fork begins without the pages of libraries
         resource.setrlimit(resource.RLIMIT_CPU, (HANG_SECONDS, HANG_SECONDS + 1))
