@@ -100,7 +100,7 @@ class Steps {
   static constexpr std::int64_t kLookedAt = 3;  // what `behind` may give
   static constexpr int kEarlyLines = 4;
   static constexpr int kRing = 16;
-  static_assert(kMostTogether * 3 / 2 <= kRing);
+  static_assert(Core::kPanelsTogether <= kMostTogether && kMostTogether * 3 / 2 <= kRing);
 
   const Step* make() {
     if (unmade_ == 0) return nullptr;
