@@ -19,12 +19,12 @@ import pandas as pd
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.documents import insert_table
 from benchmarks.peers import READ_AHEAD, best_read_ahead, vllm_operator_missing
 from benchmarks.shapes import EXPERT_ROWS, EXPERTS, ExpertsShape
+from benchmarks.steps import steps
 from qwen3_fp8_ascend import ops, reference
 from qwen3_fp8_ascend.backends import cpu, select_backend
 from qwen3_fp8_ascend.format import Activation
@@ -75,9 +75,8 @@ def bench(
     shape = EXPERTS[model]
     batches, counts = rows or list(EXPERT_ROWS), threads or sorted({1, torch.get_num_threads()})
     problem = random_experts(max(batches), shape.experts, shape.top_k, shape.hidden, shape.intermediate)
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        progress.update(task, description="laying out the weights")
+    with steps(console, len(batches) * len(counts)) as said:
+        said.begin("laying out the weights")
         packed, bf16, memory = lay_out(problem)
         ahead = best_read_ahead(memory.chunk(len(READ_AHEAD)), seconds=3)
         facts = provenance() | {"model": model, "isa": cpu.isa(), "read_ahead": ahead}
@@ -85,11 +84,11 @@ def bench(
         found: list[dict[str, Any]] = []
         for m in batches:
             tokens = route(problem.x[:m].contiguous(), shape)
-            progress.update(task, description=f"m={m}: against the oracle")
+            said.begin(f"m={m}: against the oracle")
             errors = {str(a): check(problem, packed[0], tokens, a) for a in Activation}
             runs = implementations(packed, bf16, memory, ahead, tokens, bytes_of_an_expert(problem))
             for count in counts:
-                progress.update(task, description=f"m={m} threads={count}")
+                said.begin(f"m={m} threads={count}")
                 torch.set_num_threads(count)
                 timings = interleave(runs, seconds=seconds)
                 found += [
@@ -97,6 +96,8 @@ def bench(
                     for name in runs
                 ]
                 torch.set_num_threads(max(counts))
+                share = f"{timings[OURS].speedup_over(timings[READ]):.0%} of the {READ}"
+                said.end(f"m={m} threads={count}: {timings[OURS].median * 1e3:.3f} ms, {share}")
     frame = pd.DataFrame(found)
     flops = 2 * 3 * shape.hidden * shape.intermediate * shape.top_k * frame.m
     frame["gflops"] = flops / frame.median_ms / 1e6

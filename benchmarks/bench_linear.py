@@ -13,7 +13,7 @@ thread count, all implementations in turn in one process (`testing.timing`); med
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,12 +22,12 @@ import pandas as pd
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.peers import peers
 from benchmarks.processors import numa_layout, thread_counts
 from benchmarks.shapes import MODELS, ROWS
+from benchmarks.steps import Steps, steps
 from qwen3_fp8_ascend.backends import cpu, select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation
@@ -78,11 +78,13 @@ def bench(
         facts["numa"] = numa_layout()
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), highlight=False)
     shapes = {name: size for name, size in MODELS[model].items() if not shape or name in shape}
-    frame = _frame(_measure(sweep, shapes), facts)
     kind = "linear" if device == "cpu" else f"linear-{device}"
     path = output or RESULTS / f"{kind}-{model}-{datetime.now():%Y%m%d-%H%M}.csv"
-    _write(frame, path)
-    _print(frame)
+    found: list[dict[str, Any]] = []
+    for layer in _measure(sweep, shapes):  # written layer by layer: an interrupted benchmark loses one at most
+        found += layer
+        _write(_frame(found, facts), path)
+    _print(_frame(found, facts))
     console.print(f"wrote {path}", highlight=False)
 
 
@@ -98,21 +100,14 @@ class Sweep:
     limit: str
 
 
-def _measure(sweep: Sweep, shapes: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
-    """Rows of all layers."""
-    found: list[dict[str, Any]] = []
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(shapes) * len(sweep.batches) * len(sweep.threads))
-
-        def say(doing: str, advance: int = 0) -> None:
-            progress.update(task, description=doing, advance=advance)
-
+def _measure(sweep: Sweep, shapes: dict[str, tuple[int, int]]) -> Iterator[list[dict[str, Any]]]:
+    """Rows of each layer."""
+    with steps(console, len(shapes) * len(sweep.batches) * len(sweep.threads)) as said:
         for name, (n, k) in shapes.items():
-            found += _measure_layer(sweep, name, n, k, say)
-    return found
+            yield _measure_layer(sweep, name, n, k, said)
 
 
-def _measure_layer(sweep: Sweep, name: str, n: int, k: int, say: Callable[..., None]) -> list[dict[str, Any]]:
+def _measure_layer(sweep: Sweep, name: str, n: int, k: int, said: Steps) -> list[dict[str, Any]]:
     """Rows of one layer; its packed weights are gone when this returns."""
     here = sweep.device
     problem = random_problem(max(sweep.batches), (n,), k)
@@ -120,7 +115,7 @@ def _measure_layer(sweep: Sweep, name: str, n: int, k: int, say: Callable[..., N
     weights = Weights(there.weight, there.scale, max(140_000_000, 2 * cache_bytes(here)), here)
     prepared = {}
     for contender in sweep.contenders:
-        say(f"{name}: laying out {contender.name}")
+        said.begin(f"{name}: laying out {contender.name}")
         prepared[contender.name] = contender.prepare(weights)
     found = []
     for m in sweep.batches:
@@ -131,13 +126,14 @@ def _measure_layer(sweep: Sweep, name: str, n: int, k: int, say: Callable[..., N
         timed_here = [c for c in sweep.contenders if c.name in timed]
         errors = {c.name: _error(problem, x, timed[c.name], c) for c in timed_here if c.backend}
         for count in sweep.threads:
-            say(f"{name} m={m} threads={count}")
+            said.begin(f"{name} m={m} threads={count}")
             torch.set_num_threads(count)
             timings = interleave(timed, seconds=sweep.seconds, device=here)
             where = {"layer": name, "n": n, "k": k, "m": m, "threads": count}
             found += [_row(contender, timings, errors, sweep.limit) | where for contender in timed_here]
             torch.set_num_threads(max(sweep.threads))
-            say(f"{name} m={m} threads={count}", advance=1)
+            share = f"{timings[OURS].speedup_over(timings[sweep.limit]):.0%} of the {sweep.limit}"
+            said.end(f"{name} m={m} threads={count}: {timings[OURS].median * 1e3:.3f} ms, {share}")
     return found
 
 

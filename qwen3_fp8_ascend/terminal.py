@@ -42,14 +42,18 @@ def is_quiet() -> bool:
     return err.quiet
 
 
+def is_watched(console: Console) -> bool:
+    """Whether lines can be redrawn: it is a terminal. Not `is_terminal`: FORCE_COLOR makes that true of a file."""
+    return console.file.isatty() and not console.is_dumb_terminal and not console.quiet
+
+
 @contextlib.contextmanager
 def progress(console: Console, step: str = "") -> Iterator[Callable[[str], None]]:
     """What is being done, said by calling what the `with` block gets.
 
     On a terminal one line that is redrawn. Elsewhere `step` alone, as a line of its own: a log is not for watching.
     """
-    # Not `is_terminal`: FORCE_COLOR makes that true of a file.
-    if console.file.isatty() and not console.is_dumb_terminal and not console.quiet:
+    if is_watched(console):
         with console.status(step) as status:
             yield status.update
     else:

@@ -53,10 +53,15 @@ LONGEST = (
     "test_cpu_sanitizers.py",
     "test_cpu_planted_defects.py",
     "tests/evaluate/validate/",
-    "tests/test_model.py",
-    "tests/test_packaging.py",
+    "tests/test_terminal.py",
     "tests/fuzz/",
     "tests/evaluate/",
+    "tests/test_scripts.py",
+    "tests/test_packaging.py",
+    "tests/test_model.py",
+    "tests/test_docker.py",
+    "tests/test_npu_document.py",
+    "tests/test_torch_versions.py",
 )
 """The order in which several workers begin. The first of tests/ascendc compiles what the others wait for."""
 
