@@ -1,6 +1,7 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,24 @@ LONGEST = (
 
 def rank_of(nodeid: str) -> int:
     return next((rank for rank, part in enumerate(LONGEST) if part in nodeid), len(LONGEST))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[Any]:
+    """In a new checkout, the first of several workers collects alone: the others read the bytecode that it has written.
+
+    Compiling what tests import takes longer than importing it.
+    """
+    collected = CACHE / "collected"
+    if not hasattr(session.config, "workerinput") or collected.exists():
+        return (yield)
+    CACHE.mkdir(exist_ok=True)
+    with FileLock(CACHE / "collected.lock") as lock:
+        if collected.exists():
+            lock.release()
+        found = yield
+        collected.touch()
+    return found
 
 
 @pytest.hookimpl(optionalhook=True)
