@@ -39,6 +39,10 @@ from qwen3_fp8_ascend.testing.timing import Timing, cache_bytes, interleave
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "w8a8"
+SETTLING = 2.0
+"""Seconds for which all take turns before the first is timed: weights that were just laid out are read more slowly, by
+up to a half, for half a second to two (seen in a virtual machine, in which no page changed meanwhile).
+"""
 PEAK = "multiply-adds"
 console = Console(width=max(140, Console().width))
 
@@ -125,6 +129,9 @@ def _measure_layer(sweep: Sweep, name: str, n: int, k: int, said: Steps) -> list
             console.print(f"{name}, m = {m}: {left_out} is left out: {reason}", markup=False)
         timed_here = [c for c in sweep.contenders if c.name in timed]
         errors = {c.name: _error(problem, x, timed[c.name], c) for c in timed_here if c.backend}
+        if m == sweep.batches[0]:
+            said.begin(f"{name}: settling")
+            interleave(timed, seconds=SETTLING, device=here)
         for count in sweep.threads:
             said.begin(f"{name} m={m} threads={count}")
             torch.set_num_threads(count)
