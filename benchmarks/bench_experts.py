@@ -32,7 +32,7 @@ from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.testing.contenders import on_huge_pages
 from qwen3_fp8_ascend.testing.experts import ExpertsProblem, oracle, random_experts
 from qwen3_fp8_ascend.testing.judges import CALC_DIFF, calc_diff
-from qwen3_fp8_ascend.testing.timing import Timing, cache_bytes, interleave
+from qwen3_fp8_ascend.testing.timing import Timing, cache_bytes, interleave, settle
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -87,6 +87,9 @@ def bench(
             said.begin(f"m={m}: against the oracle")
             errors = {str(a): check(problem, packed[0], tokens, a) for a in Activation}
             runs = implementations(packed, bf16, memory, ahead, tokens, bytes_of_an_expert(problem))
+            if m == batches[0]:
+                said.begin("settling")
+                settle(runs)
             for count in counts:
                 said.begin(f"m={m} threads={count}")
                 torch.set_num_threads(count)

@@ -35,14 +35,10 @@ from qwen3_fp8_ascend.provenance import provenance
 from qwen3_fp8_ascend.testing.contenders import Peer, Weights, able, framework, ours
 from qwen3_fp8_ascend.testing.devices import Device, open_device
 from qwen3_fp8_ascend.testing.judges import CALC_DIFF, Problem, calc_diff, random_problem
-from qwen3_fp8_ascend.testing.timing import Timing, cache_bytes, interleave
+from qwen3_fp8_ascend.testing.timing import Timing, cache_bytes, interleave, settle
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "w8a8"
-SETTLING = 2.0
-"""Seconds for which all take turns before the first is timed: weights that were just laid out are read more slowly, by
-up to a half, for half a second to two (seen in a virtual machine, in which no page changed meanwhile).
-"""
 PEAK = "multiply-adds"
 console = Console(width=max(140, Console().width))
 
@@ -131,7 +127,7 @@ def _measure_layer(sweep: Sweep, name: str, n: int, k: int, said: Steps) -> list
         errors = {c.name: _error(problem, x, timed[c.name], c) for c in timed_here if c.backend}
         if m == sweep.batches[0]:
             said.begin(f"{name}: settling")
-            interleave(timed, seconds=SETTLING, device=here)
+            settle(timed, here)
         for count in sweep.threads:
             said.begin(f"{name} m={m} threads={count}")
             torch.set_num_threads(count)

@@ -18,6 +18,11 @@ Contender = Callable[[int], object]
 CALLS = 20
 """Calls of a contender in one graph, or between two events."""
 
+SETTLING = 2.0
+"""Seconds after which a CPU reads weights that were just laid out as fast as later. All that read memory took up to
+half as long again for the first half second to two, in a virtual machine in which no page changed meanwhile.
+"""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -66,6 +71,12 @@ def interleave(
             taken[name].append(clocks[name][1](rounds))
         rounds += 1
     return {name: Timing(np.array(times), clocks[name][0]) for name, times in taken.items()}
+
+
+def settle(functions: Mapping[str, Contender], device: Device | None = None) -> None:
+    """Let the functions take turns for `SETTLING` seconds, before the first time that is kept of new weights."""
+    if device is None or not device.has_graphs:
+        interleave(functions, seconds=SETTLING, device=device)
 
 
 def _clock(call: Contender, device: Device | None) -> tuple[str, Callable[[int], float]]:

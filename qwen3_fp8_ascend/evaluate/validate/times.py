@@ -16,7 +16,7 @@ from qwen3_fp8_ascend.evaluate.validate.checks import FULL
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.contenders import Peer, Prepared, Weights, able, framework, ours
 from qwen3_fp8_ascend.testing.judges import CALC_DIFF, Problem, calc_diff, random_problem
-from qwen3_fp8_ascend.testing.timing import Timing, cache_bytes, interleave
+from qwen3_fp8_ascend.testing.timing import Timing, cache_bytes, interleave, settle
 
 ROWS = (1, 16, 64, 512)
 ON_CPU = {"o": FULL["o"]}
@@ -55,6 +55,8 @@ def _layer(context: Context, layer: str, n: int, k: int, seed: int) -> Found:
             off = calc_diff(got[:4, :128].cpu(), part.oracle(Activation(peers[name].computes)))
             fault = f"{name} is wrong at {rows} rows: calc_diff {off:.1e}"
             found.hold(f"calc_diff of {name}, {rows} rows", off, CALC_DIFF, fault)
+        if rows == ROWS[0]:
+            settle(contenders, device)
         seconds = SECONDS if device.has_graphs else SECONDS_ON_CPU
         timings = interleave(contenders, seconds=seconds, device=device)
         lines += [_line(context, layer, n, k, rows, peers[name], timings) for name in timings]
