@@ -89,7 +89,7 @@ def bench(
             runs = implementations(packed, bf16, memory, ahead, tokens, bytes_of_an_expert(problem))
             if m == batches[0]:
                 said.begin("settling")
-                settle(runs)
+                settle(runs, ROUTINGS)
             for count in counts:
                 said.begin(f"m={m} threads={count}")
                 torch.set_num_threads(count)

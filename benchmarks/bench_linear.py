@@ -127,7 +127,7 @@ def _measure_layer(sweep: Sweep, name: str, n: int, k: int, said: Steps) -> list
         errors = {c.name: _error(problem, x, timed[c.name], c) for c in timed_here if c.backend}
         if m == sweep.batches[0]:
             said.begin(f"{name}: settling")
-            settle(timed, here)
+            settle(timed, weights.copies(1), here)
         for count in sweep.threads:
             said.begin(f"{name} m={m} threads={count}")
             torch.set_num_threads(count)

@@ -42,9 +42,10 @@ class Weights:
         """Copies by backend, made when they are first asked for."""
         return {}
 
-    def packed_for(self, backend: str) -> list[ops.PackedWeight]:
+    def packed_for(self, backend: str, readers: int) -> list[ops.PackedWeight]:
+        """At least as many as there are `readers` of them in a round."""
         if backend not in self.packed:
-            once = range(self.copies(1))
+            once = range(max(readers, self.copies(1)))
             self.packed[backend] = [
                 ops.pack_weight(self.codes, self.scale, backend=backend, check_values=False) for _ in once
             ]
@@ -72,24 +73,30 @@ def ours(device: Device) -> Iterator[Peer]:
     W8A8 with scales that are powers of two is left out: it is the same work.
     """
     for backend in usable_backends(device.place.type, slow=False):
-        for activation in filter(backend.computes.__contains__, (Activation.W8A8, Activation.W8A16)):
-            prepare = functools.partial(_packed, backend.name, activation)
+        activations = [a for a in (Activation.W8A8, Activation.W8A16) if a in backend.computes]
+        isas = cpu.isas()[:-1] if backend.name == "cpu" else []
+        readers = len(activations) + len(isas)
+        for place, activation in enumerate(activations):
+            prepare = functools.partial(_packed, backend.name, activation, place, readers)
             yield Peer(f"{backend.name} {activation}", 1, activation, prepare, backend=backend.name)
-        if backend.name == "cpu":
-            for isa in cpu.isas()[:-1]:
-                prepare = functools.partial(_instruction_set, isa)
-                yield Peer(f"cpu w8a8, {isa}", 1, "w8a8", prepare, backend="cpu")
+        for place, isa in enumerate(isas, start=len(activations)):
+            prepare = functools.partial(_instruction_set, isa, place, readers)
+            yield Peer(f"cpu w8a8, {isa}", 1, "w8a8", prepare, backend="cpu")
 
 
-def _packed(backend: str, activation: Activation, weights: Weights) -> Prepared:
-    packed = weights.packed_for(backend)
-    # In a round each takes another copy: what one has just read may be in a cache.
-    first = list(Activation).index(activation) * len(packed) // len(Activation)
-    return lambda x: lambda i: ops.block_linear(x, packed[(first + i) % len(packed)], None, activation)
+def _packed(backend: str, activation: Activation, place: int, readers: int, weights: Weights) -> Prepared:
+    packed = _from_a_place(weights.packed_for(backend, readers), place, readers)
+    return lambda x: lambda i: ops.block_linear(x, packed[i % len(packed)], None, activation)
 
 
-def _instruction_set(isa: str, weights: Weights) -> Prepared:
-    packed = weights.packed_for("cpu")
+def _from_a_place(copies: list[ops.PackedWeight], place: int, readers: int) -> list[ops.PackedWeight]:
+    """All of them, for one reader of several: in a round each takes another, since what was just read is in a cache."""
+    first = place * len(copies) // readers
+    return copies[first:] + copies[:first]
+
+
+def _instruction_set(isa: str, place: int, readers: int, weights: Weights) -> Prepared:
+    packed = _from_a_place(weights.packed_for("cpu", readers), place, readers)
 
     def prepare(x: torch.Tensor) -> Contender:
         def run(i: int) -> torch.Tensor:

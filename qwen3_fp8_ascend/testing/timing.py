@@ -18,11 +18,6 @@ Contender = Callable[[int], object]
 CALLS = 20
 """Calls of a contender in one graph, or between two events."""
 
-SETTLING = 2.0
-"""Seconds after which a CPU reads weights that were just laid out as fast as later. All that read memory took up to
-half as long again for the first half second to two, in a virtual machine in which no page changed meanwhile.
-"""
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -73,10 +68,16 @@ def interleave(
     return {name: Timing(np.array(times), clocks[name][0]) for name, times in taken.items()}
 
 
-def settle(functions: Mapping[str, Contender], device: Device | None = None) -> None:
-    """Let the functions take turns for `SETTLING` seconds, before the first time that is kept of new weights."""
+def settle(functions: Mapping[str, Contender], copies: int, device: Device | None = None) -> None:
+    """Read each copy of the weights once, on a CPU, before the first time that is kept of them.
+
+    The first read of what was just laid out takes up to half as long again as all that come after it: seen of every
+    implementation on a Xeon in a virtual machine, while no page changed.
+    """
     if device is None or not device.has_graphs:
-        interleave(functions, seconds=SETTLING, device=device)
+        for number in range(copies):
+            for call in functions.values():
+                call(number)
 
 
 def _clock(call: Contender, device: Device | None) -> tuple[str, Callable[[int], float]]:

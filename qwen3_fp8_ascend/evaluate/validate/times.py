@@ -56,7 +56,7 @@ def _layer(context: Context, layer: str, n: int, k: int, seed: int) -> Found:
             fault = f"{name} is wrong at {rows} rows: calc_diff {off:.1e}"
             found.hold(f"calc_diff of {name}, {rows} rows", off, CALC_DIFF, fault)
         if rows == ROWS[0]:
-            settle(contenders, device)
+            settle(contenders, weights.copies(1), device)
         seconds = SECONDS if device.has_graphs else SECONDS_ON_CPU
         timings = interleave(contenders, seconds=seconds, device=device)
         lines += [_line(context, layer, n, k, rows, peers[name], timings) for name in timings]
