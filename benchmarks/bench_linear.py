@@ -80,8 +80,9 @@ def bench(
     shapes = {name: size for name, size in MODELS[model].items() if not shape or name in shape}
     kind = "linear" if device == "cpu" else f"linear-{device}"
     path = output or RESULTS / f"{kind}-{model}-{datetime.now():%Y%m%d-%H%M}.csv"
+    console.print(f"each layer goes into {path} when it is measured", highlight=False)
     found: list[dict[str, Any]] = []
-    for layer in _measure(sweep, shapes):  # written layer by layer: an interrupted benchmark loses one at most
+    for layer in _measure(sweep, shapes):
         found += layer
         _write(_frame(found, facts), path)
     _print(_frame(found, facts))
