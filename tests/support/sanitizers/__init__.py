@@ -123,7 +123,7 @@ ADDRESS = Variant(
 )
 THREAD = Variant(
     "thread",
-    ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"),  # compiled as soon as with QUICK, and faster
+    ("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"),  # with QUICK the tests take a fifth longer
     "libtsan.so",
     # Only accesses by this library are judged; torch and the interpreter are not built for it.
     (
