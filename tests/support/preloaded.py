@@ -179,23 +179,26 @@ def end_shared() -> None:
 
 
 def import_for_forks(modules: Sequence[str]) -> None:
-    """Without garbage collection in forks looking through all of it, which would make its pages each fork's own.
-
-    What a decorator would compile runs as it is: a few functions beside vLLM's models, for which Dynamo and Inductor
-    take half of a short run even in eager execution. Models are compiled as always, when they are made.
-    """
-    import torch
-
-    with patch.object(torch, "compile", _as_it_is):
+    """Without garbage collection in forks looking through all of it, which would make its pages each fork's own."""
+    with _decorators_that_compile_nothing() if set(VLLM) <= set(modules) else contextlib.nullcontext():
         for module in modules:
             importlib.import_module(module)
     gc.collect()
     gc.freeze()
 
 
-def _as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
-    """In the place of `torch.compile`, also where it is called to make a decorator."""
-    return _as_it_is if function is None else function
+def _decorators_that_compile_nothing() -> contextlib.AbstractContextManager[Any]:
+    """While vLLM is imported: it has a few functions beside its models that a decorator compiles.
+
+    Dynamo and Inductor take half of a short run for them, even in eager execution. Models are compiled as always, when
+    they are made.
+    """
+    import torch
+
+    def as_it_is(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
+        return as_it_is if function is None else function
+
+    return patch.object(torch, "compile", as_it_is)
 
 
 def main() -> None:
