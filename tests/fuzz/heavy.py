@@ -20,7 +20,16 @@ from pathlib import Path
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from tests.fuzz.choices import Choices
 from tests.fuzz.folders import HostileFolder
-from tests.fuzz.judge import FACTOR, HANG_SECONDS, RESIDENT_ALLOWANCE, SECONDS, Sandbox, address_space, resident_peak
+from tests.fuzz.judge import (
+    FACTOR,
+    HANG_SECONDS,
+    RESIDENT_ALLOWANCE,
+    SECONDS,
+    Sandbox,
+    address_space,
+    give_back_free_memory,
+    resident_peak,
+)
 from tests.fuzz.large_attacks import HEAVY
 from tests.fuzz.readers import READERS, Reader
 from tests.support.own_time import at_pace
@@ -93,6 +102,7 @@ def _child(reader: Reader, folder: Path, size: int, mapped: int, send: int) -> N
     faulthandler.disable()
     try:
         _read_sound(reader)  # a fork begins without the pages of libraries
+        give_back_free_memory()
         resource.setrlimit(resource.RLIMIT_CPU, (HANG_SECONDS, HANG_SECONDS + 1))
         bound = FACTOR * size + RESIDENT_ALLOWANCE
         resource.setrlimit(resource.RLIMIT_AS, (address_space() + bound + mapped + ARENA,) * 2)
