@@ -1,6 +1,7 @@
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before modules are imported that ask for the device."""
+    """Before workers are started, and modules imported that ask for the device."""
+    if not hasattr(config, "workerinput"):
+        keep_what_is_left_behind_in_one_folder(config)
     if config.getoption("--device") != "cpu":
         from tests.support import devices
 
         devices.choose(config.getoption("--device"))
+
+
+def keep_what_is_left_behind_in_one_folder(config: pytest.Config) -> None:
+    """Temporary files that nobody removes: engines of vLLM leave sockets and files, compilers that are killed objects.
+
+    What tests make in `tmp_path` stays, as always, where pytest keeps the last three runs.
+    """
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    folder = tempfile.TemporaryDirectory(prefix="tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
 
 
 APART = ("test_cpu_sanitizers.py", "tests/server/")
