@@ -11,7 +11,7 @@ from qwen3_fp8_ascend.vllm_plugin import logger
 TESTED = SpecifierSet(">=0.30.0,<0.33")
 """vLLM on a CPU."""
 
-TESTED_VLLM_ASCEND = {"0.30.0rc2": "0.30.0", "0.23.0": "0.23.0"}
+TESTED_VLLM_ASCEND = {"0.30.0rc2": "0.30.0", "0.23.0.post1": "0.23.0", "0.23.0": "0.23.0"}
 """Releases of vLLM-Ascend and the vLLM that each of them goes with."""
 
 TESTED_TOGETHER = f"vLLM {TESTED}, or on NPUs " + " or ".join(

@@ -18,6 +18,7 @@ from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
+from packaging.version import Version
 
 from tests.support import preloaded
 from tests.support.forked_spawn import fork_what_is_spawned
@@ -42,6 +43,8 @@ MOE = {
 
 
 RELEASE = None if MISSING else importlib.metadata.version("vllm-ascend")
+BEFORE_SCHEMES = RELEASE is not None and Version(RELEASE) < Version("0.30.0rc2")
+"""Whether it is a vLLM-Ascend whose methods for experts route tokens themselves: 0.23.0."""
 ONE_RELEASE = "0.30.0rc2"
 once = pytest.mark.skipif(
     RELEASE not in (None, ONE_RELEASE),

@@ -2,14 +2,15 @@
 
 import copy
 import dataclasses
-import importlib.metadata
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-if importlib.metadata.version("vllm-ascend") == "0.23.0":
+from .conftest import BEFORE_SCHEMES
+
+if BEFORE_SCHEMES:
     pytest.skip("vLLM-Ascend 0.23.0 has no such schemes: experts are refused there", allow_module_level=True)
 
 from vllm_ascend.ascend_forward_context import MoECommType

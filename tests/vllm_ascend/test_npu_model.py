@@ -1,6 +1,5 @@
 """Qwen3-8B as vLLM and vLLM-Ascend build it, on `npu:0` with FakeTensors: loading, layers, shapes, dtypes, memory."""
 
-import importlib.metadata
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8LmHeadMethod
 from tests.support.npu_graph import FP8_VIEWS, Capture, Watch, falls_back_to_the_host
 
-from .conftest import BLOCK_FP8, FIGURES, NPU, Chip, engine_config, write_config
+from .conftest import BEFORE_SCHEMES, BLOCK_FP8, FIGURES, NPU, RELEASE, Chip, engine_config, write_config
 
 ONE_LAYER = QWEN3_8B | {"num_hidden_layers": 1, "vocab_size": 264}
 
@@ -79,12 +78,12 @@ def bf16_bytes(tmp_path_factory: pytest.TempPathFactory, build: Callable[[Any], 
 
 def test_memory_of_vllm_ascend_alone(tmp_path: Path, build: Callable[[Any], torch.nn.Module], bf16_bytes: int) -> None:
     """Its own way with the same checkpoint on A2, without the flag: 0.30.0rc2 expands it, 0.23.0 cannot build it."""
-    if importlib.metadata.version("vllm-ascend") == "0.23.0":
+    if BEFORE_SCHEMES:
         folder = write_config(tmp_path / "fp8", **QWEN3_8B, quantization_config=BLOCK_FP8)
         config = engine_config(folder, quantization=None)
         with pytest.raises(AttributeError, match="o_groups") as refused:
             build(config)
-        FIGURES.append(f"Qwen3-8B-FP8, vLLM-Ascend 0.23.0 alone, without the flag: {refused.value}")
+        FIGURES.append(f"Qwen3-8B-FP8, vLLM-Ascend {RELEASE} alone, without the flag: {refused.value}")
         return
 
     def bytes_of(shape: dict[str, Any]) -> tuple[int]:

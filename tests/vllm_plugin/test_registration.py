@@ -222,7 +222,8 @@ def test_tested_range(version: str | None, tested: bool) -> None:
     [
         ("0.30.0", "0.30.0rc2", True),
         ("0.23.0", "0.23.0", True),
-        ("0.23.0", "0.23.0.post1", False),
+        ("0.23.0", "0.23.0.post1", True),
+        ("0.23.0", "0.23.0.post2", False),
         ("0.30.0", "0.23.0", False),
         ("0.31.0", "0.30.0rc2", False),
         (None, "0.23.0", False),
