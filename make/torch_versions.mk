@@ -1,4 +1,4 @@
-# The kernels under the oldest and the newest torch of the range (qwen3_fp8_ascend/torch_range.py), each with the wheel
+# The kernels under the oldest torch of the range and a new one (qwen3_fp8_ascend/torch_range.py), each with the wheel
 # that was built under the other one. A part of the long tests: the two environments take 13 GB and some minutes.
 #
 #   make test-torch-versions
@@ -19,5 +19,5 @@ $(TORCH_VERSION_STAMPS): .venv-torch-%/.ready:
 	.venv-torch-$*/bin/python -m pip install -qq $(TORCH_VERSION_PACKAGES)
 	touch $@
 
-test-torch-versions: $(TORCH_VERSION_STAMPS)  ## the kernels' tests under the oldest and the newest torch, each with the other's wheel
+test-torch-versions: $(TORCH_VERSION_STAMPS)  ## the kernels' tests under the oldest torch and a new one, each with the other's wheel
 	$(PYTHON) scripts/test_torch_versions.py $(TORCH_VERSIONS:%=.venv-torch-%)

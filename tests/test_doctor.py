@@ -227,8 +227,8 @@ def test_while_an_image_is_built(ascend_machine: Examine, monkeypatch: pytest.Mo
     ("changes", "said"),
     [
         ({"torch-npu": "2.9.0"}, "torch-npu 2.9.0 is beside torch 2.10.0+cpu"),
-        ({"torch": "2.9.1+cpu"}, "torch 2.9.1+cpu is too old for the native kernels, which are for torch 2.10 to 2.14"),
-        ({"torch": "2.15.0"}, "torch 2.15.0 is newer than what the kernels were tried with, torch 2.10 to 2.14"),
+        ({"torch": "2.9.1+cpu"}, "torch 2.9.1+cpu is too old for the native kernels, which are for torch 2.10 to 2.15"),
+        ({"torch": "2.16.0"}, "torch 2.16.0 is newer than what the kernels were tried with, torch 2.10 to 2.15"),
         ({"vllm-ascend": "0.29.0rc1"}, "vLLM 0.30.0 with vLLM-Ascend 0.29.0rc1 was not tested"),
     ],
 )
