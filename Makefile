@@ -55,7 +55,7 @@ part-test-main part-test-vllm-ascend part-test-aarch64 part-lint: | venv
 part-%:
 	@MAKE='$(MAKE)' scripts/run_test_part.sh $* $(PARTS)
 
-test-long: venv  ## the long forms of the reliability tests: load, faults, fuzzing, sanitizers (about an hour)
+test-long: venv  ## the long forms of the reliability tests: load, faults, fuzzing, sanitizers (more than an hour)
 	$(PY) -m pytest --long -m long
 	$(MAKE) --no-print-directory test-triton-long test-vllm-ascend-long test-torch-versions
 

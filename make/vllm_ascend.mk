@@ -1,6 +1,6 @@
 # vLLM-Ascend without an NPU: its real sources and the real torch-npu over CPU torch, with stub CANN libraries.
 #
-#   make test-vllm-ascend   registration, linear methods and memory beside a release of vLLM-Ascend; its own tests
+#   make test-vllm-ascend   registration, linear methods and memory beside releases of vLLM-Ascend; their own tests
 #
 # .venv-vllm-ascend sees the packages of .venv (torch, vLLM's requirements) behind its own. What differs between the
 # releases lies in one folder each: vLLM-Ascend, and vLLM where .venv has another one.
@@ -10,7 +10,7 @@ VLLM_ASCEND_RELEASES := 0.30.0rc2 0.23.0.post1 0.23.0
 VLLM_OF_0.30.0rc2 := 0.30.0
 VLLM_OF_0.23.0.post1 := 0.23.0
 VLLM_OF_0.23.0 := 0.23.0
-# Four modules differ between 0.23.0 and its .post1, none of which this package meets: the older one is for the long tests.
+# Only in the long tests: its .post1 differs in four modules (the model runner, a patch for Mamba, MXFP8, the 310P).
 VLLM_ASCEND_SELDOM := 0.23.0
 VLLM_ASCEND_OFTEN := $(filter-out $(VLLM_ASCEND_SELDOM),$(VLLM_ASCEND_RELEASES))
 VLLM_ASCEND_VENV := .venv-vllm-ascend
