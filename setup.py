@@ -56,15 +56,18 @@ COMMON_FLAGS = [
     f"-DTORCH_TARGET_VERSION={torch_range.TARGET_VERSION}",
 ]
 
-AVX512_FLAGS = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vbmi2", "bf16")]
-AVX512_FLAGS += ["-mfma", "-mf16c", "-mprefer-vector-width=512"]
-AVX512_FLAGS += ["-Wno-maybe-uninitialized"]  # g++ 12 warns of its own intrinsics (GCC bug 105593)
+AVX512F_FLAGS = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")]
+AVX512F_FLAGS += ["-mfma", "-mf16c", "-mprefer-vector-width=512"]
+# g++ 12 warns of its own intrinsics (GCC bug 105593).
+AVX512F_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX512_FLAGS = [*AVX512F_FLAGS, *(f"-mavx512{part}" for part in ("vbmi", "vbmi2", "bf16"))]
 
 NEON_FLAGS = ["-fno-schedule-insns"]  # g++ 12 decodes ahead until registers run out, and spills the sums
 
 ISA_FLAGS = {
     "x86_64": {
         "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512f.cpp": AVX512F_FLAGS,
         "avx512.cpp": AVX512_FLAGS,
         "amx.cpp": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
     },

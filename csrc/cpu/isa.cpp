@@ -68,10 +68,11 @@ Isa detect() {
   const Cpuid extended = cpuid(7);
   if (!has_bits(states, {1, 2}) || !has_bits(extended.ebx, {5 /* AVX2 */})) return Isa::portable;
   const Cpuid more = cpuid(7, 1);
-  const bool avx512 = has_bits(states, {5, 6, 7}) &&
-                      has_bits(extended.ebx, {16 /* F */, 17 /* DQ */, 30 /* BW */, 31 /* VL */}) &&
-                      has_bits(extended.ecx, {1 /* VBMI */, 6 /* VBMI2 */}) && has_bits(more.eax, {5 /* BF16 */});
-  if (!avx512) return Isa::avx2;
+  const bool avx512f =
+      has_bits(states, {5, 6, 7}) && has_bits(extended.ebx, {16 /* F */, 17 /* DQ */, 30 /* BW */, 31 /* VL */});
+  if (!avx512f) return Isa::avx2;
+  const bool avx512 = has_bits(extended.ecx, {1 /* VBMI */, 6 /* VBMI2 */}) && has_bits(more.eax, {5 /* BF16 */});
+  if (!avx512) return Isa::avx512f;
   const bool amx =
       has_bits(states, {17, 18}) && has_bits(extended.edx, {22 /* AMX-BF16 */, 24 /* AMX-TILE */}) && request_tiles();
   return amx ? Isa::amx : Isa::avx512;
@@ -121,6 +122,7 @@ const Kernels& kernels_of(Isa isa) {
   switch (isa) {
     case Isa::amx: return kAmxKernels;
     case Isa::avx512: return intel ? kAvx512IntelKernels : kAvx512Kernels;
+    case Isa::avx512f: return kAvx512fKernels;
     case Isa::avx2: return intel ? kAvx2IntelKernels : kAvx2Kernels;
     case Isa::portable: break;
   }

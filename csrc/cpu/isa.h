@@ -7,7 +7,7 @@ namespace qwen3_fp8_ascend::cpu {
 
 // The levels of this architecture; each includes those before it.
 #if defined(__x86_64__)
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512f = 2, avx512 = 3, amx = 4 };
 constexpr Isa kHighestIsa = Isa::amx;
 #elif defined(__aarch64__)
 enum class Isa : int { portable = 0, neon = 1, neon_bf16 = 2 };

@@ -165,6 +165,7 @@ extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx2IntelKernels;
+extern const Kernels kAvx512fKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512IntelKernels;
 extern const Kernels kAmxKernels;

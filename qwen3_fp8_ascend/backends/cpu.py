@@ -29,12 +29,13 @@ ENVIRONMENT_VARIABLE = "QWEN3_FP8_ASCEND_CPU_ISA"
 LIBRARY = Path(__file__).resolve().parent.parent / "_cpu.so"
 
 ISAS_OF_ARCHITECTURE = {
-    "x86_64": ("portable", "avx2", "avx512", "amx"),
+    "x86_64": ("portable", "avx2", "avx512f", "avx512", "amx"),
     "aarch64": ("portable", "neon", "neon_bf16"),
 }
 """Levels of kernels from lowest to highest; a machine that has one has those before it.
 
-avx512 needs F, BW, VL, DQ, VBMI, VBMI2 and BF16 (Zen 4, Sapphire Rapids and later); amx adds AMX-BF16.
+avx512f needs F, BW, VL and DQ (Skylake-SP, Cascade Lake, Ice Lake); avx512 adds VBMI, VBMI2 and BF16 (Zen 4, Sapphire
+Rapids and later); amx adds AMX-BF16.
 neon is what every AArch64 processor has; neon_bf16 adds the bf16 instructions of Armv8.6 (Graviton 3, Kunpeng 920B).
 """
 

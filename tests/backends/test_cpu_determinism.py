@@ -15,7 +15,16 @@ from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import PackedWeight, cpu
 from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.testing.judges import random_problem
-from tests.support.cpu_levels import ACTIVATIONS, DTYPES, ISAS, instruction_set, needs_cpu_backend, same_bits, threads
+from tests.support.cpu_levels import (
+    ACTIVATIONS,
+    DTYPES,
+    ISAS,
+    instruction_set,
+    lacking,
+    needs_cpu_backend,
+    same_bits,
+    threads,
+)
 
 pytestmark = needs_cpu_backend
 
@@ -162,6 +171,24 @@ def test_bits_are_the_same_in_batches_of_any_size(isa: str, activation: Activati
             y = ops.block_linear(x, packed, None, activation)
             assert same_bits(y[0], y[-1]), f"first and last row of {m}"
             assert same_bits(y[0], alone), f"alone and among {m}"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_registers_of_512_bits_give_the_bits_of_256(activation: Activation) -> None:
+    """What has AVX-512 without bf16 instructions adds as AVX2 does, however many rows share a register."""
+    for name in ("avx2", "avx512f"):
+        if reason := lacking(name):
+            pytest.skip(reason)
+    rows, packed = cancelling_problem(130, 200, torch.float32)
+    for m in (*range(1, 20), 40, 41, 130):
+        results = []
+        for name in ("avx2", "avx512f"):
+            with instruction_set(name):
+                results.append(ops.block_linear(rows[:m], packed, None, activation))
+        assert same_bits(*results), f"{m} rows"
+    with instruction_set("portable"):
+        other = ops.block_linear(rows, packed, None, activation)
+    assert not same_bits(other, results[0])
 
 
 def test_levels_are_those_of_the_document() -> None:

@@ -48,6 +48,7 @@ X86 = ("x86_64", "g++", "objdump")
 ARM = ("aarch64", "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump")
 KERNELS = {
     "avx2": Kernel("avx2", *X86, {"vcvtph2ps": 8}, "vfmadd", 8, "vpsraw"),
+    "avx512f": Kernel("avx512f", *X86, {"vcvtph2ps": 16}, "vfmadd", 16, "vpsraw"),
     "neon": Kernel("neon", *ARM, {"fcvtl": 4, "fcvtl2": 4}, "fmla", 4),
     "neon_bf16": Kernel("neon_bf16", *ARM, {"tbx": 16}, "bfmmla", 16),
 }

@@ -243,7 +243,7 @@ def objects(variant: Variant) -> list[Path]:
                 _run([COMPILER, *flags, "-c", name, "-o", target.name], folder)
                 (folder / target.name).replace(target)
 
-            slowest_first = sorted(jobs, key=lambda job: job[0] not in ("amx.cpp", "avx512.cpp"))
+            slowest_first = sorted(jobs, key=lambda job: job[0] not in ("amx.cpp", "avx512.cpp", "avx512f.cpp"))
             with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(compile_one, slowest_first))
     return found

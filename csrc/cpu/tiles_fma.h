@@ -1,4 +1,4 @@
-// Products with a decoded strip in AVX2.
+// Products with a decoded strip by fp32 multiply-adds.
 //
 // x is repeated in pairs to match a group of weights; each output is one chain of multiply-adds for even k and one for
 // odd k, added at the end of a chunk. So a row's bits depend on no other row, and not on how many there are.
@@ -10,26 +10,17 @@
 
 #include <type_traits>
 
-#include "decode_avx2.h"
+#include "decode_fp16.h"
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {
 
-constexpr int kTileRows = 6;
+// Rows of a tile over a strip of so many groups.
+template <int Groups>
+constexpr int kTileRows = kSums / Groups;
 
 [[gnu::always_inline]] inline void prefetch(const std::uint8_t* codes) {
   _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T0);
-}
-
-// Two consecutive activations, repeated to match a group.
-inline __m256 repeat_pair(const float* x) {
-  return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(x)));
-}
-
-// The sum of each pair of two groups.
-inline __m256 add_pairs(__m256 a, __m256 b) {
-  const __m256 sums = _mm256_hadd_ps(a, b);  // two of a, two of b, two of a, two of b
-  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(sums), _MM_SHUFFLE(3, 1, 2, 0)));
 }
 
 // What a strip is multiplied with and added to.
@@ -111,8 +102,8 @@ struct DecodeNextBy {
 
 // The constants themselves. g++ copies DecodeMasks in halves of registers, and a load of both waits for their stores.
 struct HeldMasks {
-  __m256i to_top;
-  __m256i number;
+  Words to_top;
+  Words number;
 
   [[gnu::always_inline]] DecodeMasks operator*() const { return {to_top, number}; }
 };
@@ -124,8 +115,8 @@ using DecodeNext = DecodeNextBy<const DecodeMasks*>;
 struct Half {
   const std::uint16_t* strip;
 
-  [[gnu::always_inline]] __m256 load(const Place& place, int group) const {
-    return load_group(at_byte(strip, place.half) + group * kGroupNumbers);
+  [[gnu::always_inline]] Numbers load(const Place& place, int group) const {
+    return widen_fp16(at_byte(strip, place.half) + group * kGroupNumbers);
   }
 };
 
@@ -133,9 +124,9 @@ struct HalfAndKeep {
   const std::uint16_t* strip;
   float* kept;
 
-  [[gnu::always_inline]] __m256 load(const Place& place, int group) const {
-    const __m256 w = load_group(at_byte(strip, place.half) + group * kGroupNumbers);
-    _mm256_store_ps(at_byte(kept, 2 * place.half) + group * kGroupNumbers, w);
+  [[gnu::always_inline]] Numbers load(const Place& place, int group) const {
+    const Numbers w = widen_fp16(at_byte(strip, place.half) + group * kGroupNumbers);
+    store_numbers(at_byte(kept, 2 * place.half) + group * kGroupNumbers, w);
     return w;
   }
 };
@@ -143,64 +134,64 @@ struct HalfAndKeep {
 struct Kept {
   const float* strip;
 
-  [[gnu::always_inline]] __m256 load(const Place& place, int group) const {
-    return _mm256_load_ps(at_byte(strip, 2 * place.half) + group * kGroupNumbers);
+  [[gnu::always_inline]] Numbers load(const Place& place, int group) const {
+    return load_numbers(at_byte(strip, 2 * place.half) + group * kGroupNumbers);
   }
 };
 
 // One pair of k, the first or the second of a quad: whichever is less, activations or weights, is kept in registers.
 template <int Pair, int Rows, int Groups, class Weights>
 [[gnu::always_inline]] inline void multiply_pair(const Weights& weights, const float* x, const Place& place,
-                                                 __m256 (&partial)[Rows][Groups]) {
+                                                 Numbers (&partial)[Rows][Groups]) {
   const float* pair = at_byte(x, place.x) + 2 * Pair;
   if constexpr (Rows <= Groups) {
-    __m256 value[Rows];
-#pragma GCC unroll 6
+    Numbers value[Rows];
+#pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) value[r] = repeat_pair(pair + r * kChunk);
 #pragma GCC unroll 8
     for (int g = 0; g < Groups; ++g) {
-      const __m256 w = weights.load(place, Pair * Groups + g);
-#pragma GCC unroll 6
-      for (int r = 0; r < Rows; ++r) partial[r][g] = _mm256_fmadd_ps(w, value[r], partial[r][g]);
+      const Numbers w = weights.load(place, Pair * Groups + g);
+#pragma GCC unroll 12
+      for (int r = 0; r < Rows; ++r) partial[r][g] = fused(w, value[r], partial[r][g]);
     }
   } else {
-    __m256 w[Groups];
+    Numbers w[Groups];
 #pragma GCC unroll 8
     for (int g = 0; g < Groups; ++g) w[g] = weights.load(place, Pair * Groups + g);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
-      const __m256 value = repeat_pair(pair + r * kChunk);
+      const Numbers value = repeat_pair(pair + r * kChunk);
 #pragma GCC unroll 8
-      for (int g = 0; g < Groups; ++g) partial[r][g] = _mm256_fmadd_ps(w[g], value, partial[r][g]);
+      for (int g = 0; g < Groups; ++g) partial[r][g] = fused(w[g], value, partial[r][g]);
     }
   }
 }
 
 // sum += (partial * 2^8) * x_scale * w_scale.
 template <int Rows, int Groups>
-[[gnu::always_inline]] inline void scale_and_add(const __m256 (&partial)[Rows][Groups], const Operands& o) {
-  const __m256 w_scale = _mm256_set1_ps(o.w_scale);
+[[gnu::always_inline]] inline void scale_and_add(const Numbers (&partial)[Rows][Groups], const Operands& o) {
+  const Numbers w_scale = all(o.w_scale);
   const float* x_scale = o.x_scale;
   float* sums = o.sums[0];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
     for (int g = 0; g < Groups; g += 2) {
-      const __m256 sum_of_pairs = add_pairs(partial[r][g], partial[r][g + 1]);
-      const __m256 exact = _mm256_mul_ps(sum_of_pairs, _mm256_set1_ps(kDecodeFactor));
-      const __m256 scaled = _mm256_mul_ps(exact, _mm256_set1_ps(x_scale[r]));
+      const Numbers sum_of_pairs = add_pairs(partial[r][g], partial[r][g + 1]);
+      const Numbers exact = multiply(sum_of_pairs, all(kDecodeFactor));
+      const Numbers scaled = multiply(exact, all(x_scale[r]));
       float* sum = sums + r * kPanelRows + g * kGroupRows;
-      _mm256_store_ps(sum, _mm256_fmadd_ps(scaled, w_scale, _mm256_load_ps(sum)));
+      store_numbers(sum, fused(scaled, w_scale, load_numbers(sum)));
     }
   }
 }
 
 template <int Rows, int Groups>
-[[gnu::always_inline]] inline void clear(__m256 (&partial)[Rows][Groups]) {
-#pragma GCC unroll 6
+[[gnu::always_inline]] inline void clear(Numbers (&partial)[Rows][Groups]) {
+#pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
-    for (int g = 0; g < Groups; ++g) partial[r][g] = _mm256_setzero_ps();
+    for (int g = 0; g < Groups; ++g) partial[r][g] = zero();
   }
 }
 
@@ -209,7 +200,7 @@ template <int Rows, int Groups, class Weights, class Work>
 [[gnu::always_inline]] inline void multiply_quads(const Operands& o, const Weights& weights, const Work& work) {
   const float* x = o.x[0];
   const std::int64_t end = o.quads * Place::kStepX;
-  __m256 partial[Rows][Groups];
+  Numbers partial[Rows][Groups];
   clear(partial);
   const auto multiply_quad = [&](const Place& at) __attribute__((always_inline)) {
     work.template beside<Groups>(at);
@@ -226,11 +217,11 @@ template <int Rows, int Groups, class Weights, class Work>
 }
 
 // `Rows` rows times a strip, scaled and added to the sums. Not inlined, and with copies of what it is given: its loop
-// gets all registers. Eight sums leave some for the decoder's constants.
+// gets all registers. Few sums leave some for the decoder's constants.
 template <int Rows, int Groups, class Weights, class Work>
 [[gnu::noinline]] void multiply_strip(const Operands& o, const Weights& given_weights, const Work& given_work) {
   const Weights weights = given_weights;
-  if constexpr (std::is_same_v<Work, DecodeNext> && Rows * Groups <= 8) {
+  if constexpr (std::is_same_v<Work, DecodeNext> && Rows * Groups <= kSumsBesideConstants) {
     const HeldMasks masks{given_work.masks->to_top, given_work.masks->number};
     const DecodeNextBy<HeldMasks> work{given_work.codes, given_work.out, masks, given_work.later};
     multiply_quads<Rows, Groups>(o, weights, work);
@@ -240,24 +231,47 @@ template <int Rows, int Groups, class Weights, class Work>
   }
 }
 
+// How a batch is cut into tiles: the groups of a strip, the least rows that a tile has, whether one tile has them all.
+template <int Groups, int LeastRows, bool One>
+struct Tiles {
+  static constexpr int kGroupsOfStrip = Groups;
+  static constexpr int kLeastRows = LeastRows;
+  static constexpr bool kOne = One;
+};
+
+// Few rows need more groups for the multiplier to be busy; with fewer groups, more rows share a weight that is loaded.
+using FewRows = Tiles<4, 2, true>;
+using ManyRows = Tiles<2, kTileRows<2> / 2, false>;
+using LongBatch = Tiles<4, kTileRows<4> / 2, false>;
+
 // Tiles of a batch have as many rows as each other, or one more: a multiply-add takes four cycles and two begin in
-// each, so that two groups times less than four rows leave the multiplier idle.
-inline std::int64_t tile_rows(std::int64_t rows) {
-  if (rows <= kTileRows) return rows;
-  return ceil_div(rows, ceil_div(rows, static_cast<std::int64_t>(kTileRows)));
+// each, so that less than eight sums leave the multiplier idle.
+template <int Groups>
+std::int64_t tile_rows(std::int64_t rows) {
+  constexpr std::int64_t kMost = kTileRows<Groups>;
+  return rows <= kMost ? rows : ceil_div(rows, ceil_div(rows, kMost));
 }
 
-// The first of `rows` rows, at most a tile of them, times a strip of two groups; returns how many. Of four rows or
-// more, no tile has less than three.
-template <class Weights, class Work>
-std::int64_t multiply_tile(const Operands& o, std::int64_t rows, const Weights& weights, const Work& work) {
-  const std::int64_t taken = tile_rows(rows);
-  switch (taken) {
-    case 3: multiply_strip<3, 2>(o, weights, work); break;
-    case 4: multiply_strip<4, 2>(o, weights, work); break;
-    case 5: multiply_strip<5, 2>(o, weights, work); break;
-    default: multiply_strip<kTileRows, 2>(o, weights, work); break;
+// Calls body(std::integral_constant<int, number>) for a number within [Least, Most].
+template <int Least, int Most, class Body>
+[[gnu::always_inline]] inline void with_number(std::int64_t number, const Body& body) {
+  if constexpr (Least == Most) {
+    body(std::integral_constant<int, Most>());
+  } else if (number == Least) {
+    body(std::integral_constant<int, Least>());
+  } else {
+    with_number<Least + 1, Most>(number, body);
   }
+}
+
+// The first of `rows` rows, as many as a tile has, times a strip; returns how many.
+template <class Tiles, class Weights, class Work>
+std::int64_t multiply_tile(const Operands& o, std::int64_t rows, const Weights& weights, const Work& work) {
+  constexpr int kOfStrip = Tiles::kGroupsOfStrip;
+  const std::int64_t taken = tile_rows<kOfStrip>(rows);
+  with_number<Tiles::kLeastRows, kTileRows<kOfStrip>>(taken, [&](auto number) __attribute__((always_inline)) {
+    multiply_strip<decltype(number)::value, kOfStrip>(o, weights, work);
+  });
   return taken;
 }
 
@@ -270,7 +284,7 @@ template <bool HasNan>
   const Half weights{half};
   const float* x = o.x[0];
   const std::int64_t last = (o.quads - 1) * Place::kStepX;
-  __m256 partial[1][kGroups];
+  Numbers partial[1][kGroups];
   clear(partial);
   decode_quad<HasNan, kGroups>(codes, masks, half);
   Place place;
@@ -289,17 +303,15 @@ template <bool HasNan>
 
 // The multiplier's limit: as many chains as a tile has, and nothing else. 1 = 0.5 * 1 + 0.5 stays an ordinary number.
 inline void multiply_add(std::int64_t count) {
-  constexpr int kChains = 12;
-  constexpr int kLanes = 8;
-  const __m256 half = _mm256_set1_ps(0.5f);
-  __m256 chain[kChains];
-#pragma GCC unroll 12
-  for (int i = 0; i < kChains; ++i) chain[i] = _mm256_set1_ps(1.0f);
-  for (std::int64_t done = 0; done < count; done += kChains * kLanes) {
-#pragma GCC unroll 12
-    for (int i = 0; i < kChains; ++i) {
-      chain[i] = _mm256_fmadd_ps(chain[i], half, half);
-      asm volatile("" : "+x"(chain[i]));  // the result is wanted, as far as the compiler knows
+  const Numbers half = all(0.5f);
+  Numbers chain[kSums];
+#pragma GCC unroll 24
+  for (int i = 0; i < kSums; ++i) chain[i] = all(1.0f);
+  for (std::int64_t done = 0; done < count; done += kSums * kLanes) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kSums; ++i) {
+      chain[i] = fused(chain[i], half, half);
+      asm volatile("" : "+v"(chain[i]));  // the result is wanted, as far as the compiler knows
     }
   }
 }
