@@ -12,7 +12,8 @@ struct Intel {
   static constexpr std::int64_t kRowsWithoutKeeping = kTileRows<2>;
   static constexpr std::int64_t kLongBatch = 41;
   static constexpr std::int64_t kPanelsTogether = 8;
-  static constexpr bool kAsksEarly = true;
+  static constexpr std::int64_t kEarlyChunks = 2;
+  static constexpr int kPlaces = 2;
 };
 
 }  // namespace

@@ -63,30 +63,30 @@ class Steps {
       scales_[p] = weight.scales_of(first + p);
       has_nan_[p] = weight.panels[first + p].has_nan != 0;
     }
-    const std::int64_t early = Core::kAsksEarly ? panels * 3 / 2 : 0;
-    for (std::int64_t i = 0; i < std::max(early, kLookedAt); ++i) make();
+    for (std::int64_t i = 0; i < std::max(Core::kEarlyChunks * panels, kLookedAt); ++i) make();
   }
 
   bool ended() const { return left_ == 0; }
 
-  // The step at hand (0), the one behind it, the one after that; null behind the last.
+  // The step at hand (0), the one behind it, and so on; null behind the last.
   const Step* behind(std::int64_t count) const { return count < left_ ? &ring_[(at_ + count) % kRing] : nullptr; }
 
   void advance() {
     ++at_;
     --left_;
     const Step* made = make();
-    if (!Core::kAsksEarly || made == nullptr) return;
+    if (Core::kEarlyChunks == 0 || made == nullptr) return;
     for (int line = 0; line < kEarlyLines; ++line) {
       _mm_prefetch(reinterpret_cast<const char*>(made->codes + line * kLine), _MM_HINT_T1);
     }
   }
 
  private:
-  static constexpr std::int64_t kLookedAt = 3;  // what `behind` may give
-  static constexpr int kEarlyLines = 4;
+  static constexpr std::int64_t kLookedAt = 1 + 2 * Core::kPlaces;  // what `behind` may give
+  static constexpr int kEarlyLines = 2;
   static constexpr int kRing = 16;
-  static_assert(Core::kPanelsTogether <= kMostTogether && kMostTogether * 3 / 2 <= kRing);
+  static_assert(Core::kPanelsTogether <= kMostTogether && kLookedAt <= kRing);
+  static_assert(Core::kEarlyChunks * kMostTogether <= kRing);
 
   const Step* make() {
     if (unmade_ == 0) return nullptr;
@@ -133,6 +133,43 @@ class Steps {
   bool has_nan_[Core::kPanelsTogether];
 };
 
+// The codes that are asked for beside a step: those of the next steps behind `decoded` others. Where a core has two
+// places, it is half of each of two steps' codes, and beside the next step the other half.
+template <class Core>
+class Ahead {
+ public:
+  explicit Ahead(int decoded) : decoded_(decoded) {}
+
+  // Of the step at hand, once. Where nothing comes later, codes that are in the cache.
+  void look(const Steps<Core>& steps) {
+    const Step* now = steps.behind(0);
+    for (int place = 0; place < kPlaces; ++place) {
+      const Step* later = steps.behind(decoded_ + kPlaces - part_ + place);
+      codes_[place] = (later == nullptr ? now : later)->codes + part_ * (kChunkBytes / kPlaces);
+    }
+    part_ = (part_ + 1) % kPlaces;
+  }
+
+  // What is asked for beside one of so many strips.
+  template <int Strips>
+  auto beside(int strip) const {
+    if constexpr (Strips >= kPlaces) {
+      return Prefetch{codes_[strip % kPlaces] + strip / kPlaces * (kChunkBytes / Strips)};
+    } else {
+      static_assert(Strips == 1 && kPlaces == 2);
+      return PrefetchTwo{codes_[0], codes_[1]};
+    }
+  }
+
+ private:
+  static constexpr int kPlaces = Core::kPlaces;
+  static constexpr int kChunkBytes = kChunk * kPanelRows;
+
+  int decoded_;
+  int part_ = 0;
+  const std::uint8_t* codes_[kPlaces] = {};
+};
+
 void widen_activations(const Activation& x, const Step& now, float (*out)[kChunk]) {
   for (std::int64_t row = 0; row < x.rows; ++row) {
     load_run(x.values_of(now.chunk, row), Dtype::bf16, 0, 4 * now.quads, out[row]);
@@ -161,12 +198,13 @@ void multiply_rows(const Operands& o, std::int64_t rows, const std::uint16_t* ha
 
 template <class Core>
 void multiply_one(const Problem& problem, Steps<Core>& steps, Scratch& scratch) {
+  Ahead<Core> ahead(0);
   for (; !steps.ended(); steps.advance()) {
     const Step& now = *steps.behind(0);
-    const Step* next = steps.behind(1);
     if (now.panel == 0) widen_activations(problem.activation, now, scratch.x);
     const Operands o = operands(now, scratch);
-    const Prefetch prefetch{next == nullptr ? now.codes : next->codes};
+    ahead.look(steps);
+    const auto prefetch = ahead.template beside<1>(0);
     if (now.has_nan) {
       multiply_row<true>(o, now.codes, scratch.row, prefetch);
     } else {
@@ -177,35 +215,34 @@ void multiply_one(const Problem& problem, Steps<Core>& steps, Scratch& scratch) 
 
 template <class Core, class Tiles>
 void multiply_panels(const Problem& problem, Steps<Core>& steps, Scratch& scratch) {
-  constexpr int Groups = Tiles::kGroupsOfStrip;
-  constexpr int kStrips = kGroups / Groups;
-  int turn = 0;  // which half holds the strip at hand
+  constexpr int kGroupsOfStrip = Tiles::kGroupsOfStrip;
+  constexpr int kStrips = kGroups / kGroupsOfStrip;
   const Activation& x = problem.activation;
+  Ahead<Core> ahead(1);
+  int turn = 0;  // which half holds the strip at hand
   if (const Step* first = steps.behind(0)) {
-    decode_strip<Groups>(first->codes, first->quads, first->has_nan, scratch.half[0].numbers);
+    decode_strip<kGroupsOfStrip>(first->codes, first->quads, first->has_nan, scratch.half[0].numbers);
   }
   for (; !steps.ended(); steps.advance()) {
     const Step& now = *steps.behind(0);
     const Step* next = steps.behind(1);
-    const Step* later = steps.behind(2);
     if (now.panel == 0) widen_activations(x, now, scratch.x);
-    // Where nothing comes later, codes that are in the cache.
-    const std::uint8_t* ahead = later == nullptr ? now.codes : later->codes;
+    ahead.look(steps);
     for (int strip = 0; strip < kStrips; ++strip, turn = 1 - turn) {
-      const Operands o = operands(now, scratch, strip * Groups * kGroupRows);
+      const Operands o = operands(now, scratch, strip * kGroupsOfStrip * kGroupRows);
       const std::uint16_t* half = scratch.half[turn].numbers;
       std::uint16_t* out = scratch.half[1 - turn].numbers;
       const bool last = strip + 1 == kStrips;
       const Step* source = last ? next : &now;  // of the strip after this one
-      const Prefetch prefetch{ahead + strip * (Groups * kGroupBytes * kChunk / 4)};
       const std::uint8_t* codes =
-          source == nullptr ? nullptr : source->codes + (last ? 0 : strip + 1) * Groups * kGroupBytes;
+          source == nullptr ? nullptr : source->codes + (last ? 0 : strip + 1) * kGroupsOfStrip * kGroupBytes;
+      auto prefetch = ahead.template beside<kStrips>(strip);
       if (codes != nullptr && !source->has_nan && source->quads == now.quads) {
-        const DecodeNext decode_next{codes, out, &scratch.masks, prefetch};
+        const DecodeNext<decltype(prefetch)> decode_next{codes, out, &scratch.masks, prefetch};
         multiply_rows<Core, Tiles>(o, x.rows, half, scratch.kept, decode_next);
       } else {
         multiply_rows<Core, Tiles>(o, x.rows, half, scratch.kept, prefetch);
-        if (codes != nullptr) decode_strip<Groups>(codes, source->quads, source->has_nan, out);
+        if (codes != nullptr) decode_strip<kGroupsOfStrip>(codes, source->quads, source->has_nan, out);
       }
     }
   }

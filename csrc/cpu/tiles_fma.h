@@ -64,15 +64,19 @@ template <class T>
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + offset);
 }
 
-// What is done beside the products of a strip, quad by quad, so that it takes none of their time:
-// nothing, prefetching, or decoding. Inlined always: g++ drops calls of a function that does nothing but prefetch.
+// What is done beside the products of a strip, quad by quad, so that it takes none of their time: nothing, prefetching,
+// or decoding. Inlined always: g++ drops calls of a function that does nothing but prefetch.
 struct Nothing {
+  static constexpr bool kReadsMasks = false;
+
   template <int Groups>
   [[gnu::always_inline]] void beside(const Place&) const {}
 };
 
 // Codes that will be wanted soon: as many as a strip has, in the order of memory.
 struct Prefetch {
+  static constexpr bool kReadsMasks = false;
+
   const std::uint8_t* codes;
 
   template <int Groups>
@@ -84,21 +88,42 @@ struct Prefetch {
   }
 };
 
-// The next strip to multiply, which has as many quads and no NaN, and prefetching of a later one. `Masks` points to the
-// decoder's constants, or holds them.
-template <class Masks>
-struct DecodeNextBy {
-  const std::uint8_t* codes;
-  std::uint16_t* out;
-  Masks masks;
-  Prefetch later;
+// The same, half of them at each of two places.
+struct PrefetchTwo {
+  static constexpr bool kReadsMasks = false;
+
+  const std::uint8_t* first;
+  const std::uint8_t* second;
 
   template <int Groups>
   [[gnu::always_inline]] void beside(const Place& place) const {
-    later.beside<Groups>(place);
+    constexpr int kPart = Groups * kGroupBytes / 2;
+    static_assert(kPart == kLine);
+    prefetch(first + place.x * (kPart / Place::kStepX));
+    prefetch(second + place.x * (kPart / Place::kStepX));
+  }
+};
+
+// The next strip to multiply, which has as many quads and no NaN, and prefetching of a later one. `Masks` points to the
+// decoder's constants, or holds them.
+template <class Masks, class Later>
+struct DecodeNextBy {
+  static constexpr bool kReadsMasks = std::is_pointer_v<Masks>;
+
+  const std::uint8_t* codes;
+  std::uint16_t* out;
+  Masks masks;
+  Later later;
+
+  template <int Groups>
+  [[gnu::always_inline]] void beside(const Place& place) const {
+    later.template beside<Groups>(place);
     decode_quad<false, Groups>(codes + place.x * (kQuadBytes / Place::kStepX), *masks, at_byte(out, place.half));
   }
 };
+
+template <class Later>
+using DecodeNext = DecodeNextBy<const DecodeMasks*, Later>;
 
 // The constants themselves. g++ copies DecodeMasks in halves of registers, and a load of both waits for their stores.
 struct HeldMasks {
@@ -107,8 +132,6 @@ struct HeldMasks {
 
   [[gnu::always_inline]] DecodeMasks operator*() const { return {to_top, number}; }
 };
-
-using DecodeNext = DecodeNextBy<const DecodeMasks*>;
 
 // Where weights come from: a strip as fp16, which is widened while it is loaded; the same, and what was widened is kept
 // for other rows; what was kept.
@@ -221,9 +244,10 @@ template <int Rows, int Groups, class Weights, class Work>
 template <int Rows, int Groups, class Weights, class Work>
 [[gnu::noinline]] void multiply_strip(const Operands& o, const Weights& given_weights, const Work& given_work) {
   const Weights weights = given_weights;
-  if constexpr (std::is_same_v<Work, DecodeNext> && Rows * Groups <= kSumsBesideConstants) {
+  if constexpr (Work::kReadsMasks && Rows * Groups <= kSumsBesideConstants) {
     const HeldMasks masks{given_work.masks->to_top, given_work.masks->number};
-    const DecodeNextBy<HeldMasks> work{given_work.codes, given_work.out, masks, given_work.later};
+    const DecodeNextBy<HeldMasks, decltype(given_work.later)> work{given_work.codes, given_work.out, masks,
+                                                                   given_work.later};
     multiply_quads<Rows, Groups>(o, weights, work);
   } else {
     const Work work = given_work;
@@ -276,11 +300,11 @@ std::int64_t multiply_tile(const Operands& o, std::int64_t rows, const Weights& 
 }
 
 // One row: each quad is decoded, into `half`, while the one before it is multiplied.
-template <bool HasNan>
+template <bool HasNan, class Ahead>
 [[gnu::noinline]] void multiply_row(const Operands& o, const std::uint8_t* codes, std::uint16_t* half,
-                                    const Prefetch& given_ahead) {
+                                    const Ahead& given_ahead) {
   const DecodeMasks masks;
-  const Prefetch ahead = given_ahead;
+  const Ahead ahead = given_ahead;
   const Half weights{half};
   const float* x = o.x[0];
   const std::int64_t last = (o.quads - 1) * Place::kStepX;
@@ -289,13 +313,13 @@ template <bool HasNan>
   decode_quad<HasNan, kGroups>(codes, masks, half);
   Place place;
   for (; place.x < last; place.advance<kGroups>(1)) {
-    ahead.beside<kGroups>(place);
+    ahead.template beside<kGroups>(place);
     decode_quad<HasNan, kGroups>(codes + kQuadBytes + place.x * (kQuadBytes / Place::kStepX), masks,
                                  at_byte(half, place.half) + 2 * kGroups * kGroupNumbers);
     multiply_pair<0>(weights, x, place, partial);
     multiply_pair<1>(weights, x, place, partial);
   }
-  ahead.beside<kGroups>(place);
+  ahead.template beside<kGroups>(place);
   multiply_pair<0>(weights, x, place, partial);
   multiply_pair<1>(weights, x, place, partial);
   scale_and_add(partial, o);

@@ -34,8 +34,8 @@ ISAS_OF_ARCHITECTURE = {
 }
 """Levels of kernels from lowest to highest; a machine that has one has those before it.
 
-avx512f needs F, BW, VL and DQ (Skylake-SP, Cascade Lake, Ice Lake); avx512 adds VBMI, VBMI2 and BF16 (Zen 4, Sapphire
-Rapids and later); amx adds AMX-BF16.
+avx512f needs F, BW, VL and DQ (Skylake-SP, Cascade Lake, Ice Lake; of Intel's processors all without AMX take it);
+avx512 adds VBMI, VBMI2 and BF16 (Zen 4 and later); amx adds AMX-BF16 (Sapphire Rapids and later).
 neon is what every AArch64 processor has; neon_bf16 adds the bf16 instructions of Armv8.6 (Graviton 3, Kunpeng 920B).
 """
 

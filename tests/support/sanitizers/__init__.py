@@ -86,7 +86,7 @@ class Variant:
 
 EMULATED_AMX = (
     # Every processor that has AVX-512 is taken to have AMX.
-    Edit("isa.cpp", "return amx ? Isa::amx : Isa::avx512;", "(void)amx;\n  return Isa::amx;"),
+    Edit("isa.cpp", "if (amx) return Isa::amx;", "(void)amx;\n  return Isa::amx;"),
     Edit("isa.cpp", "&& request_tiles()", "|| request_tiles()"),
 )
 CUT_FINELY = (
