@@ -62,11 +62,15 @@ AVX512F_FLAGS += ["-mfma", "-mf16c", "-mprefer-vector-width=512"]
 AVX512F_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 AVX512_FLAGS = [*AVX512F_FLAGS, *(f"-mavx512{part}" for part in ("vbmi", "vbmi2", "bf16"))]
 
+# In the order of the source the codes of the next strip are asked for and decoded first: 3 to 11 % faster with 2 to 4
+# rows on Intel's cores.
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c", "-fno-schedule-insns2"]
+
 NEON_FLAGS = ["-fno-schedule-insns"]  # g++ 12 decodes ahead until registers run out, and spills the sums
 
 ISA_FLAGS = {
     "x86_64": {
-        "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+        "avx2.cpp": AVX2_FLAGS,
         "avx512f.cpp": AVX512F_FLAGS,
         "avx512.cpp": AVX512_FLAGS,
         "amx.cpp": [*AVX512_FLAGS, "-mamx-tile", "-mamx-bf16"],
