@@ -127,6 +127,12 @@ def _validated(result: Result, date: str) -> Iterator[Run]:
             yield Run(chip, served_by or device, SERVE, date, good)
 
 
+def _is_one_of(run: Run, names: Sequence[str]) -> bool:
+    """Whether a run's device has one of these names: an instruction set's, the beginning of a chip's, or "*"."""
+    named = run.device in names if run.chip == "cpu" else run.device.startswith(tuple(names))
+    return named or "*" in names
+
+
 def _is_wrong(step: Mapping[str, Any]) -> bool:
     return bool(step["failed"]) or step["outcome"] not in ("finished", "out of time")
 
@@ -144,8 +150,8 @@ def renew(text: str, found: Sequence[Run], language: str) -> str:
             new = _whole(kind, found, language)
         else:
             prefix, _, what = rest.rpartition("/")
-            names = tuple("" if name == "*" else name for name in prefix.split(","))
-            on = [run for run in found if run.chip == kind and run.device.startswith(names) and run.what == what]
+            names = prefix.split(",")
+            on = [run for run in found if run.chip == kind and _is_one_of(run, names) and run.what == what]
             # Of a backend, its linears are what it is for.
             new = _cell([run for run in on if run.check in (None, LINEAR, "prefill")], silent, language)
         return f"<!-- {about}{mark['silent']}: {key} -->{new}<!-- end -->"

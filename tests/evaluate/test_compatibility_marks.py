@@ -53,6 +53,9 @@ def test_a_processor_held_to_less_than_it_has() -> None:
     assert cell("ran: cpu/avx512/cpu", lower) == "not run"
     experts = Run("cpu", "avx512", "cpu", "2027-03-05", check="experts")
     assert cell("ran: cpu/avx512/cpu", experts) == "not run"
+    other = Run("cpu", "avx512f", "cpu", "2027-03-06", check="linear")
+    assert cell("ran: cpu/avx512/cpu", other) == "not run"
+    assert cell("ran: cpu/avx2,avx512f/cpu", other, lower) == "run 2027-03-06"
 
 
 def test_a_claim() -> None:
