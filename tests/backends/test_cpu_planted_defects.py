@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen3_fp8_ascend.backends import cpu
 from tests.support import sanitizers
 from tests.support.cpu_levels import lacking, needs_cpu_backend
 from tests.support.sanitizers import ADDRESS, THREAD, Edit, Outcome, Variant, Waiting
@@ -198,3 +199,23 @@ def test_kernels_for_cores_of_the_other_vendor(run: Run, tmp_path: Path) -> None
     """An Intel processor takes its own tables of kernels, and leaves those for AMD's; the other way round there."""
     tests = [BACKEND, EXPERTS, "-k", f"(avx2 or avx512) and not avx512f and ({TWO_TABLES})"]
     assert_clean(run(ADDRESS.with_edits(OTHER_VENDOR), tests, tmp_path), 30)
+
+
+NO_AMX = Edit("isa.cpp", "(void)amx;\n  return Isa::amx;", "(void)amx;")
+"""After the edits of a variant, which emulate AMX."""
+
+
+@pytest.mark.parametrize("vendor", ["intel", "other"])
+def test_without_amx_a_processor_takes_what_multiplies_most(run: Run, vendor: str, tmp_path: Path) -> None:
+    """Intel's cores do more with fp32 numbers than with pairs of bf16, and do not get to the level that has those."""
+    best = {"intel": "avx512f", "other": "avx512"}[vendor]
+    if reason := lacking(best):
+        pytest.skip(reason)
+    intel = "return name.ebx == 0x756e6547 && name.edx == 0x49656e69 && name.ecx == 0x6c65746e;"
+    answer = Edit("isa.cpp", intel, f"(void)name;\n  return {str(vendor == 'intel').lower()};")
+    outcome = run(ADDRESS.with_edits(NO_AMX, answer), [f"{BACKEND}::test_decodes_every_code"], tmp_path)
+    assert_clean(outcome, 25)
+    assert outcome.report is not None
+    skipped = " ".join(outcome.report["skipped"].values())
+    lacks = [name for name in cpu.ISAS if f"{name} is not here" in skipped]
+    assert lacks == list(cpu.ISAS[cpu.ISAS.index(best) + 1 :])
