@@ -76,7 +76,7 @@ Isa detect() {
   const bool amx =
       has_bits(states, {17, 18}) && has_bits(extended.edx, {22 /* AMX-BF16 */, 24 /* AMX-TILE */}) && request_tiles();
   if (amx) return Isa::amx;
-  // Intel's cores do twice as many fp32 multiply-adds in a cycle as products of bf16 pairs.
+  // Intel's cores, where it was measured, do twice as many fp32 multiply-adds in a second as products of bf16 pairs.
   return is_intel() ? Isa::avx512f : Isa::avx512;
 }
 
