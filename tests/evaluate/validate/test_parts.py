@@ -27,18 +27,19 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_the_model_is_transformers_qwen3(tmp_path: Path) -> None:
+    """In fp64: fp32 products are as precise as torch is set to, and a test before may have left it at less."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     folder = write_qwen3(tmp_path / "model", seed=3)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     config, tensors = qwen3_config(), random_qwen3(qwen3_config(), seed=3)
     (ids, *_) = model.prompts(config, seed=1)
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(x, tensors[f"{name}.weight"].float())
+        return torch.nn.functional.linear(x, tensors[f"{name}.weight"].double())
 
     with torch.inference_mode():
         scores = theirs(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        ours = model.logprobs(config, tensors, linear, ids, torch.float32)
+        ours = model.logprobs(config, tensors, linear, ids, torch.float64)
     assert model.distance(ours, scores) < 1e-5
 
 
