@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace qwen3_fp8_ascend::cpu {
 namespace {
@@ -27,7 +28,9 @@ constexpr int kSumsBesideConstants = 20;  // what it may have while the decoder'
 
 // Two consecutive numbers, again and again.
 [[gnu::always_inline]] inline Numbers repeat_pair(const float* x) {
-  return _mm512_castpd_ps(_mm512_set1_pd(*reinterpret_cast<const double*>(x)));
+  double pair;  // a load through a pointer to double could be moved before the stores of floats
+  std::memcpy(&pair, x, sizeof pair);
+  return _mm512_castpd_ps(_mm512_set1_pd(pair));
 }
 
 // The sum of each pair of a, then of b.
