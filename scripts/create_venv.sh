@@ -20,7 +20,11 @@ if ! ldconfig -p | grep -q libnuma.so.1; then
   fi
 fi
 
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+if [ ! -x "$venv/bin/python" ]; then
+  free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024 ^ 2) }')
+  [ "$free" -ge 8 ] || fail "$venv and what pip keeps take up to 8 GiB, and $free are free in $PWD" "delete something, or clone to another disk"
+  "$python" -m venv "$venv"
+fi
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 # Most files are never imported: Python compiles those that are when they are, which takes a quarter of the time.
 install() { pip install -qq --no-compile "$@"; }

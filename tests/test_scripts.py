@@ -97,6 +97,17 @@ def test_shellcheck_finds_nothing() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_a_disk_that_is_too_small_is_named_before_anything_is_installed(tmp_path: Path) -> None:
+    df = tmp_path / "df"
+    df.write_text("#!/bin/sh\necho name blocks used available\necho disk 9000000 1300000 7700000 14% /\n")
+    df.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = run("create_venv.sh", tmp_path / "venv", PYTHON=sys.executable, PATH=path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "take up to 8 GiB, and 7 are free in" in done.stderr and "what to do: " in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_npu_commands_are_those_of_the_report(ranks: int) -> None:
     cann, fetch, serve = dry_run("--device", "npu", "--dry-run", "--tensor-parallel-size", str(ranks))
