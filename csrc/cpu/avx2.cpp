@@ -18,7 +18,7 @@ struct Zen {
 };
 
 // Intel's convert where they multiply. Their own prefetching ends with a page, which a chunk of a panel is: it is set
-// going on a page two chunks of all panels before. Memory that is read at two places comes faster.
+// going on a page two chunks of all panels before.
 struct Intel {
   static constexpr std::int64_t kRowsWithoutKeeping = kTileRows<2>;
   static constexpr std::int64_t kLongBatch = kNever;

@@ -33,22 +33,24 @@ class TableDecoder {
         low0_(_mm512_load_si512(tables.low)),
         low1_(_mm512_load_si512(tables.low + 64)),
         sign_(_mm512_set1_epi8(static_cast<char>(0x80))),
-        low_byte_(_mm512_set1_epi16(0x00ff)) {}
+        beside_(_mm512_broadcast_i32x4(_mm_setr_epi8(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14))) {}
 
-  HalfQuad operator()(const std::uint8_t* codes) const { return (*this)(_mm512_loadu_si512(codes)); }
+  HalfQuad operator()(const std::uint8_t* codes) const { return (*this)(load_once(codes)); }
 
   HalfQuad operator()(__m512i code) const {
     // The table lookup ignores the sign bit; high | (code & sign) puts it back.
     __m512i high = _mm512_permutex2var_epi8(high0_, code, high1_);
     high = _mm512_ternarylogic_epi32(high, code, sign_, 0xf8);
-    // With the low bytes looked up in swapped positions, each pair takes one operation to put together.
-    const __m512i swapped = _mm512_shldi_epi16(code, code, 8);
-    const __m512i low = _mm512_permutex2var_epi8(low0_, swapped, low1_);
-    return {_mm512_shldi_epi16(high, low, 8), _mm512_ternarylogic_epi32(low_byte_, low, high, 0xca)};
+    const __m512i low = _mm512_permutex2var_epi8(low0_, code, low1_);
+    // A number's two bytes are at the place of its code. Each result takes one of them from the byte beside it.
+    return {_mm512_mask_shuffle_epi8(low, kOddBytes, high, beside_),
+            _mm512_mask_shuffle_epi8(high, ~kOddBytes, low, beside_)};
   }
 
  private:
-  __m512i high0_, high1_, low0_, low1_, sign_, low_byte_;
+  static constexpr __mmask64 kOddBytes = 0xaaaaaaaaaaaaaaaa;
+
+  __m512i high0_, high1_, low0_, low1_, sign_, beside_;
 };
 
 // By arithmetic, as code * 2^kExponent: exact for all codes but NaN. Cheapest where byte permutations are slow (Intel).

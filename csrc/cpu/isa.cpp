@@ -36,9 +36,23 @@ bool has_bits(unsigned word, std::initializer_list<int> bits) {
   return true;
 }
 
-bool is_intel() {
-  const Cpuid name = cpuid(0);  // "GenuineIntel"
-  return name.ebx == 0x756e6547 && name.edx == 0x49656e69 && name.ecx == 0x6c65746e;
+// Cores that differ in what is cheap.
+enum class Cores { intel, zen4, other };
+
+Cores find_cores() {
+  const auto is_named = [name = cpuid(0)](unsigned ebx, unsigned edx, unsigned ecx) {
+    return name.ebx == ebx && name.edx == edx && name.ecx == ecx;
+  };
+  if (is_named(0x756e6547, 0x49656e69, 0x6c65746e)) return Cores::intel;  // "GenuineIntel"
+  const unsigned eax = cpuid(1).eax;
+  const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+  // "AuthenticAMD"; Zen 3 is of that family too, and has no AVX-512.
+  return is_named(0x68747541, 0x69746e65, 0x444d4163) && family == 0x19 ? Cores::zen4 : Cores::other;
+}
+
+Cores cores() {
+  static const Cores found = find_cores();
+  return found;
 }
 
 // The register states that the operating system saves (XCR0).
@@ -77,7 +91,16 @@ Isa detect() {
       has_bits(states, {17, 18}) && has_bits(extended.edx, {22 /* AMX-BF16 */, 24 /* AMX-TILE */}) && request_tiles();
   if (amx) return Isa::amx;
   // Intel's cores, where it was measured, do twice as many fp32 multiply-adds in a second as products of bf16 pairs.
-  return is_intel() ? Isa::avx512f : Isa::avx512;
+  return cores() == Cores::intel ? Isa::avx512f : Isa::avx512;
+}
+
+const Kernels& avx512_kernels(Cores cores) {
+  switch (cores) {
+    case Cores::intel: return kAvx512IntelKernels;
+    case Cores::zen4: return kAvx512Zen4Kernels;
+    case Cores::other: break;
+  }
+  return kAvx512Kernels;
 }
 
 #elif defined(__aarch64__)
@@ -120,12 +143,11 @@ void set_isa(Isa isa) { current().store(static_cast<int>(isa), std::memory_order
 
 const Kernels& kernels_of(Isa isa) {
 #if defined(__x86_64__)
-  static const bool intel = is_intel();
   switch (isa) {
     case Isa::amx: return kAmxKernels;
-    case Isa::avx512: return intel ? kAvx512IntelKernels : kAvx512Kernels;
+    case Isa::avx512: return avx512_kernels(cores());
     case Isa::avx512f: return kAvx512fKernels;
-    case Isa::avx2: return intel ? kAvx2IntelKernels : kAvx2Kernels;
+    case Isa::avx2: return cores() == Cores::intel ? kAvx2IntelKernels : kAvx2Kernels;
     case Isa::portable: break;
   }
 #elif defined(__aarch64__)

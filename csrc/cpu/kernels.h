@@ -167,6 +167,7 @@ extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx2IntelKernels;
 extern const Kernels kAvx512fKernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Zen4Kernels;
 extern const Kernels kAvx512IntelKernels;
 extern const Kernels kAmxKernels;
 #elif defined(__aarch64__)

@@ -33,72 +33,108 @@ inline std::int32_t load_pair(const std::uint16_t* values) {
   return pair;
 }
 
-// All activation rows (exactly `Rows`) times `Panels` panels, whose codes are prefetched Core::kAhead bytes before use,
-// and the first lines of a chunk when the one before it begins. Past a panel's end follows the panel that takes its
-// place, not its neighbour, which is read beside it.
+// One chunk of `Panels` panels.
+template <int Panels>
+struct Chunk {
+  const std::uint8_t* codes[Panels];
+  float w_scale[Panels];
+  std::int64_t offset;  // of its codes in a panel
+  std::int64_t quads;
+};
+
+template <int Panels>
+[[gnu::always_inline]] inline Chunk<Panels> chunk_of(const Weight& w, std::int64_t panel, std::int64_t number) {
+  Chunk<Panels> chunk;
+  chunk.offset = w.depth.start_of(number) * kPanelRows;
+  chunk.quads = (w.depth.length_of(number) + 3) / 4;
+  for (int p = 0; p < Panels; ++p) {
+    chunk.codes[p] = w.codes_of(panel + p) + chunk.offset;
+    chunk.w_scale[p] = w.scales_of(panel + p)[w.depth.block_of(number)];
+  }
+  return chunk;
+}
+
+// One chunk times `Rows` activation rows, scaled and added to `sums`. `ask` is called before each quad of each panel,
+// with its codes and its number.
+template <int Rows, int Panels, class Decoder, class Ask>
+[[gnu::always_inline]] inline void multiply_chunk(const Chunk<Panels>& chunk, const std::uint16_t* values,
+                                                  const float* x_scales, float (*sums)[Panels][kPanelRows],
+                                                  const Decoder& decode, const Ask& ask) {
+  __m512 partial[Rows][Panels][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 2
+    for (int p = 0; p < Panels; ++p) partial[r][p][0] = partial[r][p][1] = _mm512_setzero_ps();
+  }
+  for (std::int64_t quad = 0; quad < chunk.quads; ++quad) {
+#pragma GCC unroll 2
+    for (int p = 0; p < Panels; ++p) {
+      const std::uint8_t* source = chunk.codes[p] + quad * kQuadBytes;
+      ask(source, quad);
+      const HalfQuad top = decode(source);
+      const HalfQuad bottom = decode(source + kQuadBytes / 2);
+#pragma GCC unroll 12
+      for (int r = 0; r < Rows; ++r) {
+        const std::int32_t x0 = load_pair(values + r * kChunk + quad * 4);
+        const std::int32_t x1 = load_pair(values + r * kChunk + quad * 4 + 2);
+        partial[r][p][0] = dot_pair(partial[r][p][0], top.pair0, x0);
+        partial[r][p][1] = dot_pair(partial[r][p][1], bottom.pair0, x0);
+        partial[r][p][0] = dot_pair(partial[r][p][0], top.pair1, x1);
+        partial[r][p][1] = dot_pair(partial[r][p][1], bottom.pair1, x1);
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < Rows; ++r) {
+    const __m512 x_scale = _mm512_set1_ps(x_scales[r]);
+#pragma GCC unroll 2
+    for (int p = 0; p < Panels; ++p) {
+      const __m512 w_scale = _mm512_set1_ps(chunk.w_scale[p]);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        float* sum = sums[r][p] + half * kHalf;
+        const __m512 scaled = _mm512_mul_ps(partial[r][p][half], x_scale);
+        _mm512_store_ps(sum, _mm512_fmadd_ps(scaled, w_scale, _mm512_load_ps(sum)));
+      }
+    }
+  }
+}
+
+template <_mm_hint Hint>
+[[gnu::always_inline]] inline void prefetch_quad(const std::uint8_t* codes) {
+  _mm_prefetch(reinterpret_cast<const char*>(codes), Hint);
+  _mm_prefetch(reinterpret_cast<const char*>(codes + kLine), Hint);
+}
+
+// All activation rows (exactly `Rows`) times `Panels` panels, whose codes are prefetched Core::kAhead bytes before use
+// (and, with several rows, into L2 Core::kFarAhead before), and the first lines of a chunk when the one before it
+// begins. Past a panel's end follows the panel that takes its place, not its neighbour, which is read beside it.
 template <int Rows, int Panels, class Core, class Decoder>
 void multiply_in_registers(const Problem& problem, std::int64_t panel, const Decoder& decode) {
   const Weight& w = problem.weight;
   const Activation& x = problem.activation;
   alignas(64) float sums[Rows][Panels][kPanelRows] = {};
-  const std::uint8_t* codes[Panels];
-  for (int p = 0; p < Panels; ++p) codes[p] = w.codes_of(panel + p);
   const std::int64_t panel_bytes = w.depth.padded() * kPanelRows;
-  for (std::int64_t chunk = 0; chunk < w.depth.chunks; ++chunk) {
-    __m512 partial[Rows][Panels][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 2
-      for (int p = 0; p < Panels; ++p) partial[r][p][0] = partial[r][p][1] = _mm512_setzero_ps();
-    }
-    const std::uint16_t* values = x.values_of(chunk, 0);
-    const std::int64_t quads = (w.depth.length_of(chunk) + 3) / 4;
-    const std::int64_t offset = w.depth.start_of(chunk) * kPanelRows;
-    const auto past_end = [&](std::int64_t at) { return at < panel_bytes ? 0 : (Panels - 1) * panel_bytes; };
-    const std::int64_t next_chunk = offset + quads * kQuadBytes;
+  const auto past_end = [&](std::int64_t at) { return at < panel_bytes ? 0 : (Panels - 1) * panel_bytes; };
+  for (std::int64_t number = 0; number < w.depth.chunks; ++number) {
+    const Chunk<Panels> chunk = chunk_of<Panels>(w, panel, number);
+    const std::int64_t size = chunk.quads * kQuadBytes;
 #pragma GCC unroll 2
     for (int p = 0; p < Panels; ++p) {
-      const std::uint8_t* next = codes[p] + next_chunk + past_end(next_chunk);
+      const std::uint8_t* next = chunk.codes[p] + size + past_end(chunk.offset + size);
 #pragma GCC unroll 2
       for (int line = 0; line < Core::kEarlyLines; ++line) {
         _mm_prefetch(reinterpret_cast<const char*>(next + line * kLine), _MM_HINT_T1);
       }
     }
-    for (std::int64_t quad = 0; quad < quads; ++quad) {
-      const std::int64_t at = offset + quad * kQuadBytes;
-      const std::int64_t ahead = Core::kAhead + past_end(at + Core::kAhead);
-#pragma GCC unroll 2
-      for (int p = 0; p < Panels; ++p) {
-        const std::uint8_t* source = codes[p] + at;
-        _mm_prefetch(reinterpret_cast<const char*>(source + ahead), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(source + ahead + kLine), _MM_HINT_T0);
-        const HalfQuad top = decode(source);
-        const HalfQuad bottom = decode(source + kQuadBytes / 2);
-#pragma GCC unroll 12
-        for (int r = 0; r < Rows; ++r) {
-          const std::int32_t x0 = load_pair(values + r * kChunk + quad * 4);
-          const std::int32_t x1 = load_pair(values + r * kChunk + quad * 4 + 2);
-          partial[r][p][0] = dot_pair(partial[r][p][0], top.pair0, x0);
-          partial[r][p][1] = dot_pair(partial[r][p][1], bottom.pair0, x0);
-          partial[r][p][0] = dot_pair(partial[r][p][0], top.pair1, x1);
-          partial[r][p][1] = dot_pair(partial[r][p][1], bottom.pair1, x1);
-        }
+    const auto ask = [&](const std::uint8_t* source, std::int64_t quad) {
+      const std::int64_t at = chunk.offset + quad * kQuadBytes;
+      prefetch_quad<_MM_HINT_T0>(source + Core::kAhead + past_end(at + Core::kAhead));
+      if constexpr (Rows > 1 && Core::kFarAhead > 0) {
+        prefetch_quad<_MM_HINT_T1>(source + Core::kFarAhead + past_end(at + Core::kFarAhead));
       }
-    }
-#pragma GCC unroll 12
-    for (int r = 0; r < Rows; ++r) {
-      const __m512 x_scale = _mm512_set1_ps(*x.scales_of(chunk, r));
-#pragma GCC unroll 2
-      for (int p = 0; p < Panels; ++p) {
-        const __m512 w_scale = _mm512_set1_ps(w.scales_of(panel + p)[w.depth.block_of(chunk)]);
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-          float* sum = sums[r][p] + half * kHalf;
-          const __m512 scaled = _mm512_mul_ps(partial[r][p][half], x_scale);
-          _mm512_store_ps(sum, _mm512_fmadd_ps(scaled, w_scale, _mm512_load_ps(sum)));
-        }
-      }
-    }
+    };
+    multiply_chunk<Rows>(chunk, x.values_of(number, 0), x.scales_of(number, 0), sums, decode, ask);
   }
   for (int p = 0; p < Panels; ++p) store_panel(problem, panel + p, sums[0][p], Panels * kPanelRows, 0, Rows);
 }
@@ -114,6 +150,51 @@ void linear_in_registers(const Problem& problem, std::int64_t begin, std::int64_
   std::int64_t panel = begin;
   for (; panel + Panels <= end; panel += Panels) multiply_in_registers<Rows, Panels, Core>(problem, panel, decode);
   for (; panel < end; ++panel) multiply_in_registers<Rows, 1, Core>(problem, panel, decode);
+}
+
+// The activation rows in groups of `Rows`, and of one less behind them, times one panel: each chunk is decoded again
+// for each group, from L1. Only the first group asks for codes.
+template <int Rows, class Core, class Decoder>
+void multiply_in_groups(const Problem& problem, std::int64_t panel, const Decoder& decode,
+                        float (*sums)[1][kPanelRows]) {
+  const Weight& w = problem.weight;
+  const Activation& x = problem.activation;
+  const std::int64_t groups = ceil_div(x.rows, Rows);
+  const std::int64_t rows_of_whole = (x.rows - groups * (Rows - 1)) * Rows;
+  std::memset(sums, 0, static_cast<std::size_t>(x.rows) * sizeof *sums);
+  for (std::int64_t number = 0; number < w.depth.chunks; ++number) {
+    const Chunk<1> chunk = chunk_of<1>(w, panel, number);
+    const std::uint16_t* values = x.values_of(number, 0);
+    const float* scales = x.scales_of(number, 0);
+    const auto ask = [](const std::uint8_t* source, std::int64_t) {
+      prefetch_quad<_MM_HINT_T0>(source + Core::kAhead);
+      if constexpr (Core::kFarAhead > 0) prefetch_quad<_MM_HINT_T1>(source + Core::kFarAhead);
+    };
+    const auto nothing = [](const std::uint8_t*, std::int64_t) {};
+    multiply_chunk<Rows>(chunk, values, scales, sums, decode, ask);
+    std::int64_t row = Rows;
+    for (; row < rows_of_whole; row += Rows) {
+      multiply_chunk<Rows>(chunk, values + row * kChunk, scales + row, sums + row, decode, nothing);
+    }
+    for (; row < x.rows; row += Rows - 1) {
+      multiply_chunk<Rows - 1>(chunk, values + row * kChunk, scales + row, sums + row, decode, nothing);
+    }
+  }
+  store_panel(problem, panel, sums[0][0], kPanelRows, 0, x.rows);
+}
+
+// More rows than `Most`, in as few groups of at most `Most` rows as there can be.
+template <int Most, class Core, class Decoder, int Rows = Most>
+void linear_in_groups(const Problem& problem, std::int64_t begin, std::int64_t end, const Decoder& decode,
+                      Avx512Scratch& scratch) {
+  if constexpr (2 * Rows > Most + 1) {  // two groups of at most `Most` have more rows than one
+    const std::int64_t rows = problem.activation.rows;
+    if (ceil_div(rows, ceil_div(rows, Most)) < Rows) {
+      return linear_in_groups<Most, Core, Decoder, Rows - 1>(problem, begin, end, decode, scratch);
+    }
+  }
+  auto* sums = reinterpret_cast<float (*)[1][kPanelRows]>(scratch.sums);
+  for (std::int64_t panel = begin; panel < end; ++panel) multiply_in_groups<Rows, Core>(problem, panel, decode, sums);
 }
 
 // Decodes a chunk of `panels` panels; the second of one panel is left as it was.

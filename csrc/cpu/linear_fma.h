@@ -22,6 +22,9 @@ constexpr std::int64_t kMaxRows = 256;
 constexpr std::int64_t kNever = kMaxRows + 1;  // as `Core::kLongBatch`
 constexpr std::int64_t kMostTogether = 8;      // panels, on any core
 
+// Memory that is read at two places comes faster. One row of x feels it on every core, more rows on some (`kPlaces`).
+constexpr int kPlacesOfOneRow = 2;
+
 constexpr std::int64_t kFewRows = kTileRows<FewRows::kGroupsOfStrip>;
 
 // Processors take a load to depend on a store before it whose address ends in the same 12 bits. While one strip is read
@@ -82,7 +85,7 @@ class Steps {
   }
 
  private:
-  static constexpr std::int64_t kLookedAt = 1 + 2 * Core::kPlaces;  // what `behind` may give
+  static constexpr std::int64_t kLookedAt = 1 + 2 * std::max(Core::kPlaces, kPlacesOfOneRow);  // what `behind` may give
   static constexpr int kEarlyLines = 2;
   static constexpr int kRing = 16;
   static_assert(Core::kPanelsTogether <= kMostTogether && kLookedAt <= kRing);
@@ -133,9 +136,9 @@ class Steps {
   bool has_nan_[Core::kPanelsTogether];
 };
 
-// The codes that are asked for beside a step: those of the next steps behind `decoded` others. Where a core has two
-// places, it is half of each of two steps' codes, and beside the next step the other half.
-template <class Core>
+// The codes that are asked for beside a step: those of the next steps behind `decoded` others. With two places, it is
+// half of each of two steps' codes, and beside the next step the other half.
+template <class Core, int Places>
 class Ahead {
  public:
   explicit Ahead(int decoded) : decoded_(decoded) {}
@@ -143,31 +146,30 @@ class Ahead {
   // Of the step at hand, once. Where nothing comes later, codes that are in the cache.
   void look(const Steps<Core>& steps) {
     const Step* now = steps.behind(0);
-    for (int place = 0; place < kPlaces; ++place) {
-      const Step* later = steps.behind(decoded_ + kPlaces - part_ + place);
-      codes_[place] = (later == nullptr ? now : later)->codes + part_ * (kChunkBytes / kPlaces);
+    for (int place = 0; place < Places; ++place) {
+      const Step* later = steps.behind(decoded_ + Places - part_ + place);
+      codes_[place] = (later == nullptr ? now : later)->codes + part_ * (kChunkBytes / Places);
     }
-    part_ = (part_ + 1) % kPlaces;
+    part_ = (part_ + 1) % Places;
   }
 
   // What is asked for beside one of so many strips.
   template <int Strips>
   auto beside(int strip) const {
-    if constexpr (Strips >= kPlaces) {
-      return Prefetch{codes_[strip % kPlaces] + strip / kPlaces * (kChunkBytes / Strips)};
+    if constexpr (Strips >= Places) {
+      return Prefetch{codes_[strip % Places] + strip / Places * (kChunkBytes / Strips)};
     } else {
-      static_assert(Strips == 1 && kPlaces == 2);
+      static_assert(Strips == 1 && Places == 2);
       return PrefetchTwo{codes_[0], codes_[1]};
     }
   }
 
  private:
-  static constexpr int kPlaces = Core::kPlaces;
   static constexpr int kChunkBytes = kChunk * kPanelRows;
 
   int decoded_;
   int part_ = 0;
-  const std::uint8_t* codes_[kPlaces] = {};
+  const std::uint8_t* codes_[Places] = {};
 };
 
 void widen_activations(const Activation& x, const Step& now, float (*out)[kChunk]) {
@@ -198,7 +200,7 @@ void multiply_rows(const Operands& o, std::int64_t rows, const std::uint16_t* ha
 
 template <class Core>
 void multiply_one(const Problem& problem, Steps<Core>& steps, Scratch& scratch) {
-  Ahead<Core> ahead(0);
+  Ahead<Core, kPlacesOfOneRow> ahead(0);
   for (; !steps.ended(); steps.advance()) {
     const Step& now = *steps.behind(0);
     if (now.panel == 0) widen_activations(problem.activation, now, scratch.x);
@@ -218,7 +220,7 @@ void multiply_panels(const Problem& problem, Steps<Core>& steps, Scratch& scratc
   constexpr int kGroupsOfStrip = Tiles::kGroupsOfStrip;
   constexpr int kStrips = kGroups / kGroupsOfStrip;
   const Activation& x = problem.activation;
-  Ahead<Core> ahead(1);
+  Ahead<Core, Core::kPlaces> ahead(1);
   int turn = 0;  // which half holds the strip at hand
   if (const Step* first = steps.behind(0)) {
     decode_strip<kGroupsOfStrip>(first->codes, first->quads, first->has_nan, scratch.half[0].numbers);
