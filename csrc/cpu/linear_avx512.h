@@ -106,34 +106,51 @@ template <_mm_hint Hint>
   _mm_prefetch(reinterpret_cast<const char*>(codes + kLine), Hint);
 }
 
-// All activation rows (exactly `Rows`) times `Panels` panels, whose codes are prefetched Core::kAhead bytes before use
-// (and, with several rows, into L2 Core::kFarAhead before), and the first lines of a chunk when the one before it
-// begins. Past a panel's end follows the panel that takes its place, not its neighbour, which is read beside it.
+// Asks for codes Core::kAhead bytes before use and, with several rows, into L2 Core::kFarAhead before. Past a panel's
+// end follows the panel that takes its place, not its neighbour, which is read beside it. (A lambda would not do: g++
+// drops calls of a function that only prefetches, unless it is inlined always.)
+template <class Core, int Panels, bool Far>
+struct AskForCodes {
+  std::int64_t offset;  // of the chunk in its panel
+  std::int64_t panel_bytes;
+
+  [[gnu::always_inline]] std::int64_t past_end(std::int64_t at) const {
+    return at < panel_bytes ? 0 : (Panels - 1) * panel_bytes;
+  }
+
+  [[gnu::always_inline]] void operator()(const std::uint8_t* source, std::int64_t quad) const {
+    const std::int64_t at = offset + quad * kQuadBytes;
+    prefetch_quad<_MM_HINT_T0>(source + Core::kAhead + past_end(at + Core::kAhead));
+    if constexpr (Far && Core::kFarAhead > 0) {
+      prefetch_quad<_MM_HINT_T1>(source + Core::kFarAhead + past_end(at + Core::kFarAhead));
+    }
+  }
+};
+
+struct AskForNothing {
+  [[gnu::always_inline]] void operator()(const std::uint8_t*, std::int64_t) const {}
+};
+
+// All activation rows (exactly `Rows`) times `Panels` panels, whose codes are asked for ahead, and the first lines of a
+// chunk when the one before it begins.
 template <int Rows, int Panels, class Core, class Decoder>
 void multiply_in_registers(const Problem& problem, std::int64_t panel, const Decoder& decode) {
   const Weight& w = problem.weight;
   const Activation& x = problem.activation;
   alignas(64) float sums[Rows][Panels][kPanelRows] = {};
   const std::int64_t panel_bytes = w.depth.padded() * kPanelRows;
-  const auto past_end = [&](std::int64_t at) { return at < panel_bytes ? 0 : (Panels - 1) * panel_bytes; };
   for (std::int64_t number = 0; number < w.depth.chunks; ++number) {
     const Chunk<Panels> chunk = chunk_of<Panels>(w, panel, number);
+    const AskForCodes<Core, Panels, (Rows > 1)> ask{chunk.offset, panel_bytes};
     const std::int64_t size = chunk.quads * kQuadBytes;
 #pragma GCC unroll 2
     for (int p = 0; p < Panels; ++p) {
-      const std::uint8_t* next = chunk.codes[p] + size + past_end(chunk.offset + size);
+      const std::uint8_t* next = chunk.codes[p] + size + ask.past_end(chunk.offset + size);
 #pragma GCC unroll 2
       for (int line = 0; line < Core::kEarlyLines; ++line) {
         _mm_prefetch(reinterpret_cast<const char*>(next + line * kLine), _MM_HINT_T1);
       }
     }
-    const auto ask = [&](const std::uint8_t* source, std::int64_t quad) {
-      const std::int64_t at = chunk.offset + quad * kQuadBytes;
-      prefetch_quad<_MM_HINT_T0>(source + Core::kAhead + past_end(at + Core::kAhead));
-      if constexpr (Rows > 1 && Core::kFarAhead > 0) {
-        prefetch_quad<_MM_HINT_T1>(source + Core::kFarAhead + past_end(at + Core::kFarAhead));
-      }
-    };
     multiply_chunk<Rows>(chunk, x.values_of(number, 0), x.scales_of(number, 0), sums, decode, ask);
   }
   for (int p = 0; p < Panels; ++p) store_panel(problem, panel + p, sums[0][p], Panels * kPanelRows, 0, Rows);
@@ -166,18 +183,14 @@ void multiply_in_groups(const Problem& problem, std::int64_t panel, const Decode
     const Chunk<1> chunk = chunk_of<1>(w, panel, number);
     const std::uint16_t* values = x.values_of(number, 0);
     const float* scales = x.scales_of(number, 0);
-    const auto ask = [](const std::uint8_t* source, std::int64_t) {
-      prefetch_quad<_MM_HINT_T0>(source + Core::kAhead);
-      if constexpr (Core::kFarAhead > 0) prefetch_quad<_MM_HINT_T1>(source + Core::kFarAhead);
-    };
-    const auto nothing = [](const std::uint8_t*, std::int64_t) {};
+    const AskForCodes<Core, 1, true> ask{};  // one panel has no neighbour
     multiply_chunk<Rows>(chunk, values, scales, sums, decode, ask);
     std::int64_t row = Rows;
     for (; row < rows_of_whole; row += Rows) {
-      multiply_chunk<Rows>(chunk, values + row * kChunk, scales + row, sums + row, decode, nothing);
+      multiply_chunk<Rows>(chunk, values + row * kChunk, scales + row, sums + row, decode, AskForNothing{});
     }
     for (; row < x.rows; row += Rows - 1) {
-      multiply_chunk<Rows - 1>(chunk, values + row * kChunk, scales + row, sums + row, decode, nothing);
+      multiply_chunk<Rows - 1>(chunk, values + row * kChunk, scales + row, sums + row, decode, AskForNothing{});
     }
   }
   store_panel(problem, panel, sums[0][0], kPanelRows, 0, x.rows);

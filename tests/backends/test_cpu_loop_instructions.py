@@ -1,4 +1,4 @@
-"""The inner loops of AArch64, AVX2 and AVX-512 F: nothing is spilled; docs/cpu.md's counts are those of g++ 12.
+"""The inner loops of AArch64, AVX2 and AVX-512: nothing is spilled; docs/cpu.md's counts are those of g++ 12.
 
 Cross-compiled and disassembled; nothing is run. A count is no time: speed on AArch64 was not measured.
 """
@@ -15,7 +15,7 @@ from tests.support.loop_instructions import KERNELS, Kernel, decoding_loop, tile
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cpu.md"
 
-AT_MOST = {"avx2": (0.75, 0.25), "avx512f": (0.4, 0.11), "neon": (1.0, 0.45), "neon_bf16": (0.82, 0.13)}
+AT_MOST = {"avx2": (0.75, 0.25), "avx512f": (0.4, 0.11), "avx512": (0.25, 0.055), "neon": (1.0, 0.45), "neon_bf16": (0.82, 0.13)}
 """Instructions for a weight with one row, and for a product with many; a compiler may do a little worse than g++ 12."""
 
 
@@ -39,6 +39,13 @@ def test_sums_and_weights_stay_in_registers(level: str) -> None:
     row, tile = decoding_loop(kernel), tile_loop(kernel)
     assert row.stack == 0 and row.per_weight <= per_weight, "\n".join(row.instructions)
     assert tile.stack == 0 and tile.per_product <= per_product, "\n".join(tile.instructions)
+
+
+@pytest.mark.parametrize("level", KERNELS)
+def test_each_line_of_codes_is_asked_for_ahead(level: str) -> None:
+    """g++ drops what only prefetches, if it is not inlined always; the results are the same, and slower."""
+    row = decoding_loop(kernel_of(level))
+    assert 64 * row.asked == row.weights, "\n".join(row.instructions)
 
 
 @pytest.mark.parametrize("level", ["neon", "neon_bf16"])

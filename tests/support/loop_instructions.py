@@ -49,6 +49,7 @@ ARM = ("aarch64", "aarch64-linux-gnu-g++", "aarch64-linux-gnu-objdump")
 KERNELS = {
     "avx2": Kernel("avx2", *X86, {"vcvtph2ps": 8}, "vfmadd", 8, "vpsraw"),
     "avx512f": Kernel("avx512f", *X86, {"vcvtph2ps": 16}, "vfmadd", 16, "vpsraw"),
+    "avx512": Kernel("avx512", *X86, {"vpermi2b": 32, "vpermt2b": 32}, "vdpbf16ps", 32, "vperm"),
     "neon": Kernel("neon", *ARM, {"fcvtl": 4, "fcvtl2": 4}, "fmla", 4),
     "neon_bf16": Kernel("neon_bf16", *ARM, {"tbx": 16}, "bfmmla", 16),
 }
@@ -64,6 +65,11 @@ class Loop:
     products: int
     stack: int
     """Accesses to the stack: registers that were spilled."""
+
+    @property
+    def asked(self) -> int:
+        """Cache lines that it asks for ahead."""
+        return sum(text.startswith(("prefetch", "prfm")) for text in self.instructions)
 
     @property
     def loads(self) -> bool:
