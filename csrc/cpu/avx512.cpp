@@ -59,8 +59,9 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
     const std::int64_t rows = problem.activation.rows;
     auto& memory = *static_cast<Avx512Scratch*>(scratch);
     if constexpr (Core::kPairedRows > 0) {
-      if (rows <= Core::kPairedRows)
+      if (rows <= Core::kPairedRows) {
         return linear_in_registers<Core::kPairedRows, 2, Core>(problem, begin, end, decode);
+      }
     }
     if (rows <= kRegisterRows) return linear_in_registers<kRegisterRows, 1, Core>(problem, begin, end, decode);
     if constexpr (Core::kGroupedRows > 0) {

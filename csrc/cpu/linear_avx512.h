@@ -200,7 +200,7 @@ void multiply_in_groups(const Problem& problem, std::int64_t panel, const Decode
 template <int Most, class Core, class Decoder, int Rows = Most>
 void linear_in_groups(const Problem& problem, std::int64_t begin, std::int64_t end, const Decoder& decode,
                       Avx512Scratch& scratch) {
-  if constexpr (2 * Rows > Most + 1) {  // two groups of at most `Most` have more rows than one
+  if constexpr (2 * (Rows - 1) > Most) {  // a group of fewer would need no second one
     const std::int64_t rows = problem.activation.rows;
     if (ceil_div(rows, ceil_div(rows, Most)) < Rows) {
       return linear_in_groups<Most, Core, Decoder, Rows - 1>(problem, begin, end, decode, scratch);

@@ -15,7 +15,13 @@ from tests.support.loop_instructions import KERNELS, Kernel, decoding_loop, tile
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cpu.md"
 
-AT_MOST = {"avx2": (0.75, 0.25), "avx512f": (0.4, 0.11), "avx512": (0.25, 0.055), "neon": (1.0, 0.45), "neon_bf16": (0.82, 0.13)}
+AT_MOST = {
+    "avx2": (0.75, 0.25),
+    "avx512f": (0.4, 0.11),
+    "avx512": (0.25, 0.055),
+    "neon": (1.0, 0.45),
+    "neon_bf16": (0.82, 0.13),
+}
 """Instructions for a weight with one row, and for a product with many; a compiler may do a little worse than g++ 12."""
 
 
