@@ -1,4 +1,6 @@
+import multiprocessing.util
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -37,22 +39,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Before workers are started, and modules imported that ask for the device."""
     if not hasattr(config, "workerinput"):
-        keep_what_is_left_behind_in_one_folder(config)
+        keep_what_is_left_behind_in_one_folder()
     if config.getoption("--device") != "cpu":
         from tests.support import devices
 
         devices.choose(config.getoption("--device"))
 
 
-def keep_what_is_left_behind_in_one_folder(config: pytest.Config) -> None:
+def keep_what_is_left_behind_in_one_folder() -> None:
     """Temporary files that nobody removes: engines of vLLM leave sockets and files, compilers that are killed objects.
 
     What tests make in `tmp_path` stays, as always, where pytest keeps the last three runs.
     """
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
-    folder = tempfile.TemporaryDirectory(prefix="tests-", ignore_cleanup_errors=True)
-    config.add_cleanup(folder.cleanup)
-    os.environ["TMPDIR"] = tempfile.tempdir = folder.name
+    folder = tempfile.mkdtemp(prefix="tests-")
+    # Behind what multiprocessing removes there (at -100), which prints a traceback if it is gone.
+    multiprocessing.util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-200)
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
 
 
 APART = ("test_cpu_sanitizers.py", "tests/server/")
