@@ -22,9 +22,6 @@ constexpr std::int64_t kMaxRows = 256;
 constexpr std::int64_t kNever = kMaxRows + 1;  // as `Core::kLongBatch`
 constexpr std::int64_t kMostTogether = 8;      // panels, on any core
 
-// Memory that is read at two places comes faster. One row of x feels it on every core, more rows on some (`kPlaces`).
-constexpr int kPlacesOfOneRow = 2;
-
 constexpr std::int64_t kFewRows = kTileRows<FewRows::kGroupsOfStrip>;
 
 // Processors take a load to depend on a store before it whose address ends in the same 12 bits. While one strip is read
@@ -85,7 +82,7 @@ class Steps {
   }
 
  private:
-  static constexpr std::int64_t kLookedAt = 1 + 2 * std::max(Core::kPlaces, kPlacesOfOneRow);  // what `behind` may give
+  static constexpr std::int64_t kLookedAt = 1 + 2 * Core::kPlaces + Core::kLaterSteps;  // what `behind` may give
   static constexpr int kEarlyLines = 2;
   static constexpr int kRing = 16;
   static_assert(Core::kPanelsTogether <= kMostTogether && kLookedAt <= kRing);
@@ -136,40 +133,51 @@ class Steps {
   bool has_nan_[Core::kPanelsTogether];
 };
 
-// The codes that are asked for beside a step: those of the next steps behind `decoded` others. With two places, it is
-// half of each of two steps' codes, and beside the next step the other half.
-template <class Core, int Places>
+// The codes that are asked for beside a step: those of the next steps behind `decoded` others. Where a core has two
+// places, it is half of each of two steps' codes, and beside the next step the other half. And, into L2, those of
+// `Later` steps more.
+template <class Core, std::int64_t Later>
 class Ahead {
  public:
   explicit Ahead(int decoded) : decoded_(decoded) {}
 
-  // Of the step at hand, once. Where nothing comes later, codes that are in the cache.
+  // Of the step at hand, once.
   void look(const Steps<Core>& steps) {
-    const Step* now = steps.behind(0);
-    for (int place = 0; place < Places; ++place) {
-      const Step* later = steps.behind(decoded_ + Places - part_ + place);
-      codes_[place] = (later == nullptr ? now : later)->codes + part_ * (kChunkBytes / Places);
+    for (int place = 0; place < kPlaces; ++place) {
+      const std::int64_t next = decoded_ + kPlaces - part_ + place;
+      soon_[place] = codes_of(steps, next);
+      later_[place] = codes_of(steps, next + Later);
     }
-    part_ = (part_ + 1) % Places;
+    part_ = (part_ + 1) % kPlaces;
   }
 
   // What is asked for beside one of so many strips.
   template <int Strips>
   auto beside(int strip) const {
-    if constexpr (Strips >= Places) {
-      return Prefetch{codes_[strip % Places] + strip / Places * (kChunkBytes / Strips)};
+    if constexpr (Strips >= kPlaces) {
+      const int place = strip % kPlaces;
+      const int offset = strip / kPlaces * (kChunkBytes / Strips);
+      return Prefetch<1, (Later > 0)>{{soon_[place] + offset}, {later_[place] + offset}};
     } else {
-      static_assert(Strips == 1 && Places == 2);
-      return PrefetchTwo{codes_[0], codes_[1]};
+      static_assert(Strips == 1 && kPlaces == 2);
+      return Prefetch<2, (Later > 0)>{{soon_[0], soon_[1]}, {later_[0], later_[1]}};
     }
   }
 
  private:
+  static constexpr int kPlaces = Core::kPlaces;
   static constexpr int kChunkBytes = kChunk * kPanelRows;
+
+  // This step's part of those of another. Where nothing comes later, codes that are in the cache.
+  const std::uint8_t* codes_of(const Steps<Core>& steps, std::int64_t behind) const {
+    const Step* step = steps.behind(behind);
+    return (step == nullptr ? steps.behind(0) : step)->codes + part_ * (kChunkBytes / kPlaces);
+  }
 
   int decoded_;
   int part_ = 0;
-  const std::uint8_t* codes_[Places] = {};
+  const std::uint8_t* soon_[kPlaces] = {};
+  const std::uint8_t* later_[kPlaces] = {};
 };
 
 void widen_activations(const Activation& x, const Step& now, float (*out)[kChunk]) {
@@ -200,7 +208,7 @@ void multiply_rows(const Operands& o, std::int64_t rows, const std::uint16_t* ha
 
 template <class Core>
 void multiply_one(const Problem& problem, Steps<Core>& steps, Scratch& scratch) {
-  Ahead<Core, kPlacesOfOneRow> ahead(0);
+  Ahead<Core, Core::kLaterSteps> ahead(0);
   for (; !steps.ended(); steps.advance()) {
     const Step& now = *steps.behind(0);
     if (now.panel == 0) widen_activations(problem.activation, now, scratch.x);
@@ -220,7 +228,8 @@ void multiply_panels(const Problem& problem, Steps<Core>& steps, Scratch& scratc
   constexpr int kGroupsOfStrip = Tiles::kGroupsOfStrip;
   constexpr int kStrips = kGroups / kGroupsOfStrip;
   const Activation& x = problem.activation;
-  Ahead<Core, Core::kPlaces> ahead(1);
+  constexpr std::int64_t kLater = Tiles::kOne ? Core::kLaterSteps : 0;  // more rows wait for the multiplier
+  Ahead<Core, kLater> ahead(1);
   int turn = 0;  // which half holds the strip at hand
   if (const Step* first = steps.behind(0)) {
     decode_strip<kGroupsOfStrip>(first->codes, first->quads, first->has_nan, scratch.half[0].numbers);

@@ -19,10 +19,6 @@ namespace {
 template <int Groups>
 constexpr int kTileRows = kSums / Groups;
 
-[[gnu::always_inline]] inline void prefetch(const std::uint8_t* codes) {
-  _mm_prefetch(reinterpret_cast<const char*>(codes), _MM_HINT_T0);
-}
-
 // What a strip is multiplied with and added to.
 struct Operands {
   std::int64_t quads;
@@ -73,34 +69,27 @@ struct Nothing {
   [[gnu::always_inline]] void beside(const Place&) const {}
 };
 
-// Codes that will be wanted soon: as many as a strip has, in the order of memory.
+// Codes that will be wanted soon: as many as a strip has, in the order of memory, in equal parts from each place. Those
+// that will be wanted later too, into L2, if a core wants them.
+template <int Places, bool Later>
 struct Prefetch {
   static constexpr bool kReadsMasks = false;
 
-  const std::uint8_t* codes;
+  const std::uint8_t* soon[Places];
+  const std::uint8_t* later[Places];
 
   template <int Groups>
   [[gnu::always_inline]] void beside(const Place& place) const {
-    constexpr int kPart = Groups * kGroupBytes;
-    const std::uint8_t* part = codes + place.x * (kPart / Place::kStepX);
+    constexpr int kPart = Groups * kGroupBytes / Places;
+    const std::int64_t from = place.x * (kPart / Place::kStepX);
 #pragma GCC unroll 2
-    for (int at = 0; at < kPart; at += kLine) prefetch(part + at);
-  }
-};
-
-// The same, half of them at each of two places.
-struct PrefetchTwo {
-  static constexpr bool kReadsMasks = false;
-
-  const std::uint8_t* first;
-  const std::uint8_t* second;
-
-  template <int Groups>
-  [[gnu::always_inline]] void beside(const Place& place) const {
-    constexpr int kPart = Groups * kGroupBytes / 2;
-    static_assert(kPart == kLine);
-    prefetch(first + place.x * (kPart / Place::kStepX));
-    prefetch(second + place.x * (kPart / Place::kStepX));
+    for (int p = 0; p < Places; ++p) {
+#pragma GCC unroll 2
+      for (int at = 0; at < kPart; at += kLine) {
+        _mm_prefetch(reinterpret_cast<const char*>(soon[p] + from + at), _MM_HINT_T0);
+        if constexpr (Later) _mm_prefetch(reinterpret_cast<const char*>(later[p] + from + at), _MM_HINT_T1);
+      }
+    }
   }
 };
 
