@@ -22,7 +22,8 @@ fi
 
 if [ ! -x "$venv/bin/python" ]; then
   free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024 ^ 2) }')
-  [ "$free" -ge 8 ] || fail "$venv and what pip keeps take up to 8 GiB, and $free are free in $PWD" "delete something, or clone to another disk"
+  [ "$free" -ge 8 ] ||
+    fail "$venv and what pip keeps take up to 8 GiB, and $free are free in $PWD" "delete something, or clone to another disk"
   "$python" -m venv "$venv"
 fi
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }

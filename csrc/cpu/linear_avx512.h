@@ -1,7 +1,8 @@
 // Block-scaled linear with AVX-512 VBMI and BF16.
 //
 // Few rows: weights are decoded in registers and used at once. Many rows: a tile of one chunk x 64 weight rows is
-// decoded into L1 and used for all of them. In both, each output is one chain of vdpbf16ps per chunk in the order
+// decoded into L1 and used for all of them. Between them, on some cores: a chunk is decoded in registers again for each
+// group of rows. In all, each output is one chain of vdpbf16ps per chunk in the order
 // of k, so that its bits depend neither on the number of rows nor on the number of threads.
 #pragma once
 

@@ -144,9 +144,9 @@ class Ahead {
   // Of the step at hand, once.
   void look(const Steps<Core>& steps) {
     for (int place = 0; place < kPlaces; ++place) {
-      const std::int64_t next = decoded_ + kPlaces - part_ + place;
-      soon_[place] = codes_of(steps, next);
-      later_[place] = codes_of(steps, next + Later);
+      for (int d = 0; d < kDistances; ++d) {
+        codes_[d][place] = codes_of(steps, decoded_ + kPlaces - part_ + place + d * Later);
+      }
     }
     part_ = (part_ + 1) % kPlaces;
   }
@@ -154,18 +154,21 @@ class Ahead {
   // What is asked for beside one of so many strips.
   template <int Strips>
   auto beside(int strip) const {
-    if constexpr (Strips >= kPlaces) {
-      const int place = strip % kPlaces;
-      const int offset = strip / kPlaces * (kChunkBytes / Strips);
-      return Prefetch<1, (Later > 0)>{{soon_[place] + offset}, {later_[place] + offset}};
-    } else {
-      static_assert(Strips == 1 && kPlaces == 2);
-      return Prefetch<2, (Later > 0)>{{soon_[0], soon_[1]}, {later_[0], later_[1]}};
+    static_assert(Strips >= kPlaces || Strips == 1);
+    constexpr int kOfStrip = Strips >= kPlaces ? 1 : kPlaces;  // places
+    const int first = Strips >= kPlaces ? strip % kPlaces : 0;
+    Prefetch<kOfStrip, kDistances> asked;
+    for (int d = 0; d < kDistances; ++d) {
+      for (int p = 0; p < kOfStrip; ++p) {
+        asked.codes[d][p] = codes_[d][first + p] + strip / kPlaces * (kChunkBytes / Strips);
+      }
     }
+    return asked;
   }
 
  private:
   static constexpr int kPlaces = Core::kPlaces;
+  static constexpr int kDistances = Later > 0 ? 2 : 1;
   static constexpr int kChunkBytes = kChunk * kPanelRows;
 
   // This step's part of those of another. Where nothing comes later, codes that are in the cache.
@@ -176,8 +179,7 @@ class Ahead {
 
   int decoded_;
   int part_ = 0;
-  const std::uint8_t* soon_[kPlaces] = {};
-  const std::uint8_t* later_[kPlaces] = {};
+  const std::uint8_t* codes_[kDistances][kPlaces] = {};
 };
 
 void widen_activations(const Activation& x, const Step& now, float (*out)[kChunk]) {

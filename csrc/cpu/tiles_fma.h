@@ -69,14 +69,13 @@ struct Nothing {
   [[gnu::always_inline]] void beside(const Place&) const {}
 };
 
-// Codes that will be wanted soon: as many as a strip has, in the order of memory, in equal parts from each place. Those
-// that will be wanted later too, into L2, if a core wants them.
-template <int Places, bool Later>
+// Codes that will be wanted soon: as many as a strip has, in the order of memory, in equal parts from each place. With
+// a second distance, those that will be wanted later too, into L2.
+template <int Places, int Distances>
 struct Prefetch {
   static constexpr bool kReadsMasks = false;
 
-  const std::uint8_t* soon[Places];
-  const std::uint8_t* later[Places];
+  const std::uint8_t* codes[Distances][Places];
 
   template <int Groups>
   [[gnu::always_inline]] void beside(const Place& place) const {
@@ -86,8 +85,10 @@ struct Prefetch {
     for (int p = 0; p < Places; ++p) {
 #pragma GCC unroll 2
       for (int at = 0; at < kPart; at += kLine) {
-        _mm_prefetch(reinterpret_cast<const char*>(soon[p] + from + at), _MM_HINT_T0);
-        if constexpr (Later) _mm_prefetch(reinterpret_cast<const char*>(later[p] + from + at), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(codes[0][p] + from + at), _MM_HINT_T0);
+        if constexpr (Distances > 1) {
+          _mm_prefetch(reinterpret_cast<const char*>(codes[1][p] + from + at), _MM_HINT_T1);
+        }
       }
     }
   }
