@@ -15,6 +15,7 @@ struct Intel {
   static constexpr std::int64_t kEarlyChunks = 2;
   static constexpr std::int64_t kLaterSteps = 0;
   static constexpr int kPlaces = 2;
+  static constexpr bool kTakesSubnormals = false;
 };
 
 }  // namespace

@@ -46,8 +46,8 @@ template <bool HasNan>
   asm("" : "+v"(code));  // g++ would load it twice
   // An arithmetic shift doubles the sign; the mask clears its copy and what is left of the neighbouring byte. Even
   // bytes are moved by a shuffle, which is done elsewhere than shifts, conversions and multiplications.
-  const Words even = halve_words(shuffle_bytes(code, masks.to_top));
-  const Words odd = halve_words(code);
+  const Words even = shift_words_right<1>(shuffle_bytes(code, masks.to_top));
+  const Words odd = shift_words_right<1>(code);
   TwoGroups half{and_words(even, masks.number), and_words(odd, masks.number)};
   if constexpr (HasNan) half = {restore_nan(half.pair0), restore_nan(half.pair1)};
   return half;

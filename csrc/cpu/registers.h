@@ -23,6 +23,7 @@ constexpr int kSumsBesideConstants = 20;  // what it may have while the decoder'
 [[gnu::always_inline]] inline Numbers all(float x) { return _mm512_set1_ps(x); }
 [[gnu::always_inline]] inline Numbers load_numbers(const float* x) { return _mm512_load_ps(x); }
 [[gnu::always_inline]] inline void store_numbers(float* out, Numbers x) { _mm512_store_ps(out, x); }
+[[gnu::always_inline]] inline Numbers add(Numbers a, Numbers b) { return _mm512_add_ps(a, b); }
 [[gnu::always_inline]] inline Numbers multiply(Numbers a, Numbers b) { return _mm512_mul_ps(a, b); }
 [[gnu::always_inline]] inline Numbers fused(Numbers a, Numbers b, Numbers sum) { return _mm512_fmadd_ps(a, b, sum); }
 
@@ -46,10 +47,20 @@ constexpr int kSumsBesideConstants = 20;  // what it may have while the decoder'
 }
 
 [[gnu::always_inline]] inline Words all_words(int x) { return _mm512_set1_epi16(static_cast<short>(x)); }
+[[gnu::always_inline]] inline Words all_bits_of(std::uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+[[gnu::always_inline]] inline Numbers as_numbers(Words x) { return _mm512_castsi512_ps(x); }
 [[gnu::always_inline]] inline Words load_bytes(const std::uint8_t* x) { return _mm512_loadu_si512(x); }
 [[gnu::always_inline]] inline void store_words(std::uint16_t* out, Words x) { _mm512_store_si512(out, x); }
 [[gnu::always_inline]] inline Words and_words(Words a, Words b) { return _mm512_and_si512(a, b); }
-[[gnu::always_inline]] inline Words halve_words(Words x) { return _mm512_srai_epi16(x, 1); }  // signed
+template <int Bits>
+[[gnu::always_inline]] inline Words shift_words_left(Words x) {
+  return _mm512_slli_epi16(x, Bits);
+}
+template <int Bits>
+[[gnu::always_inline]] inline Words shift_words_right(Words x) {  // signed
+  return _mm512_srai_epi16(x, Bits);
+}
+[[gnu::always_inline]] inline Words upper_halves(Words x) { return _mm512_slli_epi32(x, 16); }  // from the lower
 [[gnu::always_inline]] inline Words shuffle_bytes(Words x, Words places) { return _mm512_shuffle_epi8(x, places); }
 [[gnu::always_inline]] inline Words in_each_lane(__m128i x) { return _mm512_broadcast_i32x4(x); }
 
@@ -72,6 +83,7 @@ constexpr int kSumsBesideConstants = 8;
 [[gnu::always_inline]] inline Numbers all(float x) { return _mm256_set1_ps(x); }
 [[gnu::always_inline]] inline Numbers load_numbers(const float* x) { return _mm256_load_ps(x); }
 [[gnu::always_inline]] inline void store_numbers(float* out, Numbers x) { _mm256_store_ps(out, x); }
+[[gnu::always_inline]] inline Numbers add(Numbers a, Numbers b) { return _mm256_add_ps(a, b); }
 [[gnu::always_inline]] inline Numbers multiply(Numbers a, Numbers b) { return _mm256_mul_ps(a, b); }
 [[gnu::always_inline]] inline Numbers fused(Numbers a, Numbers b, Numbers sum) { return _mm256_fmadd_ps(a, b, sum); }
 
@@ -89,6 +101,8 @@ constexpr int kSumsBesideConstants = 8;
 }
 
 [[gnu::always_inline]] inline Words all_words(int x) { return _mm256_set1_epi16(static_cast<short>(x)); }
+[[gnu::always_inline]] inline Words all_bits_of(std::uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+[[gnu::always_inline]] inline Numbers as_numbers(Words x) { return _mm256_castsi256_ps(x); }
 
 [[gnu::always_inline]] inline Words load_bytes(const std::uint8_t* x) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
@@ -99,7 +113,15 @@ constexpr int kSumsBesideConstants = 8;
 }
 
 [[gnu::always_inline]] inline Words and_words(Words a, Words b) { return _mm256_and_si256(a, b); }
-[[gnu::always_inline]] inline Words halve_words(Words x) { return _mm256_srai_epi16(x, 1); }
+template <int Bits>
+[[gnu::always_inline]] inline Words shift_words_left(Words x) {
+  return _mm256_slli_epi16(x, Bits);
+}
+template <int Bits>
+[[gnu::always_inline]] inline Words shift_words_right(Words x) {  // signed
+  return _mm256_srai_epi16(x, Bits);
+}
+[[gnu::always_inline]] inline Words upper_halves(Words x) { return _mm256_slli_epi32(x, 16); }  // from the lower
 [[gnu::always_inline]] inline Words shuffle_bytes(Words x, Words places) { return _mm256_shuffle_epi8(x, places); }
 [[gnu::always_inline]] inline Words in_each_lane(__m128i x) { return _mm256_broadcastsi128_si256(x); }
 

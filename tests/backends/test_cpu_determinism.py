@@ -174,6 +174,52 @@ def test_bits_are_the_same_in_batches_of_any_size(isa: str, activation: Activati
             assert same_bits(y[0], alone), f"alone and among {m}"
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_bits_are_the_same_when_subnormal_numbers_are_taken_for_zero(isa: str) -> None:
+    """A program may tell its processor so; kernels may decode e4m3's subnormals to fp32's."""
+    x = random_problem(20, (1,), 300, dtype=torch.float32).x
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(1, 8, (96, 300), generator=generator, dtype=torch.uint8)  # 2^-9 to 7 * 2^-9
+    codes |= torch.randint(0, 2, codes.shape, generator=generator, dtype=torch.uint8) << 7
+    packed = ops.pack_weight(codes.view(torch.float8_e4m3fn), torch.ones(1, 3), backend="cpu")
+
+    def results() -> list[torch.Tensor]:
+        return [ops.block_linear(x[:m], packed, None, activation) for m in (1, 2, 3, 20) for activation in ACTIVATIONS]
+
+    with instruction_set(isa), threads(1):
+        want = results()
+        if not torch.set_flush_denormal(True):
+            pytest.skip("torch cannot have this processor take subnormal numbers for zero")
+        try:
+            assert torch.tensor(1e-41) * 1.0 == 0.0
+            got = results()
+        finally:
+            torch.set_flush_denormal(False)
+    assert all(y.count_nonzero() > 0 for y in want)
+    assert all(map(same_bits, got, want))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=100)
+@given(top=st.integers(-60, 126), gap=st.integers(0, 220), seed=st.integers(0, 2**31))
+def test_numbers_far_apart_have_the_bits_of_a_batch(
+    isa: str, dtype: torch.dtype, top: int, gap: int, seed: int
+) -> None:
+    """One and two rows alone and among five. The largest number meets a zero; the others are 2^gap times as small."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = top - gap - 30 * torch.rand(5, 128, generator=generator).double()
+    exponents[:, 5] = top
+    x = torch.exp2(exponents).to(dtype).nan_to_num(0.0, 0.0, 0.0)
+    codes = torch.randint(0, 127, (64, 128), generator=generator, dtype=torch.uint8)
+    codes[:, 5] = 0
+    packed = ops.pack_weight(codes.view(torch.float8_e4m3fn), torch.ones(1, 1), backend="cpu")
+    with instruction_set(isa):
+        want = ops.block_linear(x, packed, None, Activation.W8A16)
+        for m in (1, 2):
+            assert same_bits(ops.block_linear(x[:m], packed, None, Activation.W8A16), want[:m]), f"{m} rows"
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_registers_of_512_bits_give_the_bits_of_256(activation: Activation) -> None:
     """What has AVX-512 without bf16 instructions adds as AVX2 does, however many rows share a register."""
