@@ -52,6 +52,10 @@ constexpr int kSumsBesideConstants = 20;  // what it may have while the decoder'
 [[gnu::always_inline]] inline Words load_bytes(const std::uint8_t* x) { return _mm512_loadu_si512(x); }
 [[gnu::always_inline]] inline void store_words(std::uint16_t* out, Words x) { _mm512_store_si512(out, x); }
 [[gnu::always_inline]] inline Words and_words(Words a, Words b) { return _mm512_and_si512(a, b); }
+
+// Signed bytes times unsigned factors, the two of each word added.
+[[gnu::always_inline]] inline Words multiply_bytes(Words factors, Words x) { return _mm512_maddubs_epi16(factors, x); }
+
 template <int Bits>
 [[gnu::always_inline]] inline Words shift_words_left(Words x) {
   return _mm512_slli_epi16(x, Bits);
@@ -113,6 +117,10 @@ constexpr int kSumsBesideConstants = 8;
 }
 
 [[gnu::always_inline]] inline Words and_words(Words a, Words b) { return _mm256_and_si256(a, b); }
+
+// Signed bytes times unsigned factors, the two of each word added.
+[[gnu::always_inline]] inline Words multiply_bytes(Words factors, Words x) { return _mm256_maddubs_epi16(factors, x); }
+
 template <int Bits>
 [[gnu::always_inline]] inline Words shift_words_left(Words x) {
   return _mm256_slli_epi16(x, Bits);

@@ -60,13 +60,52 @@ inline bool take_subnormals(const Activation& x, const Depth& depth) {
   return most < bf16_power(62) && least >= bf16_power(-77) - 1;
 }
 
+// Codes of a quad, shifted: each word has a magnitude in bits 4 to 10, the sign in all bits above, and below anything.
+// Those of k and k + 1 are the lower bytes of the words that are packed, those of k + 2 and k + 3 the upper ones.
+template <int Rows>
+[[gnu::always_inline]] inline Words shifted_lower(const std::uint8_t* codes, Words sixteen) {
+  // A product instead of two shifts; but with two rows it is the multipliers that are busy.
+  if constexpr (Rows == 1) return multiply_bytes(sixteen, load_bytes(codes));
+  return shift_words_right<4>(shift_words_left<8>(load_bytes(codes)));
+}
+
+[[gnu::always_inline]] inline Words shifted_upper(const std::uint8_t* codes) {
+  return shift_words_right<4>(load_bytes(codes));
+}
+
+// Adds the products with one k: that in the upper halves of the lanes.
+template <int Rows, int Together, int Registers>
+[[gnu::always_inline]] inline void multiply_k(const Words (&shifted)[Together], Words number, const float* x, int first,
+                                              Numbers (&sums)[Rows][Registers]) {
+  Numbers w[Together];
+#pragma GCC unroll 2
+  for (int g = 0; g < Together; ++g) w[g] = as_numbers(and_words(shifted[g], number));
+#pragma GCC unroll 2
+  for (int r = 0; r < Rows; ++r) {
+    const Numbers value = all(x[r * kChunk]);
+#pragma GCC unroll 2
+    for (int g = 0; g < Together; ++g) sums[r][first + g] = fused(w[g], value, sums[r][first + g]);
+  }
+}
+
+// With both: k is in the lower halves, k + 1 in the upper ones.
+template <int Rows, int Together, int Registers>
+[[gnu::always_inline]] inline void multiply_both(Words (&shifted)[Together], Words number, const float* x, int first,
+                                                 Numbers (&even)[Rows][Registers], Numbers (&odd)[Rows][Registers]) {
+  multiply_k(shifted, number, x + 1, first, odd);
+#pragma GCC unroll 2
+  for (int g = 0; g < Together; ++g) shifted[g] = upper_halves(shifted[g]);
+  multiply_k(shifted, number, x, first, even);
+}
+
 // `Rows` rows times the quads of as many weight rows as `Registers` registers have lanes, scaled and added to the sums.
 // Not inlined, and with a copy of what it is given: its loop gets all registers.
 template <int Rows, int Registers, class Ahead>
 [[gnu::noinline]] void multiply_subnormals(const Operands& o, const std::uint8_t* codes, const Ahead& given_ahead) {
-  constexpr int kTogether = std::min(Rows, Registers);  // registers: more would leave none for the codes
+  constexpr int kTogether = Rows;  // registers: more would leave none for the codes
   const Ahead ahead = given_ahead;
   const Words number = all_bits_of(0x87f00000u);
+  const Words sixteen = all_words(16);
   const float* x = o.x[0];
   const std::int64_t end = o.quads * Place::kStepX;
   Numbers even[Rows][Registers];
@@ -78,37 +117,19 @@ template <int Rows, int Registers, class Ahead>
     ahead.template beside<kGroups * Registers / kRegisters>(place);
     const float* at = at_byte(x, place.x);
     const std::uint8_t* quad = codes + place.x * (kQuadBytes / Place::kStepX);
+    const std::uint8_t* again = quad;
+    asm("" : "+r"(again));  // g++ would keep what it has loaded, and sums on the stack for it
 #pragma GCC unroll 4
     for (int first = 0; first < Registers; first += kTogether) {
-      // Words whose upper byte is a code: of k and k + 1 in the halves of a lane, then of k + 2 and k + 3. An
-      // arithmetic shift makes copies of the sign; the mask clears them and what is behind the code.
-      Words low[kTogether];
-      Words high[kTogether];
+      Words shifted[kTogether];
 #pragma GCC unroll 2
       for (int g = 0; g < kTogether; ++g) {
-        high[g] = load_bytes(quad + (first + g) * kRegisterBytes);
-        low[g] = shift_words_right<4>(shift_words_left<8>(high[g]));
-        high[g] = shift_words_right<4>(high[g]);
+        shifted[g] = shifted_lower<Rows>(quad + (first + g) * kRegisterBytes, sixteen);
       }
-      const auto multiply_k = [&](int k, const Words(&pair)[kTogether], auto lower_half,
-                                  Numbers(&sums)[Rows][Registers]) __attribute__((always_inline)) {
-        Numbers w[kTogether];
+      multiply_both(shifted, number, at, first, even, odd);
 #pragma GCC unroll 2
-        for (int g = 0; g < kTogether; ++g) {
-          const Words moved = decltype(lower_half)::value ? upper_halves(pair[g]) : pair[g];
-          w[g] = as_numbers(and_words(moved, number));
-        }
-#pragma GCC unroll 2
-        for (int r = 0; r < Rows; ++r) {
-          const Numbers value = all(at[r * kChunk + k]);
-#pragma GCC unroll 2
-          for (int g = 0; g < kTogether; ++g) sums[r][first + g] = fused(w[g], value, sums[r][first + g]);
-        }
-      };
-      multiply_k(0, low, std::true_type(), even);
-      multiply_k(1, low, std::false_type(), odd);
-      multiply_k(2, high, std::true_type(), even);
-      multiply_k(3, high, std::false_type(), odd);
+      for (int g = 0; g < kTogether; ++g) shifted[g] = shifted_upper(again + (first + g) * kRegisterBytes);
+      multiply_both(shifted, number, at + 2, first, even, odd);
     }
   }
   const Numbers w_scale = all(o.w_scale);
