@@ -14,6 +14,7 @@ struct Zen {
   static constexpr std::int64_t kRowsWithoutKeeping = 32;
   static constexpr std::int64_t kLongBatch = kNever;
   static constexpr std::int64_t kPanelsTogether = 4;
+  static constexpr std::int64_t kPanelsOfOneRow = 2;
   static constexpr std::int64_t kEarlyChunks = 0;
   static constexpr std::int64_t kLaterSteps = 2;
   static constexpr int kPlaces = 1;
@@ -26,6 +27,7 @@ struct Intel {
   static constexpr std::int64_t kRowsWithoutKeeping = kTileRows<2>;
   static constexpr std::int64_t kLongBatch = kNever;
   static constexpr std::int64_t kPanelsTogether = 8;
+  static constexpr std::int64_t kPanelsOfOneRow = 8;
   static constexpr std::int64_t kEarlyChunks = 2;
   static constexpr std::int64_t kLaterSteps = 0;
   static constexpr int kPlaces = 2;

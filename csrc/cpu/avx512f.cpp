@@ -12,6 +12,7 @@ struct Intel {
   static constexpr std::int64_t kRowsWithoutKeeping = kTileRows<2>;
   static constexpr std::int64_t kLongBatch = 41;
   static constexpr std::int64_t kPanelsTogether = 8;
+  static constexpr std::int64_t kPanelsOfOneRow = 8;
   static constexpr std::int64_t kEarlyChunks = 2;
   static constexpr std::int64_t kLaterSteps = 0;
   static constexpr int kPlaces = 2;

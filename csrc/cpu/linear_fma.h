@@ -160,8 +160,9 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
   scratch.masks = DecodeMasks{};
   const Activation& x = problem.activation;
   const bool few = Core::kTakesSubnormals && x.rows <= kSubnormalRows && take_subnormals(x, problem.weight.depth);
-  for (std::int64_t first = begin; first < end; first += Core::kPanelsTogether) {
-    const std::int64_t panels = std::min(Core::kPanelsTogether, end - first);
+  const std::int64_t together = x.rows == 1 ? Core::kPanelsOfOneRow : Core::kPanelsTogether;
+  for (std::int64_t first = begin; first < end; first += together) {
+    const std::int64_t panels = std::min(together, end - first);
     bool has_nan = false;
     for (std::int64_t p = 0; p < panels; ++p) {
       std::memset(scratch.sums[p], 0, static_cast<std::size_t>(x.rows) * sizeof scratch.sums[p][0]);

@@ -57,6 +57,7 @@ class Steps {
   static constexpr int kEarlyLines = 2;
   static constexpr int kRing = 16;
   static_assert(Core::kPanelsTogether <= kMostTogether && kLookedAt <= kRing);
+  static_assert(Core::kPanelsOfOneRow <= Core::kPanelsTogether);
   static_assert(Core::kEarlyChunks * kMostTogether <= kRing);
 
   const Step* make() {
