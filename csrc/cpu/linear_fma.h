@@ -161,6 +161,7 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
   const Activation& x = problem.activation;
   const bool few = Core::kTakesSubnormals && x.rows <= kSubnormalRows && take_subnormals(x, problem.weight.depth);
   const std::int64_t together = x.rows == 1 ? Core::kPanelsOfOneRow : Core::kPanelsTogether;
+  Steps<Core> steps(problem.weight, x, begin, end, together);
   for (std::int64_t first = begin; first < end; first += together) {
     const std::int64_t panels = std::min(together, end - first);
     bool has_nan = false;
@@ -168,7 +169,7 @@ void linear(const Problem& problem, std::int64_t begin, std::int64_t end, void* 
       std::memset(scratch.sums[p], 0, static_cast<std::size_t>(x.rows) * sizeof scratch.sums[p][0]);
       has_nan = has_nan || problem.weight.panels[first + p].has_nan != 0;
     }
-    Steps<Core> steps(problem.weight, x, first, panels);
+    steps.begin_group(panels);
     if (few && !has_nan && x.rows == 1) {
       multiply_few<Core, 1>(problem, steps, scratch);
     } else if (few && !has_nan) {

@@ -22,25 +22,30 @@ struct Step {
   bool has_nan;
 };
 
-// One chunk after the other: that of all panels, then the next one of all panels. Steps are made ahead, so that each is
-// made once and those behind the one at hand can be looked at.
+// Panels [begin, end) in groups of at most `together`. Of a group one chunk after the other: that of all its panels,
+// then the next one of all its panels. Steps are made ahead, so that each is made once and those behind the one at hand
+// can be looked at, those of the next group too.
 template <class Core>
 class Steps {
  public:
-  Steps(const Weight& weight, const Activation& x, std::int64_t first, std::int64_t panels)
-      : weight_(weight), x_(x), panels_(panels), left_(weight.depth.chunks * panels), unmade_(left_) {
-    for (std::int64_t p = 0; p < panels; ++p) {
-      codes_[p] = weight.codes_of(first + p);
-      scales_[p] = weight.scales_of(first + p);
-      has_nan_[p] = weight.panels[first + p].has_nan != 0;
-    }
-    for (std::int64_t i = 0; i < std::max(Core::kEarlyChunks * panels, kLookedAt); ++i) make();
+  Steps(const Weight& weight, const Activation& x, std::int64_t begin, std::int64_t end, std::int64_t together)
+      : weight_(weight), x_(x), end_(end), together_(together), first_(begin) {
+    enter_group();
+    const std::int64_t early = Core::kEarlyChunks * panels_;
+    for (std::int64_t i = 0; i < std::max(early, kLookedAt); ++i) make();
   }
 
+  // The next group, which has so many panels, begins.
+  void begin_group(std::int64_t panels) { left_ = weight_.depth.chunks * panels; }
+
+  // Whether the group at hand has.
   bool ended() const { return left_ == 0; }
 
-  // The step at hand (0), the one behind it, and so on; null behind the last.
+  // The step at hand (0), the one behind it, and so on; null behind the last of the group.
   const Step* behind(std::int64_t count) const { return count < left_ ? &ring_[(at_ + count) % kRing] : nullptr; }
+
+  // The same, but null behind the last of all groups.
+  const Step* later(std::int64_t count) const { return at_ + count < made_ ? &ring_[(at_ + count) % kRing] : nullptr; }
 
   void advance() {
     ++at_;
@@ -61,7 +66,7 @@ class Steps {
   static_assert(Core::kEarlyChunks * kMostTogether <= kRing);
 
   const Step* make() {
-    if (unmade_ == 0) return nullptr;
+    if (unmade_ == 0 && !enter_group()) return nullptr;
     if (panel_ == 0) enter_chunk();
     Step& step = ring_[made_ % kRing];
     step = {codes_[panel_] + offset_, x_scale_, chunk_, quads_, panel_, scales_[panel_][block_], has_nan_[panel_]};
@@ -72,6 +77,19 @@ class Steps {
       ++chunk_;
     }
     return &step;
+  }
+
+  // Whether there is one, and it has chunks.
+  bool enter_group() {
+    panels_ = std::min(together_, end_ - first_);
+    unmade_ = weight_.depth.chunks * panels_;
+    chunk_ = 0;
+    for (std::int64_t p = 0; p < panels_; ++p, ++first_) {
+      codes_[p] = weight_.codes_of(first_);
+      scales_[p] = weight_.scales_of(first_);
+      has_nan_[p] = weight_.panels[first_].has_nan != 0;
+    }
+    return unmade_ > 0;
   }
 
   // Here and not for each panel: these are divisions.
@@ -85,14 +103,17 @@ class Steps {
 
   const Weight& weight_;
   const Activation& x_;
-  std::int64_t panels_;
-  std::int64_t left_;  // with the one at hand
-  std::int64_t unmade_;
-  std::uint64_t at_ = 0;
-  std::uint64_t made_ = 0;
+  const std::int64_t end_;
+  const std::int64_t together_;
+  std::int64_t left_ = 0;  // of the group, with the step at hand
+  std::int64_t at_ = 0;
+  std::int64_t made_ = 0;
   Step ring_[kRing];
 
   // Of the step that is made next.
+  std::int64_t first_;   // panel of the group behind its group
+  std::int64_t unmade_;  // of its group
+  std::int64_t panels_;
   std::int64_t panel_ = 0;
   std::int64_t chunk_ = 0;
   std::int64_t quads_ = 0;
@@ -145,7 +166,7 @@ class Ahead {
 
   // This step's part of those of another. Where nothing comes later, codes that are in the cache.
   const std::uint8_t* codes_of(const Steps<Core>& steps, std::int64_t behind) const {
-    const Step* step = steps.behind(behind);
+    const Step* step = steps.later(behind);
     return (step == nullptr ? steps.behind(0) : step)->codes + part_ * (kChunkBytes / kPlaces);
   }
 
