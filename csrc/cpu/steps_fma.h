@@ -24,7 +24,7 @@ struct Step {
 
 // Panels [begin, end) in groups of at most `together`. Of a group one chunk after the other: that of all its panels,
 // then the next one of all its panels. Steps are made ahead, so that each is made once and those behind the one at hand
-// can be looked at, those of the next group too.
+// can be looked at: those of the next group too, and of panels behind `end`, which another call may multiply.
 template <class Core>
 class Steps {
  public:
@@ -44,7 +44,7 @@ class Steps {
   // The step at hand (0), the one behind it, and so on; null behind the last of the group.
   const Step* behind(std::int64_t count) const { return count < left_ ? &ring_[(at_ + count) % kRing] : nullptr; }
 
-  // The same, but null behind the last of all groups.
+  // The same, but null behind the last of all.
   const Step* later(std::int64_t count) const { return at_ + count < made_ ? &ring_[(at_ + count) % kRing] : nullptr; }
 
   void advance() {
@@ -81,7 +81,7 @@ class Steps {
 
   // Whether there is one, and it has chunks.
   bool enter_group() {
-    panels_ = std::min(together_, end_ - first_);
+    panels_ = std::min(together_, (first_ < end_ ? end_ : weight_.panel_count) - first_);
     unmade_ = weight_.depth.chunks * panels_;
     chunk_ = 0;
     for (std::int64_t p = 0; p < panels_; ++p, ++first_) {
