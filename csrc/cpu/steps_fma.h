@@ -58,7 +58,7 @@ class Steps {
   }
 
  private:
-  static constexpr std::int64_t kLookedAt = 1 + 2 * Core::kPlaces + Core::kLaterSteps;  // what `behind` may give
+  static constexpr std::int64_t kLookedAt = 1 + 2 * Core::kPlaces + Core::kLaterSteps;  // what `later` may give
   static constexpr int kEarlyLines = 2;
   static constexpr int kRing = 16;
   static_assert(Core::kPanelsTogether <= kMostTogether && kLookedAt <= kRing);

@@ -17,6 +17,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "cpu.md"
 
 AT_MOST = {
     "avx2": (0.65, 0.25),
+    "avx2, Intel's cores": (0.75, 0.25),
     "avx512f": (0.4, 0.11),
     "avx512": (0.25, 0.055),
     "neon": (1.0, 0.45),
