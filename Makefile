@@ -53,7 +53,11 @@ test-fast: venv  ## the tests that start no server
 .PHONY: test-main
 part-test-main part-test-vllm-ascend part-test-aarch64 part-lint: | venv
 part-%:
-	@MAKE='$(MAKE)' scripts/run_test_part.sh $* $(PARTS)
+	@MAKE='$(MAKE)' MISSING='$(MISSING_$*)' scripts/run_test_part.sh $* $(PARTS)
+
+# MISSING_PART, next to each part, says what the part needs and this machine lacks: `make test` skips the part and says
+# so (and fails in CI), the part's own target is an error.
+require = @test -z '$(MISSING_$(1))' || { echo 'error: $(1): $(MISSING_$(1))' >&2; exit 2; }
 
 test-long: venv  ## the long forms of the reliability tests: load, faults, fuzzing, sanitizers (more than an hour)
 	$(PY) -m pytest --long -m long

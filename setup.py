@@ -80,6 +80,12 @@ ISA_FLAGS = {
 """Files of one architecture, and the instruction set that each needs; what they define is called only where the
 processor has it."""
 
+GCC_ONLY = {"-fno-schedule-insns", "-fno-schedule-insns2", "-Wno-maybe-uninitialized"}
+"""Flags that clang does not know; it would warn of each."""
+
+OLDEST_COMPILERS = "g++ 11 (g++ 10 on AArch64) or clang 14"
+"""The oldest that have compiled the kernels. Clang 16, of Debian 12, crashes at avx512.cpp."""
+
 
 def native_libraries() -> list[Extension]:
     """The libraries that setuptools builds; CANN's compiler builds the NPU's (`build_ascend`)."""
@@ -104,7 +110,8 @@ def of_one_isa() -> dict[str, list[str]]:
 
 
 def flags_of(source: str) -> list[str]:
-    return [*COMMON_FLAGS, *of_one_isa().get(Path(source).name, [])]
+    flags = [*COMMON_FLAGS, *of_one_isa().get(Path(source).name, [])]
+    return [flag for flag in flags if flag not in GCC_ONLY or not is_clang()]
 
 
 def architecture_of(machine: str) -> str:
@@ -123,6 +130,12 @@ def target_architecture() -> str:
     except (OSError, subprocess.CalledProcessError):
         return architecture_of(platform.machine())
     return architecture_of(done.stdout.partition("-")[0])
+
+
+@functools.cache
+def is_clang() -> bool:
+    macros = subprocess.run([*cxx(), "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True)
+    return "__clang__" in macros.stdout
 
 
 def is_cross_compiling() -> bool:
@@ -175,6 +188,7 @@ def torch_version(folder: Path) -> str:
 
 
 def require_compiler(command: list[str]) -> None:
+    """A compiler that is there and knows the instructions of every file: an older one would say so of one flag."""
     if shutil.which(command[0]) is None:
         raise SetupError(
             f"no C++ compiler: {command[0]!r} was not found, and without the native kernels this package would be "
@@ -182,6 +196,19 @@ def require_compiler(command: list[str]) -> None:
             "  what to do: install one (Debian/Ubuntu: apt-get install g++; Fedora/openEuler: dnf install gcc-c++; "
             "conda: conda install gxx), or name yours in the environment variable CXX"
         )
+    for source in of_one_isa():
+        done = subprocess.run(
+            [*cxx(), *flags_of(source), "-fsyntax-only", "-x", "c++", os.devnull], capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            version = subprocess.run([*cxx(), "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+            raise SetupError(
+                f"the C++ compiler cannot make the instructions of {CPU / source}.\n"
+                f"  expected: {OLDEST_COMPILERS}, or newer\n  got: {version}\n"
+                f"  it says: {done.stderr.strip().partition(chr(10))[0]}\n"
+                "  what to do: install a newer one beside it (openEuler: dnf install gcc-toolset-12-gcc-c++; "
+                "conda: conda install gxx), and name it in the environment variable CXX"
+            )
 
 
 class KeptObjects:

@@ -19,6 +19,8 @@ AARCH64_RUN := $(AARCH64_VENV)/run
 AARCH64_PYTEST = env -u QWEN3_FP8_ASCEND_CPU_ISA CI=true PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 AARCH64_PROCESSOR=$* \
 	../bin/python-$* -m pytest -q -p no:cacheprovider -p pytest_timeout -p _hypothesis_pytestplugin --durations=5
 
+MISSING_test-aarch64 = $(shell scripts/create_venv_aarch64.sh --missing)
+
 $(AARCH64_STAMP): scripts/create_venv_aarch64.sh | $(VENV)/.dependencies
 	PYTHON=$(PY) scripts/create_venv_aarch64.sh $(AARCH64_VENV) $(AARCH64_TORCH)
 	touch $@

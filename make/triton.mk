@@ -9,6 +9,9 @@
 TRITON_TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 TRITON_ASCEND_VERSION := 3.2.0
 TRITON_VERSION := 3.9.0
+# The Pythons that these have wheels for.
+TRITON_ASCEND_PYTHONS := 3.10 3.11
+TRITON_PYTHONS := 3.11 3.13
 ASCENDNPU_IR_VERSIONS := 1.1.0 1.2.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 TRITON_TEST_PACKAGES := "pytest>=8.3" "pytest-timeout>=2.3"
@@ -22,13 +25,20 @@ define install_cpu_torch
 	$(1)/bin/python -m pip install -qq --no-compile "torch==$(TRITON_TORCH)+cpu" --extra-index-url $(TORCH_CPU_INDEX)
 endef
 
+# $(call no_python,NAME,OLDEST NEWEST): why the part is skipped that needs it; empty where there is such a Python.
+find_python = $(shell PYTHON='$(PYTHON)' scripts/find_python.sh $(1))
+no_python = $(if $(call find_python,$(2)),,$(1) has wheels for Python $(subst $() , to ,$(2)) only, and here is $(shell $(PYTHON) --version 2>&1))
+MISSING_test-triton-ascend = $(call no_python,triton-ascend $(TRITON_ASCEND_VERSION),$(TRITON_ASCEND_PYTHONS))
+MISSING_test-triton = $(call no_python,Triton $(TRITON_VERSION),$(TRITON_PYTHONS))
+
 # The stamp's name holds the versions, so that changing one makes the environment anew.
 TRITON_ASCEND_STAMP := .venv-triton-ascend/.ready-$(TRITON_ASCEND_VERSION)-torch$(TRITON_TORCH)
 TRITON_STAMP := .venv-triton/.ready-$(TRITON_VERSION)-torch$(TRITON_TORCH)
 
 $(TRITON_ASCEND_STAMP):
+	$(call require,test-triton-ascend)
 	rm -rf .venv-triton-ascend
-	$(PYTHON) -m venv .venv-triton-ascend
+	$(call find_python,$(TRITON_ASCEND_PYTHONS)) -m venv .venv-triton-ascend
 	.venv-triton-ascend/bin/python -m pip install -qq --no-compile triton-ascend==$(TRITON_ASCEND_VERSION) pybind11 llvmlite \
 		"numpy<2.4" $(TRITON_TEST_PACKAGES)
 	$(call install_cpu_torch,.venv-triton-ascend)
@@ -39,8 +49,9 @@ $(TRITON_ASCEND_STAMP):
 	touch $@
 
 $(TRITON_STAMP):
+	$(call require,test-triton)
 	rm -rf .venv-triton
-	$(PYTHON) -m venv .venv-triton
+	$(call find_python,$(TRITON_PYTHONS)) -m venv .venv-triton
 	$(call install_cpu_torch,.venv-triton)
 	.venv-triton/bin/python -m pip install -qq --no-compile triton==$(TRITON_VERSION) numpy $(TRITON_TEST_PACKAGES)
 	touch $@

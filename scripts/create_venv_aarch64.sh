@@ -1,47 +1,64 @@
 #!/usr/bin/env bash
 # Creates the environment of `make test-aarch64`, see make/aarch64.mk: an AArch64 Python with torch, to run under qemu.
 # Usage: scripts/create_venv_aarch64.sh VENV TORCH_VERSION        Environment: PYTHON (default python3), to make it with
+#        scripts/create_venv_aarch64.sh --missing                 prints what this machine lacks for it, if anything
 #
 # Nothing of it is installed into this machine, but for the cross-compiler and qemu where root may use apt-get:
 #   VENV/root           Debian's (or Ubuntu's) arm64 packages of Python and of what it needs, unpacked
 #   VENV/site-packages  AArch64 wheels: torch, and what the tests need
 #   VENV/bin/python-*   that Python under qemu, as a processor of this name; the project comes from the current folder
 set -euo pipefail
+compiler=aarch64-linux-gnu-g++ qemu=qemu-aarch64-static
+has() { command -v "$1" >/dev/null; }
+fail() { printf 'error: %s\n  what to do: %s\n' "$1" "$2" >&2; exit 2; }
+
+missing() {
+  for program in apt-get dpkg-deb; do
+    has "$program" || { echo "no $program, and the AArch64 Python comes from packages of Debian or Ubuntu"; return; }
+  done
+  for program in "$compiler" "$qemu"; do  # root installs them
+    has "$program" || [ "$(id -u)" = 0 ] || { echo "no $program (apt-get install g++-aarch64-linux-gnu qemu-user-static)"; return; }
+  done
+}
+lacks=$(missing)
+if [ "$1" = --missing ]; then
+  echo "$lacks"
+  exit
+fi
+[ -z "$lacks" ] ||
+  fail "$lacks" "install it, or run this in a container: docker run -v \"\$PWD\":/src -w /src debian:12"
+
 mkdir -p "$1"
 venv=$(cd "$1" && pwd) torch=$2
 python=${PYTHON:-python3}
-compiler=aarch64-linux-gnu-g++ qemu=qemu-aarch64-static
 processors=(max neoverse-n1)
-
-fail() { printf 'error: %s\n  what to do: %s\n' "$1" "$2" >&2; exit 2; }
-for program in apt-get dpkg-deb; do
-  command -v "$program" >/dev/null ||
-    fail "the AArch64 Python comes from Debian's or Ubuntu's packages, and there is no $program here" \
-      "run this in a container: docker run -v \"\$PWD\":/src -w /src debian:12"
-done
-for program in "$compiler" "$qemu"; do
-  command -v "$program" >/dev/null && continue
-  [ "$(id -u)" = 0 ] || fail "no $program" "apt-get install g++-aarch64-linux-gnu qemu-user-static"
+if ! has "$compiler" || ! has "$qemu"; then
   apt-get update -qq
   apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu qemu-user-static
-  break
-done
+fi
 
 # apt with lists, cache and an empty status of its own: it resolves for arm64 and never looks at what is installed here.
 apt=$venv/apt
-mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
+mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial" "$apt/parts"
 : >"$apt/status"
+sources=()
+# Debian's mirrors have every architecture. Ubuntu's have those of PCs, and arm64 elsewhere.
+if [ "$(. /etc/os-release && echo "${ID-}")" = ubuntu ] && [ "$(dpkg --print-architecture)" != arm64 ]; then
+  codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+  echo "deb http://ports.ubuntu.com/ubuntu-ports $codename main universe" >"$apt/sources.list"
+  sources=(-o Dir::Etc::SourceList="$apt/sources.list" -o Dir::Etc::SourceParts="$apt/parts")
+fi
 arm64_apt() {
   apt-get -qq -o APT::Architecture=arm64 -o APT::Architectures::=arm64 -o APT::Sandbox::User=root \
     -o Dir::State::Lists="$apt/lists" -o Dir::State::status="$apt/status" -o Dir::Cache="$apt/cache" \
-    -o Debug::NoLocking=1 -o Acquire::Languages=none -o Acquire::Retries=3 "$@"
+    "${sources[@]}" -o Debug::NoLocking=1 -o Acquire::Languages=none -o Acquire::Retries=3 "$@"
 }
 echo "downloading an arm64 Python (16 MB)"
 # A source without arm64 packages fails, and others have them: what matters is whether Python can be had.
 arm64_apt update || true
 arm64_apt install -y --no-install-recommends --download-only python3 libstdc++6 >/dev/null ||
   fail "apt-get finds no arm64 packages in its sources" \
-    "add a source that has them (Ubuntu: http://ports.ubuntu.com/ubuntu-ports), or run this in a container of debian:12"
+    "see the errors above; a mirror of arm64 packages has to be reachable. Or run this in a container of debian:12"
 rm -rf "${venv:?}"/{root,site-packages,bin}
 mkdir -p "$venv/root" "$venv/bin"
 for package in "$apt"/cache/archives/*.deb; do dpkg-deb -x "$package" "$venv/root"; done

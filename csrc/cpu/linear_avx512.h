@@ -101,7 +101,7 @@ template <int Rows, int Panels, class Decoder, class Ask>
   }
 }
 
-template <_mm_hint Hint>
+template <auto Hint>  // g++ has an enumeration for it, clang an int
 [[gnu::always_inline]] inline void prefetch_quad(const std::uint8_t* codes) {
   _mm_prefetch(reinterpret_cast<const char*>(codes), Hint);
   _mm_prefetch(reinterpret_cast<const char*>(codes + kLine), Hint);
