@@ -319,14 +319,17 @@ def scrub(value: Any) -> Any:
         return value
     text = PATH.sub(lambda found: Path(found[0]).name or "FOLDER", value)
     for name, instead in _names():
-        text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", instead, text)
+        text = re.sub(rf"(?<![\w-]){name}(?![\w-])", instead, text)
     return ADDRESS.sub("ADDRESS", text)
 
 
 def _names() -> list[tuple[str, str]]:
-    """Names of this machine and its user that are no words of ours."""
-    names = [(socket.getfqdn(), "HOST"), (socket.gethostname(), "HOST")]
+    """Names of this machine and its user that are no words of ours, as patterns; with the host's goes any domain.
+
+    Its full name is not asked for: where DNS does not answer, that takes seconds each time.
+    """
+    names = [(socket.gethostname().partition(".")[0], r"(?:\.[\w-]+)*", "HOST")]
     with contextlib.suppress(OSError, KeyError, ImportError):
-        names.append((getpass.getuser(), "USER"))
+        names.append((getpass.getuser(), "", "USER"))
     common = {"localhost", "root", "cpu", "npu", "cuda", "user", "linear", "model", "python"}
-    return [(name, instead) for name, instead in names if len(name) > 1 and name not in common]
+    return [(re.escape(name) + more, instead) for name, more, instead in names if len(name) > 1 and name not in common]

@@ -142,6 +142,19 @@ def test_scrubbing(text: str, scrubbed: str) -> None:
     assert orchestration.scrub({"k": [text]}) == {"k": [scrubbed]}
 
 
+@pytest.mark.parametrize("host", ["node-17", "node-17.cluster.example"])
+def test_a_host_s_name_goes_with_its_domain_and_dns_is_never_asked(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asks(*_: object) -> str:
+        raise AssertionError("where DNS does not answer, this takes seconds each time")
+
+    for name in ("getfqdn", "gethostbyaddr", "gethostbyname", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, asks)
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    text = "on node-17, node-17.cluster.example and node-17.other:8000; node-170, my-node-17 and node-17b are others"
+    scrubbed = "on HOST, HOST and HOST:8000; node-170, my-node-17 and node-17b are others"
+    assert orchestration.scrub(text) == scrubbed
+
+
 def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, acted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By Ctrl-C and by SIGKILL, in the middle of a step, which is begun anew; the result is that of one run."""
     monkeypatch.setenv("STEPS", "good waits also_good")
