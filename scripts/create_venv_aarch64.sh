@@ -43,8 +43,8 @@ mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial" "$apt/parts"
 : >"$apt/status"
 sources=()
 # Debian's mirrors have every architecture. Ubuntu's have those of PCs, and arm64 elsewhere.
-if [ "$(. /etc/os-release && echo "${ID-}")" = ubuntu ] && [ "$(dpkg --print-architecture)" != arm64 ]; then
-  codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+if grep -qx ID=ubuntu /etc/os-release && [ "$(dpkg --print-architecture)" != arm64 ]; then
+  codename=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
   echo "deb http://ports.ubuntu.com/ubuntu-ports $codename main universe" >"$apt/sources.list"
   sources=(-o Dir::Etc::SourceList="$apt/sources.list" -o Dir::Etc::SourceParts="$apt/parts")
 fi
