@@ -60,6 +60,9 @@ struct Panel {
   std::int32_t has_nan;  // whether any code is NaN, which some kernels decode on a slower path
 };
 
+// Functions of this header are inlined always: of a copy in each object the linker would keep one, which may be for
+// another processor.
+
 // How k is cut: into scale blocks, and those into chunks.
 struct Depth {
   std::int64_t k;
@@ -68,7 +71,6 @@ struct Depth {
   std::int64_t chunks_per_block;  // ceil(block_k / kChunk)
   std::int64_t chunks;
 
-  // Inlined always: of a copy in each object the linker would keep one, which may be for another processor.
   [[gnu::always_inline]] std::int64_t block_of(std::int64_t chunk) const { return chunk / chunks_per_block; }
   [[gnu::always_inline]] std::int64_t start_of(std::int64_t chunk) const {
     return block_of(chunk) * block_k + chunk % chunks_per_block * kChunk;
@@ -79,7 +81,7 @@ struct Depth {
     const std::int64_t length = end - start_of(chunk);
     return length < kChunk ? length : kChunk;
   }
-  std::int64_t padded() const { return ceil_div(k, 4) * 4; }
+  [[gnu::always_inline]] std::int64_t padded() const { return ceil_div(k, 4) * 4; }
 };
 
 struct Weight {
@@ -89,8 +91,12 @@ struct Weight {
   std::int64_t panel_count;
   Depth depth;
 
-  const std::uint8_t* codes_of(std::int64_t panel) const { return codes + panel * depth.padded() * kPanelRows; }
-  const float* scales_of(std::int64_t panel) const { return scales + panels[panel].scale_row * depth.blocks; }
+  [[gnu::always_inline]] const std::uint8_t* codes_of(std::int64_t panel) const {
+    return codes + panel * depth.padded() * kPanelRows;
+  }
+  [[gnu::always_inline]] const float* scales_of(std::int64_t panel) const {
+    return scales + panels[panel].scale_row * depth.blocks;
+  }
 };
 
 // Activations as bf16 terms: an output row is the sum of `terms` consecutive rows here. Behind the last k of a chunk,
@@ -103,10 +109,12 @@ struct Activation {
   std::int64_t capacity;
   int terms;
 
-  const std::uint16_t* values_of(std::int64_t chunk, std::int64_t row) const {
+  [[gnu::always_inline]] const std::uint16_t* values_of(std::int64_t chunk, std::int64_t row) const {
     return values + (chunk * capacity + row) * kChunk;
   }
-  const float* scales_of(std::int64_t chunk, std::int64_t row) const { return scales + chunk * capacity + row; }
+  [[gnu::always_inline]] const float* scales_of(std::int64_t chunk, std::int64_t row) const {
+    return scales + chunk * capacity + row;
+  }
 };
 
 struct Output {
