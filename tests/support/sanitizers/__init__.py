@@ -114,8 +114,8 @@ ADDRESS = Variant(
     (QUICK, "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "libasan.so",
     (
-        # The interpreter leaks by design. Looking for use after return, g++ 13's default, misaligns variables of 64 bytes
-        # (GCC bug 110027).
+        # The interpreter leaks by design. Looking for use after return, g++ 13's default, misaligns variables of 64
+        # bytes (GCC bug 110027).
         ("ASAN_OPTIONS", "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1:exitcode=66"),
         ("UBSAN_OPTIONS", "print_stacktrace=1"),
         ("OMP_NUM_THREADS", "2"),
