@@ -134,7 +134,7 @@ def target_architecture() -> str:
 
 @functools.cache
 def is_clang() -> bool:
-    macros = subprocess.run([*cxx(), "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True)
+    macros = subprocess.run([*cxx(), "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=False)
     return "__clang__" in macros.stdout
 
 

@@ -91,7 +91,7 @@ class Image:
         )
         # tests/test_packaging.py compiles; here the library that is built already is the compiler's result.
         out = 'for word; do [ "$previous" = -o ] && out=$word; previous=$word; done'
-        self.write_tool("c++", f'{out}\ncase "$*" in *-shared*) cp {library} "$out";; *) touch "$out";; esac')
+        self.write_tool("c++", f'{out}\ncase "$*" in *-shared*) cp {library} "$out";; *" -c "*) touch "$out";; esac')
 
     def write_tool(self, name: str, body: str) -> None:
         tool = self.python.parent / name
