@@ -9,6 +9,7 @@ import pytest
 
 from qwen3_fp8_ascend import provenance
 from qwen3_fp8_ascend.backends import ascendc, registry, soc, torch_npu, triton
+from qwen3_fp8_ascend.backends.triton import device as triton_device
 from qwen3_fp8_ascend.errors import BlockFp8Error
 
 
@@ -115,10 +116,15 @@ def test_a_torch_npu_that_does_not_load_is_a_reason(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(soc.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(soc, "device_name", broken)
-    assert soc.missing_npu() == "torch_npu does not load: libhccl.so: cannot open shared object file"
+    reason = "torch_npu does not load: libhccl.so: cannot open shared object file"
+    assert soc.missing_npu() == reason
     assert soc.chip_without_path() is None
     assert soc.current_generation() is None
     assert provenance.npu_name() is None
+    monkeypatch.setattr(triton_device, "INTERPRETED", False)
+    monkeypatch.setattr(triton_device, "has_triton", lambda: True)
+    monkeypatch.setattr(triton_device.torch.cuda, "is_available", lambda: False)
+    assert reason in (triton_device.unusable.__wrapped__() or ""), "Triton is there too, as beside triton-ascend"
 
 
 def test_the_first_failure_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

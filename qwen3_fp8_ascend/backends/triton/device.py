@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
 
+from qwen3_fp8_ascend.backends import soc
 from qwen3_fp8_ascend.backends.triton_host import INTERPRETED, device_module, has_triton
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.triton_kernels.configuration import (
@@ -30,18 +30,19 @@ def unusable() -> str | None:
     return None
 
 
-def _has_npu() -> bool:
-    return importlib.util.find_spec("torch_npu") is not None and device_module("npu").is_available()
-
-
 def current_device_type() -> str:
+    """The device that torch sees, of those that Triton compiles for.
+
+    Raises:
+        BlockFp8Error: it sees none, or torch_npu does not load.
+    """
     if INTERPRETED:
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"
-    if _has_npu():
+    if (missing := soc.missing_npu()) is None:
         return "npu"
-    raise BlockFp8Error("there is neither an NVIDIA GPU nor an Ascend NPU that torch can see")
+    raise BlockFp8Error("torch sees no NVIDIA GPU, and no NPU can be used", got=missing)
 
 
 @functools.cache
