@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -295,6 +296,44 @@ def test_every_kernel_is_compiled_by_these_tests() -> None:
 def test_a_kernel_includes_what_it_needs(kernel: str) -> None:
     """The vendor's compiler takes each alone; the emulator's executable has all in one translation unit."""
     check_syntax([*WARNINGS, f"-I{EMULATOR}", f"-I{SOURCES}", str(SOURCES / "kernels" / f"{kernel}.cpp")])
+
+
+HALF = """
+#include "numeric.h"
+#include <cstdio>
+int main() {
+    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+        const float wide = ascendc_emulator::widen(static_cast<uint16_t>(bits));
+        std::fwrite(&wide, sizeof wide, 1, stdout);
+    }
+    for (float x; std::fread(&x, sizeof x, 1, stdin) == 1;) {
+        const half narrow(x);
+        std::fwrite(&narrow, sizeof narrow, 1, stdout);
+    }
+}
+"""
+
+
+@pytest.mark.parametrize("flags", [(), machine_flags()], ids=["software", "this machine's"])
+def test_half_is_ieee_s(flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Against numpy: every half, each middle between two and its neighbours, and numbers of all sizes."""
+    source = tmp_path / "half.cpp"
+    source.write_text(HALF)
+    executable = build("half", [source], flags=(*WARNINGS, *flags), include=[EMULATOR])
+    halves = np.arange(0x10000, dtype=np.uint16).view(np.float16)
+    with np.errstate(over="ignore"):
+        finite = np.sort(halves[np.isfinite(halves)].astype(np.float32))
+        middles = (finite[1:] + finite[:-1]) / 2
+        edges = [np.nextafter(middles, np.float32(side)) for side in (-np.inf, np.inf)]
+        sizes = np.arange(0, 1 << 32, 65521, dtype=np.uint32).view(np.float32)
+        numbers = np.concatenate([middles, *edges, sizes, np.float32([65519.996, 65520, np.inf, -np.inf])])
+        expected = numbers.astype(np.float16)
+    out = subprocess.run([executable], input=numbers.tobytes(), capture_output=True, check=True).stdout
+    widened, narrowed = np.frombuffer(out[: 4 << 16], np.float32), np.frombuffer(out[4 << 16 :], np.float16)
+    np.testing.assert_array_equal(widened, halves.astype(np.float32))
+    np.testing.assert_array_equal(narrowed, expected)
+    numeric = ~np.isnan(expected)
+    assert (narrowed.view(np.uint16)[numeric] == expected.view(np.uint16)[numeric]).all(), "the sign of a zero"
 
 
 def test_kernels_name_nothing_of_the_emulator() -> None:

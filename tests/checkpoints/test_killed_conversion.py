@@ -38,6 +38,8 @@ def child(destination, kill_at):
         return call
     for name in CALLS:
         setattr(os, name, deadly(getattr(os, name)))
+        if hasattr(pathlib, "_NormalAccessor"):  # Python 3.10: Path keeps what os had
+            setattr(pathlib._NormalAccessor, name, staticmethod(getattr(os, name)))
     tensors.save_file = deadly(tensors.save_file)
     try:
         quantize_checkpoint(source, destination, progress=False, overwrite=old is not None)
