@@ -263,6 +263,8 @@ class BuildLibraries(build_ext):
         torch = torch_folder()
         compiler = self.compiler
         require_compiler(compiler.compiler_so_cxx)
+        if is_clang():
+            print("clang's kernels take up to twice the time of g++'s (docs/cpu.md, Compilers)", file=sys.stderr)
         if is_cross_compiling():  # the flags that this Python was built with are those of its own architecture
             compiler.set_executables(
                 compiler_so_cxx=[*cxx(), "-fPIC", *shlex.split(os.environ.get("CXXFLAGS", ""))],
