@@ -206,7 +206,7 @@ def require_compiler(command: list[str]) -> None:
                 f"the C++ compiler cannot make the instructions of {CPU / source}.\n"
                 f"  expected: {OLDEST_COMPILERS}, or newer\n  got: {version}\n"
                 f"  it says: {done.stderr.strip().partition(chr(10))[0]}\n"
-                "  what to do: install a newer one beside it (openEuler: dnf install gcc-toolset-12-gcc-c++; "
+                "  what to do: install a newer one beside it (Debian/Ubuntu: a package such as g++-12; "
                 "conda: conda install gxx), and name it in the environment variable CXX"
             )
 
