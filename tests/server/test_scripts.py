@@ -95,6 +95,8 @@ def served(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.mark.parametrize("number", [n for n, block in enumerate(BLOCKS) if block.label in ("run", "dry run")])
 def test_the_tutorial_runs(served: Served, number: int) -> None:
     text = BLOCKS[number].text
+    if "curl" in text and shutil.which("curl") is None:
+        pytest.skip("no program curl: apt-get install curl")
     if "eval_precision" in text and "dry-run" not in text:
         shutil.rmtree(ROOT / ".cache" / "precision", ignore_errors=True)  # it keeps what exists
         with preloaded_python(MODELS) as python:
