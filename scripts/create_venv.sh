@@ -12,7 +12,8 @@ command -v "$python" >/dev/null || fail "no $python" "install Python 3.10 to 3.1
   fail "$("$python" --version) is not supported" "set PYTHON to a Python 3.10 to 3.13"
 "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "$python cannot create environments" "apt-get install python3-venv"
 command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler" "apt-get install g++ (or set CXX)"
-if ! ldconfig -p | grep -q libnuma.so.1; then
+# Debian has ldconfig on root's PATH only.
+if [[ $(PATH=$PATH:/usr/sbin:/sbin ldconfig -p) != *libnuma.so.1* ]]; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     apt-get update -qq && apt-get install -y -qq libnuma1
   else

@@ -98,10 +98,13 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 def test_a_disk_that_is_too_small_is_named_before_anything_is_installed(tmp_path: Path) -> None:
-    df = tmp_path / "df"
-    df.write_text("#!/bin/sh\necho name blocks used available\necho disk 9000000 1300000 7700000 14% /\n")
-    df.chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    """For a user of Debian's as well, who has no folder of root's programs on PATH."""
+    df = "echo name blocks used available\necho disk 9000000 1300000 7700000 14% /"
+    for name, body in (("df", df), ("id", "echo 1000")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    folders = [folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder).name != "sbin"]
+    path = os.pathsep.join([str(tmp_path), *folders])
     done = run("create_venv.sh", tmp_path / "venv", PYTHON=sys.executable, PATH=path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "take up to 8 GiB, and 7 are free in" in done.stderr and "what to do: " in done.stderr
