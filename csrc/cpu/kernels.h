@@ -60,8 +60,8 @@ struct Panel {
   std::int32_t has_nan;  // whether any code is NaN, which some kernels decode on a slower path
 };
 
-// Functions of this header are inlined always: of a copy in each object the linker would keep one, which may be for
-// another processor.
+// Member functions are inlined always: of a copy in each object the linker would keep one, which may be for another
+// processor.
 
 // How k is cut: into scale blocks, and those into chunks.
 struct Depth {
