@@ -19,7 +19,7 @@ VLLM_ASCEND_SELDOM_STAMP := $(VLLM_ASCEND_VENV)/.ready-$(TORCH_NPU_VERSION)-$(su
 create_vllm_ascend = scripts/create_venv_vllm_ascend.sh $(VENV) $(VLLM_ASCEND_VENV) $(TORCH_NPU_VERSION) \
 	$(foreach release,$(1),$(release)=$(VLLM_OF_$(release)))
 
-$(VLLM_ASCEND_STAMP): scripts/create_venv_vllm_ascend.sh tests/support/vllm_ascend_environment.py | $(VENV)/.built
+$(VLLM_ASCEND_STAMP): scripts/create_venv_vllm_ascend.sh tests/support/vllm_ascend_environment.py $(wildcard tests/support/device_guard.*) | $(VENV)/.built
 	rm -rf $(VLLM_ASCEND_VENV)
 	$(call create_vllm_ascend,$(VLLM_ASCEND_OFTEN))
 	touch $@

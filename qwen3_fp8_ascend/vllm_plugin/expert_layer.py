@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.platforms import current_platform
+
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.vllm_plugin.routing import check_routing
 
@@ -46,7 +48,28 @@ def check_supported(layer: Any, prefix: str) -> None:
         )
     if moe.moe_parallel_config.enable_eplb:
         raise BlockFp8Error("block-FP8 experts cannot move between ranks", where=prefix, fix="leave --enable-eplb out")
+    check_exchange(moe.moe_parallel_config, prefix)
     check_routing(layer, prefix)
+
+
+def check_exchange(parallel: Any, prefix: str) -> None:
+    """Refuse ways in which ranks would exchange tokens that vLLM has for its own kernels alone.
+
+    Those exchange what a kernel has prepared. Any other method has its tokens gathered, which these ways cannot do:
+    vLLM would end in a NotImplementedError without words while it warms up. On a CPU and an NPU they are not taken.
+    parallel: vLLM's `FusedMoEParallelConfig`.
+    Raises:
+        BlockFp8Error: names the way.
+    """
+    if not current_platform.is_cuda_alike() or not parallel.use_all2all_kernels or parallel.use_ag_rs_all2all_kernels:
+        return
+    raise BlockFp8Error(
+        "block-FP8 experts cannot exchange tokens between ranks in this way",
+        where=prefix,
+        expected="--all2all-backend allgather_reducescatter, which is vLLM's default",
+        got=parallel.all2all_backend,
+        fix="leave --all2all-backend out",
+    )
 
 
 def local_experts(layer: Any) -> list[int]:

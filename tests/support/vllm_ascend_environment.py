@@ -18,6 +18,8 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from tests.support import device_guard
+
 GUARD_LIBRARY = "npu_device_guard.so"
 
 CHIP = "A2"
@@ -38,7 +40,7 @@ def main(venv: Path, release: str, vllm: str) -> None:
     stubs = venv / "cann-stubs"
     if not stubs.exists():
         make_cann_stubs(stubs)
-        build_device_guard(stubs / GUARD_LIBRARY)
+        device_guard.build(stubs / GUARD_LIBRARY, "PrivateUse1")
     write_launcher(venv, release, source)
 
 
@@ -103,13 +105,6 @@ def make_cann_stubs(folder: Path) -> None:
         options = ["-shared", "-fPIC", "-nostdlib", "-w", "-fno-builtin", f"-Wl,-soname,{name}"]
         subprocess.run([os.environ.get("CC", "cc"), *options, "-o", str(folder / name), *source], check=True)
     print(f"stubs of {', '.join(missing)} with {len(symbols)} symbols")
-
-
-def build_device_guard(library: Path) -> None:
-    torch = _package_folder("torch")
-    source = Path(__file__).with_name("npu_device_guard.cpp")
-    options = ["-std=c++17", "-shared", "-fPIC", f"-I{torch / 'include'}", f"-L{torch / 'lib'}"]
-    subprocess.run([os.environ.get("CXX", "c++"), *options, str(source), "-lc10", "-o", str(library)], check=True)
 
 
 def _package_folder(name: str) -> Path:

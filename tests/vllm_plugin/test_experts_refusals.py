@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from qwen3_fp8_ascend.containers import COMPRESSED_TENSORS, MODELOPT
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.vllm_plugin import expert_layer
 from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod
 
 from .expert_layers import DAMAGES, EXPERTS, PREFIX, checkpoint, finish, fused, load, make_layer
@@ -86,16 +89,31 @@ def test_groups_with_a_correction_bias_are_served() -> None:
 
 
 def test_adapters_and_moving_experts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen3_fp8_ascend.vllm_plugin.expert_layer import check_supported
-
     layer = make_layer()
     monkeypatch.setattr(layer.moe_config, "is_lora_enabled", True)
     with pytest.raises(BlockFp8Error, match=rf"(?s)LoRA adapters.*{PREFIX}.*--enable-lora"):
-        check_supported(layer, PREFIX)
+        expert_layer.check_supported(layer, PREFIX)
     monkeypatch.setattr(layer.moe_config, "is_lora_enabled", False)
     monkeypatch.setattr(layer.moe_config.moe_parallel_config, "enable_eplb", True)
     with pytest.raises(BlockFp8Error, match=rf"(?s)cannot move between ranks.*{PREFIX}.*--enable-eplb"):
-        check_supported(layer, PREFIX)
+        expert_layer.check_supported(layer, PREFIX)
+
+
+@pytest.mark.parametrize("backend", ["deepep_low_latency", "deepep_high_throughput", "flashinfer_nvlink_two_sided"])
+def test_exchanges_of_vllm_s_own_kernels_are_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """vLLM takes them on a GPU alone, and only where ranks of data parallelism divide the experts."""
+    layer = make_layer()
+
+    def look(is_gpu: bool, ranks: int, backend: str) -> None:
+        monkeypatch.setattr(expert_layer, "current_platform", SimpleNamespace(is_cuda_alike=lambda: is_gpu))
+        parallel = replace(layer.moe_config.moe_parallel_config, dp_size=ranks, use_ep=True, all2all_backend=backend)
+        monkeypatch.setattr(layer.moe_config, "moe_parallel_config", parallel)
+        expert_layer.check_supported(layer, PREFIX)
+
+    with pytest.raises(BlockFp8Error, match=rf"(?s)cannot exchange tokens.*{PREFIX}.*allgather_reduces.*{backend}"):
+        look(True, 2, backend)
+    for served in ((True, 1, backend), (False, 2, backend), (True, 2, "allgather_reducescatter")):
+        look(*served)
 
 
 @pytest.mark.parametrize(
