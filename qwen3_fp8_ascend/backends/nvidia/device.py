@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from qwen3_fp8_ascend.backends.gpu import missing_gpu
 from qwen3_fp8_ascend.backends.triton_host import INTERPRETED, has_triton
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.triton_kernels.nvidia import shapes
@@ -18,8 +19,8 @@ def unusable() -> str | None:
         return "triton is not installed"
     if INTERPRETED:
         return None
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no NVIDIA GPU"
+    if (missing := missing_gpu()) is not None:
+        return missing
     try:
         chip_of(torch.device("cuda", torch.cuda.current_device()))
     except BlockFp8Error as error:
