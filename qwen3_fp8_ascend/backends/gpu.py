@@ -12,10 +12,15 @@ def missing_gpu() -> str | None:
     return None
 
 
+def names() -> list[str]:
+    """Each GPU's name, none without one."""
+    return [torch.cuda.get_device_name(index) for index in range(0 if missing_gpu() else torch.cuda.device_count())]
+
+
 def described() -> list[str]:
-    """Each GPU's name and compute capability, where there are any."""
+    """The same with compute capabilities."""
     found = []
-    for index in range(0 if missing_gpu() else torch.cuda.device_count()):
+    for index, name in enumerate(names()):
         major, minor = torch.cuda.get_device_capability(index)
-        found.append(f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
+        found.append(f"{name}, compute capability {major}.{minor}")
     return found

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_fp8_ascend.evaluate.results import Result, chip_of
+from qwen3_fp8_ascend.provenance import server_device
 
 MARK = re.compile(r"<!-- (?P<about>ran|held)(?P<silent>\??): (?P<key>.+?) -->.*?<!-- end -->")
 SERVE = "serve"
@@ -93,7 +94,7 @@ def _runs(kind: str, result: Result) -> Iterator[Run]:
     elif kind == "validate":
         yield from _validated(result, date)
     else:
-        yield from _run(result["provenance"].get("npu"), SERVE, date)
+        yield from _run(server_device(result["provenance"]), SERVE, date)
 
 
 def _run(device: str | None, what: str, date: str) -> Iterator[Run]:

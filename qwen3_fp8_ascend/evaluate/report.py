@@ -11,6 +11,7 @@ from qwen3_fp8_ascend.evaluate.results import CHIPS, MADE_BY, Result, chip_of, r
 from qwen3_fp8_ascend.evaluate.templates import render
 from qwen3_fp8_ascend.evaluate.validate import page as validation
 from qwen3_fp8_ascend.format import Activation
+from qwen3_fp8_ascend.provenance import server_device
 
 Results = Mapping[str, Sequence[Result]]
 
@@ -182,7 +183,8 @@ def _made(facts: Mapping[str, Any]) -> dict[str, str]:
 def _processor(facts: Mapping[str, Any]) -> str:
     """The accelerator, if one computed, and the processor."""
     device = facts.get("device", "cpu")
-    device = facts.get("npu", device) if device == "cpu" and "dtype" not in facts else device
+    if device == "cpu" and "dtype" not in facts:
+        device = server_device(facts) or device
     return facts["cpu"] if device == "cpu" else f"{device}, {facts['cpu']}"
 
 

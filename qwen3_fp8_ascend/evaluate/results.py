@@ -11,6 +11,7 @@ from typing import Any
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate import throughput
 from qwen3_fp8_ascend.evaluate.precision import compare, linears
+from qwen3_fp8_ascend.provenance import server_device
 
 VERSION = 1
 MADE_BY = {
@@ -99,8 +100,8 @@ def _missing(where: str, value: object, keys: Iterable[str]) -> list[str]:
 def runs_by_chip(result: Result) -> dict[str, list[str]]:
     """The dates of what was measured, by kind of chip.
 
-    Questions and loads are put to a server; they count for the NPU of the machine that asked if it has one, since a
-    server there uses it. Runs of `eval-precision` say themselves what they were computed on; the reference that
+    Questions and loads are put to a server; they count for the NPU or GPU of the machine that asked if it has one,
+    since a server there uses it. Runs of `eval-precision` say themselves what they were computed on; the reference that
     they are compared with does not count.
     """
     facts = result["provenance"]
@@ -111,7 +112,7 @@ def runs_by_chip(result: Result) -> dict[str, list[str]]:
     elif result["kind"] == "linears":
         runs = [(result["device"], facts["date"])]
     else:
-        runs = [(facts.get("npu", "cpu"), facts["date"])]
+        runs = [(server_device(facts) or "cpu", facts["date"])]
     dates: dict[str, list[str]] = {chip: [] for chip in CHIPS}
     for device, date in runs:
         chip = chip_of(device)

@@ -146,6 +146,13 @@ def test_what_was_measured_on_an_npu_fills_its_column(tmp_path: Path) -> None:
     assert "not among the models" not in page
 
 
+def test_what_a_server_on_a_gpu_answered_fills_the_gpu_s_column(tmp_path: Path) -> None:
+    write(tmp_path / "verify.json", verification(provenance=FACTS | {"gpu": "NVIDIA H100"}))
+    page = english(tmp_path)
+    assert line(page, "functional verification")[1:] == ["not run", "✅ 2026-01-02", "not run"]
+    assert "NVIDIA H100, Some CPU, 2 cores; 2026-01-02" in page
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

