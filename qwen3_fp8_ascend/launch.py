@@ -210,9 +210,11 @@ print(json.dumps([soc.missing_npu(), gpu.missing_gpu() or of_vllm]))
 
 
 def _kind_of(device: str, python: str, environment: Mapping[str, str], dry_run: bool) -> str:
-    """What serves: an NPU, a GPU, else the CPU. An NPU that is there and cannot be used is an error, a GPU that is
+    """What serves: "npu", "cuda" or "cpu", in this order where nobody says.
 
-    asked for too: without being asked, a torch or vLLM for CPUs is a choice.
+    Raises:
+        BlockFp8Error: what was asked for cannot be used, or an NPU that is there; that a GPU is not used may be meant,
+            by a torch or a vLLM for CPUs.
     """
     if device == "cpu" or (device != "auto" and dry_run):
         return device
