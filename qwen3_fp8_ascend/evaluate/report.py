@@ -171,9 +171,10 @@ def _load(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _made_by(result: Result) -> dict[str, Any]:
-    """Where a result was made, and by which command."""
+    """Where a result was made, and by which command. One that does not say its device is a server's."""
     facts = result["provenance"]
-    return {"made": _made(facts | {"device": result.get("device", "cpu")}), "command": facts["command"]}
+    said = {"device": result["device"]} if "device" in result else {}
+    return {"made": _made(facts | said), "command": facts["command"]}
 
 
 def _made(facts: Mapping[str, Any]) -> dict[str, str]:
@@ -182,9 +183,8 @@ def _made(facts: Mapping[str, Any]) -> dict[str, str]:
 
 def _processor(facts: Mapping[str, Any]) -> str:
     """The accelerator, if one computed, and the processor."""
-    device = facts.get("device", "cpu")
-    if device == "cpu" and "dtype" not in facts:
-        device = server_device(facts) or device
+    served = "device" not in facts and "dtype" not in facts
+    device = (server_device(facts) if served else facts.get("device")) or "cpu"
     return facts["cpu"] if device == "cpu" else f"{device}, {facts['cpu']}"
 
 

@@ -55,8 +55,8 @@ def check_supported(layer: Any, prefix: str) -> None:
 def check_exchange(parallel: Any, prefix: str) -> None:
     """Refuse ways in which ranks would exchange tokens that vLLM has for its own kernels alone.
 
-    Those exchange what a kernel has prepared. Any other method has its tokens gathered, which these ways cannot do:
-    vLLM would end in a NotImplementedError without words while it warms up. On a CPU and an NPU they are not taken.
+    Those exchange what a kernel has prepared. Any other method has its tokens gathered, which these ways cannot do: the
+    server would stop while it warms up, with an error that says nothing. On a CPU and an NPU they are not taken.
     parallel: vLLM's `FusedMoEParallelConfig`.
     Raises:
         BlockFp8Error: names the way.

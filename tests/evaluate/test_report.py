@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from qwen3_fp8_ascend.cli import app
+from qwen3_fp8_ascend.evaluate import report
 from qwen3_fp8_ascend.evaluate.precision.compare import Row
 from qwen3_fp8_ascend.evaluate.precision.tables import METRICS
 from qwen3_fp8_ascend.evaluate.report import NAMES, write_pages
@@ -151,6 +152,19 @@ def test_what_a_server_on_a_gpu_answered_fills_the_gpu_s_column(tmp_path: Path) 
     page = english(tmp_path)
     assert line(page, "functional verification")[1:] == ["not run", "✅ 2026-01-02", "not run"]
     assert "NVIDIA H100, Some CPU, 2 cores; 2026-01-02" in page
+
+
+@pytest.mark.parametrize(
+    ("result", "processor"),
+    [
+        ({}, "NVIDIA H100, Some CPU"),  # a server's
+        ({"device": "cpu"}, "Some CPU"),
+        ({"device": "Ascend910B3"}, "Ascend910B3, Some CPU"),
+    ],
+)
+def test_what_was_computed_on_the_cpu_beside_a_gpu_is_the_cpu_s(result: dict[str, Any], processor: str) -> None:
+    made = report._made_by({"provenance": FACTS | {"gpu": "NVIDIA H100"}, **result})["made"]
+    assert made["processor"] == processor
 
 
 @pytest.mark.parametrize(

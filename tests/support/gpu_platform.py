@@ -1,9 +1,9 @@
 """vLLM's models on `cuda:0` without a GPU: its own CUDA platform, layers and runner of experts, on FakeTensors.
 
 `python -m tests.support.gpu_platform CAPABILITY GUARD FOLDERS...` prints a JSON object a model; GUARD is a library that
-`device_guard` has built for CUDA, where torch is the CPU's build. The platform is chosen once in
-a process, before most of vLLM is imported, so this is a process of its own. vLLM is the CPU's or the GPU's build; what
-the CPU's lacks of CUDA operators has stand-ins that only have a shape, as Triton's kernels have here.
+`device_guard` has built for CUDA, where torch is the CPU's build. The platform is chosen once in a process, before most
+of vLLM is imported, so this is a process of its own. vLLM is the CPU's or the GPU's build; what the CPU's lacks of CUDA
+operators has stand-ins that only have a shape, as Triton's kernels have here.
 """
 
 from __future__ import annotations
@@ -182,7 +182,6 @@ def look_at(folder: Path) -> dict[str, Any]:
                     found["results"].append(
                         {
                             "layer": name,
-                            "kind": type(module).__name__,
                             "rows": rows,
                             "out": [list(out.shape), str(out.dtype), str(out.device)],
                             "launched": dict(LAUNCHED),
