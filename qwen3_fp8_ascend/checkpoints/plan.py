@@ -28,7 +28,6 @@ from qwen3_fp8_ascend.checkpoints.rules import (
     find_unused,
     is_cache_scale,
     of_token_prediction,
-    of_ungrouped_routing,
 )
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
 from qwen3_fp8_ascend.errors import describe, printable
@@ -264,16 +263,6 @@ def _notes(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:
             got=f"{len(predicting)} tensors",
             fix="""--speculative-config '{"method": "mtp", "num_speculative_tokens": 1}'""",
             severity="note",
-        )
-    corrections = of_ungrouped_routing(checkpoint)
-    if corrections:
-        yield Anomaly(
-            "vLLM's router on a CPU does not choose this model's experts: it is served on an NPU or a GPU alone",
-            corrections[0].file,
-            corrections[0].name,
-            expected="experts in groups (n_group), or no correction bias",
-            got=f"{len(corrections)} tensors",
-            severity="warning",
         )
     if config.weights_only:
         yield Anomaly(

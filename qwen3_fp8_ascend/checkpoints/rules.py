@@ -181,26 +181,13 @@ def _check_layers_present(checkpoint: Checkpoint) -> Iterator[Anomaly]:
         )
 
 
-def _setting(checkpoint: Checkpoint, key: str) -> object:
-    """What config.json says of the model, or of the language model within it; None if nothing."""
-    text_config = checkpoint.config.get("text_config")
-    value = checkpoint.config.get(key)
-    return text_config.get(key) if value is None and isinstance(text_config, Mapping) else value
-
-
 def _layer_count(checkpoint: Checkpoint, key: str) -> int | None:
-    count = _setting(checkpoint, key)
+    """A number of layers in config.json, of the model or of the language model within it."""
+    text_config = checkpoint.config.get("text_config")
+    count = checkpoint.config.get(key)
+    if count is None and isinstance(text_config, Mapping):
+        count = text_config.get(key)
     return count if isinstance(count, int) and not isinstance(count, bool) else None
-
-
-def of_ungrouped_routing(checkpoint: Checkpoint) -> list[TensorEntry]:
-    """Biases that correct the choice of experts of a model that does not choose them in groups.
-
-    vLLM's router on a CPU leaves them out (`vllm_plugin.routing`): MiniMax-M2, ERNIE 4.5.
-    """
-    if _setting(checkpoint, "n_group") is not None:
-        return []
-    return [tensor for tensor in checkpoint.tensors.values() if tensor.name.endswith("e_score_correction_bias")]
 
 
 def of_token_prediction(checkpoint: Checkpoint) -> list[TensorEntry]:

@@ -7,7 +7,6 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.vllm_plugin.routing import check_routing
 
 
 def projection_names(layer: Any) -> dict[str, str]:
@@ -49,7 +48,6 @@ def check_supported(layer: Any, prefix: str) -> None:
     if moe.moe_parallel_config.enable_eplb:
         raise BlockFp8Error("block-FP8 experts cannot move between ranks", where=prefix, fix="leave --enable-eplb out")
     check_exchange(moe.moe_parallel_config, prefix)
-    check_routing(layer, prefix)
 
 
 def check_exchange(parallel: Any, prefix: str) -> None:

@@ -1,6 +1,7 @@
 """The method for mixtures of experts: declares the experts' weights, lets vLLM load them, packs them once, multiplies.
 
 vLLM routes: it gives each token's experts and their weights, and adds shared experts and what other ranks computed.
+Where its router on a CPU would not choose right, `routing.py` does.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from qwen3_fp8_ascend.vllm_plugin.loading import (
 )
 from qwen3_fp8_ascend.vllm_plugin.partition import Partition, divides_groups, partitions_of_experts
 from qwen3_fp8_ascend.vllm_plugin.renewal import Renewal, is_packed
+from qwen3_fp8_ascend.vllm_plugin.routing import own_routing
 
 WEIGHTS = {"w13": ("w1", "w3"), "w2": ("w2",)}
 """vLLM's names: gate and up of all experts merged, and down; which of an expert's tensors each parameter holds."""
@@ -80,6 +82,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         self.dummy = dummy
         self.hf_config = hf_config
         self.projections = projection_names(layer)
+        self.routing = own_routing(layer)
         self.partitions: dict[str, Partition] = {}
         """What this rank holds of gate and up, and of down."""
         self.renewal: Renewal
@@ -194,6 +197,19 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
     def get_fused_moe_quant_config(self, layer: Any) -> Any:
         """What vLLM's modular kernels would ask for; there are none here, and None would be asked for at each step."""
         return FUSED_MOE_UNQUANTIZED_CONFIG
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether vLLM hands over its router's logits instead of experts: where its router would not choose right."""
+        return self.routing is not None
+
+    def apply_monolithic(
+        self, layer: Any, x: torch.Tensor, router_logits: torch.Tensor, input_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `apply`, with experts chosen here. Shapes: x (m, H), router_logits (m, experts in the model) -> (m, H)."""
+        assert self.routing is not None  # is_monolithic
+        weights, ids = self.routing.choose(router_logits)
+        return self.apply(layer, x, weights, ids, None, None)
 
     def apply(
         self,

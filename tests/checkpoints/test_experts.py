@@ -23,7 +23,6 @@ from qwen3_fp8_ascend.checkpoints.render import render
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockSize, scale_shape
 from tests.support.checkpoint_folders import BLOCK_FP8, one_thread, write_folder  # noqa: F401
-from tests.support.expert_models import write_experts
 
 E4M3 = torch.float8_e4m3fn
 EXPERTS, HIDDEN, INNER = 4, 200, 256
@@ -333,16 +332,3 @@ def test_the_document_says_which_public_experts_can_be_divided() -> None:
         blocks, working = whole_block_ranks(int(channels), BlockSize()), dividing_ranks(int(channels))
         assert {int(size) for size in whole.split(",")} <= set(blocks), name
         assert {int(size) for size in cut.split(",")} <= set(working) - set(blocks), name
-
-
-def test_a_router_that_vllm_lacks_on_a_cpu_is_a_warning(tmp_path: Path) -> None:
-    """A correction bias counts only where experts are chosen in groups: so not in MiniMax-M2 and ERNIE 4.5."""
-    folder = write_experts(tmp_path / "glm", "glm4_moe")
-    assert check_checkpoint(folder).anomalies == ()
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    del config["n_group"]
-    file.write_text(json.dumps(config))
-    (found,) = check_checkpoint(folder).anomalies
-    assert found.severity == "warning" and "router on a CPU" in found.what
-    assert found.tensor is not None and found.tensor.endswith("mlp.gate.e_score_correction_bias")

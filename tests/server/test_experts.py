@@ -24,7 +24,7 @@ from qwen3_fp8_ascend.evaluate.precision.prompts import all_prompts
 from scripts.upcycling import write_copied_experts, write_sliced_experts
 from tests.support.cpu_levels import lacking
 from tests.support.expert_models import FAMILIES, write_experts
-from tests.support.logprobs import TEXTS, distance, prompt_logprobs
+from tests.support.logprobs import distance, prompt_logprobs, stock_logprobs
 from tests.support.noise import FALSE_ALARMS, rank_sum_probability
 from tests.support.offline import Run, answers
 from tests.support.padded_heads import write_with_more_heads
@@ -41,21 +41,6 @@ W8A16 = W8A8 | {"additional_config": SETTINGS}
 EXPERT_PARALLEL = ("--tensor-parallel-size", "2", "--enable-expert-parallel")
 NEAR = 1e-4
 """In nats a token. Orders of sums move a model by a fiftieth of it; block FP8 moves it by a thousand times as much."""
-
-
-def transformers_logprobs(folder: Path) -> np.ndarray:
-    """What `Answer.logprobs` are, from transformers' own model in fp32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    out = []
-    with torch.inference_mode():
-        for text in TEXTS:
-            ids = tokenizer(text, return_tensors="pt").input_ids
-            logprobs = model(ids).logits[0, :-1].double().log_softmax(-1)
-            out.append(logprobs.gather(1, ids[0, 1:, None])[:, 0].numpy())
-    return np.concatenate(out)
 
 
 def test_upcycled_models_answer_as_the_dense_one(
@@ -105,7 +90,7 @@ def test_families_against_the_same_weights_dequantized(families: dict[str, Path]
     *made, judge = answers([*runs, Run(str(twins[VLLM_JUDGES]))], tmp_path, VLLM_MLA_DISABLE="1")
     ours = {family: answer.logprobs for family, answer in zip(families, made, strict=True)}
     for family, folder in families.items():
-        master, twin = transformers_logprobs(_master(folder)), transformers_logprobs(twins[family])
+        master, twin = stock_logprobs(_master(folder)), stock_logprobs(twins[family])
         expected = judge.logprobs if family == VLLM_JUDGES else twin
         near, fp8 = distance(ours[family], expected), distance(master, twin)
         print(f"\n{family}, nats a token against the same weights: {near:.7f}; block FP8 against bf16 {fp8:.4f}")
@@ -114,9 +99,10 @@ def test_families_against_the_same_weights_dequantized(families: dict[str, Path]
 
 
 @pytest.mark.long
-def test_shared_experts_compiled(families: dict[str, Path], tmp_path: Path) -> None:
-    """The short suite traces experts for two ranks, below."""
-    runs = [Run(str(families["qwen2_moe"]), W8A16 | {"enforce_eager": eager}) for eager in (True, False)]
+@pytest.mark.parametrize("family", ["qwen2_moe", "minimax_m2"])
+def test_families_compiled(families: dict[str, Path], tmp_path: Path, family: str) -> None:
+    """Shared experts, and experts that are chosen here; the short suite traces experts for two ranks, below."""
+    runs = [Run(str(families[family]), W8A16 | {"enforce_eager": eager}) for eager in (True, False)]
     eager, compiled = (answer.logprobs for answer in answers(runs, tmp_path))
     assert distance(compiled, eager) < NEAR
 

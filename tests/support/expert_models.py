@@ -84,11 +84,41 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
         },
     ),
+    "minimax_m2": (
+        "MiniMaxM2Config",
+        {
+            "head_dim": 64,
+            "num_local_experts": 8,
+            "intermediate_size": 192,
+            "scoring_func": "sigmoid",
+            "use_routing_bias": True,
+            "use_qk_norm": True,
+            "rotary_dim": 32,
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        {
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_intermediate_size": 128,
+            "moe_num_shared_experts": 1,
+            "pad_token_id": 0,
+        },
+    ),
 }
-"""Configuration class, and what it differs in: ragged experts, a shared expert, a delta net, groups of experts."""
+"""Configuration class, and what it differs in: ragged experts, a shared expert, a delta net, groups of experts, a
+correction bias without groups."""
 
 LEFT_ALONE = ("*.linear_attn.in_proj_ba",)
 """Beside routers, what official releases of these families leave in bf16."""
+
+
+def correct_choices(model: torch.nn.Module) -> None:
+    """Give experts different correction biases, where the model has any; transformers makes them zero."""
+    for name, tensor in model.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(tensor, std=0.2)
 
 
 def write_experts(folder: Path, family: str, seed: int = 0, **changes: Any) -> Path:
@@ -102,6 +132,7 @@ def write_experts(folder: Path, family: str, seed: int = 0, **changes: Any) -> P
     for parameter, tensor in model.named_parameters():
         if parameter.endswith("mlp.gate.weight"):
             torch.nn.init.normal_(tensor, std=0.5)  # so that experts differ in weight, and no choice is a close one
+    correct_choices(model)
     model.save_pretrained(folder)
     write_byte_tokenizer(folder)
     modules = [module for module, _ in model.named_modules()]

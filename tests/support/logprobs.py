@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,12 +49,20 @@ def transformers_logprobs(
 
     Nothing of vLLM and none of the kernels is in it.
     """
+    return _forced(folder, load_model(folder, "reference", activation, torch.float32, "cpu"), texts)
+
+
+def stock_logprobs(folder: Path, texts: Sequence[str] = TEXTS) -> np.ndarray:
+    """The same of a model that is not quantized, as transformers itself loads it: with its own layers of experts."""
+    from transformers import AutoModelForCausalLM
+
+    return _forced(folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), texts)
+
+
+def _forced(folder: Path, model: Any, texts: Sequence[str]) -> np.ndarray:
     from transformers import AutoTokenizer
 
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(folder),
-        load_model(folder, "reference", activation, torch.float32, "cpu"),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     out = []
     with torch.inference_mode():
         for text in texts:

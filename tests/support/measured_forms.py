@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 from qwen3_fp8_ascend.checkpoints.inspect import inspect_checkpoint
 from qwen3_fp8_ascend.provenance import provenance
-from tests.support.logprobs import distance
+from tests.support.logprobs import distance, stock_logprobs
 from tests.support.offline import Answer, Run, answers
 from tests.support.public_forms import DOCUMENT, RESULTS, Form, renewed, write_forms
 
@@ -36,6 +36,8 @@ NO_IMAGES: dict[str, Any] = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
 OPTIONS: Mapping[str, dict[str, Any]] = {"qwen3_vl": NO_IMAGES, "qwen3_5": NO_IMAGES}
 ENVIRONMENT: Mapping[str, dict[str, str]] = {"deepseek_v3": {"VLLM_MLA_DISABLE": "1"}}
 """With plain attention, which every processor has; the rows of dense layers have vLLM's latent one."""
+ROUTED_HERE = ("minimax_m2", "ernie4_5_moe")
+"""Twins and masters that vLLM does not route on a CPU (`vllm_plugin.routing`): transformers computes them."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,21 @@ def measure(forms: Mapping[Form, Path], folder: Path) -> dict[Form, Measured]:
         place = folder / f"process{number}"
         place.mkdir()
         runs = {form: _runs(form, path, place / str(i)) for i, (form, path) in enumerate(chosen.items())}
-        answered = _answers([run for three in runs.values() for run in three], place, json.loads(variables))
+        asked = [run for form, three in runs.items() for run in (three[:1] if _is_routed_here(form) else three)]
+        answered = _answers(asked, place, json.loads(variables))
         for form, three in runs.items():
-            found[form] = _judge(three[0].options["dtype"], *(answered[_key(run)] for run in three))
+            ours, *others = three
+            judges = [_transformers(run) if _is_routed_here(form) else answered[_key(run)] for run in others]
+            found[form] = _judge(ours.options["dtype"], answered[_key(ours)], *judges)
     return found
+
+
+def _is_routed_here(form: Form) -> bool:
+    return form.family in ROUTED_HERE
+
+
+def _transformers(run: Run) -> Answer:
+    return Answer(stock_logprobs(Path(run.model)), [], {})
 
 
 def _judge(dtype: str, ours: Answer, twin: Answer, master: Answer) -> Measured:

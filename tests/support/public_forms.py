@@ -161,6 +161,12 @@ FORMS = (
     Form("qwen3_moe", "`fp8`, experts one by one", _fp8("lm_head", "re:.*mlp.gate$")),
     Form("qwen3_next", "`fp8`, experts and a delta net", _fp8(EVERY_NAME)),
     Form("deepseek_v3", "`fp8`, experts and latent attention", _fp8("lm_head")),
+    Form(
+        "minimax_m2",
+        "`fp8`, experts chosen by a corrected sigmoid",
+        _fp8("gate", "e_score_correction_bias", "lm_head", fmt="float8_e4m3fn"),
+    ),
+    Form("ernie4_5_moe", "`fp8`, experts chosen by a corrected softmax", _fp8("lm_head")),
     Form("qwen3", "compressed-tensors `FP8_BLOCK`", _llm_compressor("lm_head"), weight_scale),
     Form("qwen3", "compressed-tensors `FP8_BLOCK`, bf16 scales", _llm_compressor("lm_head"), bf16_weight_scale),
     Form(

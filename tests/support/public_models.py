@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qwen3_fp8_ascend.testing.models import write_byte_tokenizer
-from tests.support.expert_models import COMMON, FAMILIES
+from tests.support.expert_models import COMMON, FAMILIES, correct_choices
 
 TEXT = COMMON | {"head_dim": 64}
 VISION: dict[str, Any] = {
@@ -79,6 +79,7 @@ def write_model(folder: Path, family: str, seed: int = 0) -> Path:
         loader = transformers.AutoModelForImageTextToText
     torch.manual_seed(seed)
     model = loader.from_config(config, dtype=torch.bfloat16)
+    correct_choices(model)
     model.save_pretrained(folder)
     write_byte_tokenizer(folder)
     return folder

@@ -57,6 +57,19 @@ def test_expert_parallel_ranks_add_up(ranks: Callable[[int], None]) -> None:
     assert_near(total, expected(tensors, *routed(7, experts=5)))
 
 
+def test_ranks_choose_among_all_experts(ranks: Callable[[int], None]) -> None:
+    """Where experts are chosen here and not by vLLM."""
+    tensors, sigmoid = checkpoint(experts=5), {"experts": 5, "scoring_func": "sigmoid"}
+    x, logits = routed(7)[0], torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(7, HIDDEN)
+    for rank in range(2):
+        ranks(rank)
+        layer = make_layer(tp_size=2, expert_parallel=True, **sigmoid)
+        load(layer, tensors)
+        total += finish(layer).quant_method.apply_monolithic(layer, x, logits)
+    assert_near(total, expected(tensors, x, *make_layer(**sigmoid).quant_method.routing.choose(logits)))
+
+
 def test_tensor_parallel_shards_of_whole_blocks_add_up(ranks: Callable[[int], None]) -> None:
     tensors = checkpoint(inner=384)
     total = torch.zeros(5, HIDDEN)

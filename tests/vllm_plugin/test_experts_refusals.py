@@ -53,41 +53,6 @@ def test_other_experts_are_refused_by_name(name: str) -> None:
         make_layer(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "got"),
-    [
-        ({"scoring_func": "sigmoid"}, "sigmoid scores, without groups"),
-        ({"scoring_func": "sigmoid", "e_score_correction_bias": torch.zeros(EXPERTS)}, "sigmoid .* correction bias"),
-        ({"e_score_correction_bias": torch.zeros(EXPERTS)}, "softmax scores with a correction bias, without groups"),
-    ],
-)
-def test_experts_that_the_router_would_not_choose_are_refused(arguments: dict[str, Any], got: str) -> None:
-    """MiniMax-M2 would end in an assertion, and ERNIE 4.5 be answered by other experts than its own."""
-    with pytest.raises(BlockFp8Error, match=rf"(?s)does not choose this model's experts.*{PREFIX}.*{got}"):
-        make_layer(**arguments)
-
-
-@pytest.mark.parametrize("corrected", [False, True])
-def test_a_router_that_chooses_right_is_not_refused(monkeypatch: pytest.MonkeyPatch, corrected: bool) -> None:
-    """As a later vLLM may: sigmoid scores, and the bias in the choice."""
-    from vllm.model_executor.layers.fused_moe.router import cpu_router
-
-    def select(hidden_states: Any, router_logits: Any, *, top_k: int, **options: Any) -> Any:
-        bias = options["e_score_correction_bias"]
-        scores = router_logits.sigmoid() + (0 if bias is None else bias)
-        return scores.topk(top_k)
-
-    monkeypatch.setattr(cpu_router, "select_experts", select)
-    bias = torch.zeros(EXPERTS) if corrected else None
-    make_layer(scoring_func="sigmoid", e_score_correction_bias=bias)
-
-
-def test_groups_with_a_correction_bias_are_served() -> None:
-    """DeepSeek-V3, GLM-4.5."""
-    grouped = {"use_grouped_topk": True, "num_expert_group": 2, "topk_group": 1}
-    make_layer(scoring_func="sigmoid", e_score_correction_bias=torch.zeros(EXPERTS), **grouped)
-
-
 def test_adapters_and_moving_experts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = make_layer()
     monkeypatch.setattr(layer.moe_config, "is_lora_enabled", True)
