@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
 from qwen3_fp8_ascend.checkpoints.folder import Checkpoint
-from qwen3_fp8_ascend.checkpoints.layers import DOWN, EXPERT, FUSED_EXPERTS, GATE, PROJECTIONS, UP
+from qwen3_fp8_ascend.checkpoints.layers import DOWN, EXPERT, FUSED_EXPERTS, GATE, LAYER, PROJECTIONS, UP
 from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, QUANTIZE_AGAIN
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
 from qwen3_fp8_ascend.errors import describe
@@ -112,6 +112,14 @@ def find_expert_anomalies(checkpoint: Checkpoint, config: BlockFp8Config) -> Ite
         yield from _check_alike(name, layer)
         if layer.fused:
             yield from _check_fused(layer, checkpoint.config, config.block)
+        elif not any(GATE in tensors for tensors in layer.weights.values()):
+            yield _anomaly(
+                layer.tensors[0],
+                "experts without a gate projection are not served in block FP8",
+                "silu(gate) * up, and down",
+                " and ".join(sorted({projection for tensors in layer.weights.values() for projection in tensors})),
+                SERVE_BF16,
+            )
         else:
             yield from _check_complete(name, layer, checkpoint.config)
             yield from _check_shapes(layer, checkpoint.config)
@@ -207,20 +215,30 @@ def _check_biases(checkpoint: Checkpoint, quantized: Mapping[str, ExpertsLayer])
 
 
 def _check_routers(checkpoint: Checkpoint, layers: Mapping[str, ExpertsLayer]) -> Iterator[Anomaly]:
-    """A router without experts: what a lost file looks like."""
+    """A router in a decoder layer without experts: what a lost file looks like.
+
+    The router is beside the experts (`mlp.gate`) or within a module of its own (`mlp.router.gate`).
+    """
     count = _integer(checkpoint.config, *COUNT_KEYS)
     if count is None:
         return
+    with_experts = {_decoder_layer(name) for name in layers}
     for tensor in checkpoint.tensors.values():
         block, _, last = tensor.name.rpartition(".gate.")
-        if last == "weight" and tensor.shape[:1] == (count,) and f"{block}.experts" not in layers:
+        if last == "weight" and tensor.shape[:1] == (count,) and _decoder_layer(block) not in with_experts:
             yield _anomaly(
                 tensor,
                 "a layer has a router and no experts",
-                f"{block}.experts.0 to {count - 1}",
+                f"{block.removesuffix('.router')}.experts.0 to {count - 1}",
                 "none",
                 DOWNLOAD_AGAIN,
             )
+
+
+def _decoder_layer(module: str) -> str:
+    """``model.layers.1.mlp.experts`` -> ``model.layers.1``; what is around a module that is in no such layer."""
+    match = LAYER.match(module)
+    return f"{match['prefix']}layers.{match['index']}" if match else module.removesuffix(".experts")
 
 
 def _check_complete(name: str, layer: ExpertsLayer, config: Mapping[str, Any]) -> Iterator[Anomaly]:

@@ -264,6 +264,16 @@ def _notes(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:
             fix="""--speculative-config '{"method": "mtp", "num_speculative_tokens": 1}'""",
             severity="note",
         )
+    stacked = [tensor for tensor in checkpoint.tensors.values() if _is_stacked(tensor)]
+    if stacked:
+        yield Anomaly(
+            "matrices that a layer has in one tensor, under names that block FP8 does not know, stay as they are",
+            stacked[0].file,
+            stacked[0].name,
+            expected="FP8 for experts named experts.0.gate_proj, or experts.gate_up_proj",
+            got=f"{len(stacked)} tensors in {stacked[0].dtype}",
+            severity="note",
+        )
     if config.weights_only:
         yield Anomaly(
             "config.json quantizes weights alone: activations stay as they are (W8A16) unless a flag says otherwise",
@@ -279,6 +289,12 @@ def _notes(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:
             got=printable(", ".join(config.set_aside), 300),
             severity="note",
         )
+
+
+def _is_stacked(tensor: TensorEntry) -> bool:
+    """GraniteMoE's experts; a convolution has one channel or a few places."""
+    is_weight = tensor.name.endswith(WEIGHT_SUFFIX) and tensor.dtype in FLOATS
+    return is_weight and len(tensor.shape) == 3 and min(tensor.shape[1:]) >= 32 and layer_index(tensor.name) is not None
 
 
 def _misfit(tensor: TensorEntry, expected: str) -> Anomaly:

@@ -63,9 +63,18 @@ class Modules:
         if known:
             unquantized = [shard for shard in known if self.kinds[shard] == FLOAT]
             return whole if len(unquantized) == len(known) else unquantized
-        if self._leaves_alone(prefix):
+        if self._leaves_alone(prefix) or self._is_beside_floats(prefix):
             return whole
         return [shard for shard in shards if self._leaves_alone(shard)]
+
+    def _is_beside_floats(self, prefix: str) -> bool:
+        """Whether a layer that the checkpoint has under other names is in a block of which nothing is FP8.
+
+        GraniteMoE: what vLLM calls `block_sparse_moe.experts` is `input_linear` and `output_linear` there.
+        """
+        block = prefix.rpartition(".")[0] + "."
+        kinds = {kind for name, kind in self.kinds.items() if name.startswith(block)}
+        return kinds == {FLOAT}
 
     def _leaves_alone(self, module: str) -> bool:
         """Whether the config's list, or its targets, leave a module unquantized."""

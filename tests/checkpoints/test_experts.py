@@ -201,6 +201,20 @@ def add(name: str, *shape: int) -> Callable[[Tensors], None]:
     return damage
 
 
+def drop_gates(t: Tensors) -> None:
+    for name in [name for name in t if ".experts." in name and ".gate_proj." in name]:
+        del t[name]
+
+
+def move_router(t: Tensors) -> None:
+    t[f"{MLP}.router.gate.weight"] = t.pop(f"{MLP}.gate.weight")
+
+
+def lose_experts_of_a_moved_router(t: Tensors) -> None:
+    move_router(t)
+    drop("")(t)
+
+
 def two_more(t: Tensors) -> None:
     for name in [name for name in t if "experts.0." in name]:
         for expert in (4, 7):
@@ -211,6 +225,13 @@ ANOMALIES: dict[str, tuple[Callable[[Tensors], None], dict[str, Any], str, str |
     "a lost expert": (drop("2."), {}, "experts are missing", f"{MLP}.experts.2"),
     "the last expert lost": (drop("3."), {}, "experts are missing", f"{MLP}.experts.3"),
     "all experts lost": (drop(""), {}, "has a router and no experts", f"{MLP}.gate.weight"),
+    "all experts lost beside a router of its own": (
+        lose_experts_of_a_moved_router,
+        {},
+        "has a router and no experts",
+        f"{MLP}.router.gate.weight",
+    ),
+    "no gates": (drop_gates, {}, "experts without a gate projection", f"{MLP}.experts.0.down_proj.weight"),
     "a lost projection": (drop("1.up_proj"), {}, "an expert lacks a weight", f"{MLP}.experts.1.up_proj"),
     "a lost scale": (drop("1.up_proj.weight_scale_inv"), {}, "no block scales", f"{MLP}.experts.1.up_proj.weight"),
     "too many": (two_more, {}, "more experts than config.json says", f"{MLP}.experts.4"),
@@ -249,6 +270,23 @@ def test_anomalies_are_named(tmp_path: Path, name: str) -> None:
     assert [(what in a.what, a.tensor) for a in report.errors] == [(True, tensor)], report.errors
     assert report.errors[0].expected and report.errors[0].got and report.errors[0].fix
     assert report.errors[0].got.isprintable()
+
+
+def test_a_router_in_a_module_of_its_own(tmp_path: Path) -> None:
+    """AFMoE (Trinity) and Hunyuan 3 have it so."""
+    tensors = quantized(masters())
+    move_router(tensors)
+    assert inspect_checkpoint(write(tmp_path / "sound", tensors)).anomalies == ()
+
+
+def test_experts_under_other_names_are_noted(tmp_path: Path) -> None:
+    """GraniteMoE's are in two tensors a layer, which `quantize` leaves alone."""
+    tensors = quantized(masters()) | {f"{MLP}.input_linear.weight": torch.zeros(4, 128, 64).bfloat16()}
+    report = inspect_checkpoint(write(tmp_path / "sound", tensors))
+    assert report.errors == () and report.warnings == ()
+    assert [(note.tensor, note.got) for note in report.notes] == [(f"{MLP}.input_linear.weight", "1 tensors in BF16")]
+    tensors[f"{MLP}.input_linear.weight"] = torch.zeros(128, 1, 4).bfloat16()  # a convolution
+    assert inspect_checkpoint(write(tmp_path / "other", tensors)).notes == ()
 
 
 FUSED_ANOMALIES: dict[str, tuple[Callable[[Tensors], None], str]] = {

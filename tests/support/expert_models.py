@@ -84,6 +84,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
         },
     ),
+    "afmoe": (
+        "AfmoeConfig",
+        {
+            "head_dim": 64,
+            "num_experts": 8,
+            "num_shared_experts": 1,
+            "moe_intermediate_size": 128,
+            "num_dense_layers": 1,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "minimax_m2": (
         "MiniMaxM2Config",
         {
@@ -108,7 +119,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Configuration class, and what it differs in: ragged experts, a shared expert, a delta net, groups of experts, a
-correction bias without groups."""
+router in a module of its own, a correction bias without groups."""
 
 LEFT_ALONE = ("*.linear_attn.in_proj_ba",)
 """Beside routers, what official releases of these families leave in bf16."""
@@ -130,7 +141,7 @@ def write_experts(folder: Path, family: str, seed: int = 0, **changes: Any) -> P
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for parameter, tensor in model.named_parameters():
-        if parameter.endswith("mlp.gate.weight"):
+        if parameter.endswith(("mlp.gate.weight", "mlp.router.gate.weight")):
             torch.nn.init.normal_(tensor, std=0.5)  # so that experts differ in weight, and no choice is a close one
     correct_choices(model)
     model.save_pretrained(folder)

@@ -161,6 +161,8 @@ FORMS = (
     Form("qwen3_moe", "`fp8`, experts one by one", _fp8("lm_head", "re:.*mlp.gate$")),
     Form("qwen3_next", "`fp8`, experts and a delta net", _fp8(EVERY_NAME)),
     Form("deepseek_v3", "`fp8`, experts and latent attention", _fp8("lm_head")),
+    Form("afmoe", "`fp8`, a router in a module of its own", _fp8("lm_head")),
+    Form("granitemoe", "`fp8`, experts that stay in bf16", _fp8("lm_head")),
     Form(
         "minimax_m2",
         "`fp8`, experts chosen by a corrected sigmoid",

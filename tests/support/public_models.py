@@ -43,6 +43,7 @@ DENSE: dict[str, Model] = {
     "gemma3_text": ("Gemma3TextConfig", TEXT),
     "glm4": ("Glm4Config", TEXT | {"pad_token_id": 0}),
     "phi3": ("Phi3Config", COMMON | {"pad_token_id": 0}),
+    "granitemoe": ("GraniteMoeConfig", COMMON | {"num_local_experts": 8}),
     "qwen3_vl": ("Qwen3VLConfig", {"text_config": TEXT, "vision_config": VISION}),
     "qwen3_5": ("Qwen3_5Config", {"text_config": TEXT | DELTA_NET, "vision_config": VISION}),
     "mistral3": (

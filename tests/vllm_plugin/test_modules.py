@@ -112,6 +112,16 @@ def test_without_headers_the_list_decides(model: tuple[str, str], entry: str, pr
     assert made.skipped(qkv, shards_of(qkv, QKV)) == []
 
 
+def test_experts_under_other_names_are_what_their_block_is() -> None:
+    """GraniteMoE has them as `input_linear` and `output_linear`."""
+    moe = "model.layers.0.block_sparse_moe"
+    experts = [f"{moe}.experts.0.gate_proj", f"{moe}.experts.0.up_proj"]
+    around = {"model.layers.0.self_attn.o_proj": "fp8", f"{moe}.router.layer": "float"}
+    assert modules(**around, **{f"{moe}.input_linear": "float"}).skipped(f"{moe}.experts", experts) == experts
+    assert modules(**around, **{f"{moe}.input_linear": "fp8"}).skipped(f"{moe}.experts", experts) == []
+    assert modules(**around).skipped("model.layers.1.mlp.experts", experts) == []
+
+
 def test_one_of_two_shards_without_headers() -> None:
     ba = "model.layers.1.linear_attn.in_proj_ba"
     made = modules(("model.layers.1.linear_attn.in_proj_b",))
