@@ -15,6 +15,7 @@ from typing import Any
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
 from qwen3_fp8_ascend.checkpoints.folder import Checkpoint
 from qwen3_fp8_ascend.checkpoints.layers import DOWN, EXPERT, FUSED_EXPERTS, GATE, LAYER, PROJECTIONS, UP
+from qwen3_fp8_ascend.checkpoints.model_config import positive, setting
 from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, QUANTIZE_AGAIN
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
 from qwen3_fp8_ascend.errors import describe
@@ -163,31 +164,16 @@ def _quantized(layer: ExpertsLayer) -> bool:
     return any(tensor.dtype == E4M3 for tensor in layer.tensors)
 
 
-def _setting(config: Mapping[str, Any], *keys: str) -> Any:
-    """The first of some settings that config.json has, for the model or for its language model."""
-    for holder in (config, config.get("text_config")):
-        if isinstance(holder, Mapping):
-            for key in keys:
-                if holder.get(key) is not None:
-                    return holder[key]
-    return None
-
-
-def _integer(config: Mapping[str, Any], *keys: str) -> int | None:
-    value = _setting(config, *keys)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
 def _expert_shape(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """(intermediate, hidden) of the experts as config.json has it; Mixtral has no other MLPs and so no other key."""
-    hidden, intermediate = _integer(config, "hidden_size"), _integer(config, "moe_intermediate_size")
-    if intermediate is None and _integer(config, "num_local_experts") is not None:
-        intermediate = _integer(config, "intermediate_size")
+    hidden, intermediate = positive(config, "hidden_size"), positive(config, "moe_intermediate_size")
+    if intermediate is None and positive(config, "num_local_experts") is not None:
+        intermediate = positive(config, "intermediate_size")
     return None if hidden is None or intermediate is None else (intermediate, hidden)
 
 
 def _check_config(config: Mapping[str, Any]) -> Iterator[Anomaly]:
-    activation = _setting(config, "hidden_act", "hidden_activation")
+    activation = setting(config, "hidden_act", "hidden_activation")
     if isinstance(activation, str) and activation not in ACTIVATIONS:
         yield Anomaly(
             "experts with another activation than SiLU are not served in block FP8",
@@ -196,12 +182,12 @@ def _check_config(config: Mapping[str, Any]) -> Iterator[Anomaly]:
             got=describe(activation, 100),
             fix=SERVE_BF16,
         )
-    if _setting(config, "swiglu_limit") is not None:
+    if setting(config, "swiglu_limit") is not None:
         yield Anomaly(
             "experts whose activation is clamped are not served in block FP8",
             file="config.json",
             expected="no swiglu_limit",
-            got=describe(_setting(config, "swiglu_limit"), 100),
+            got=describe(setting(config, "swiglu_limit"), 100),
             fix=SERVE_BF16,
         )
 
@@ -219,9 +205,10 @@ def _check_routers(checkpoint: Checkpoint, layers: Mapping[str, ExpertsLayer]) -
 
     The router is beside the experts (`mlp.gate`) or within a module of its own (`mlp.router.gate`).
     """
-    count = _integer(checkpoint.config, *COUNT_KEYS)
+    count = positive(checkpoint.config, *COUNT_KEYS)
     if count is None:
         return
+    yield from _check_alike_routers(checkpoint, layers, count)
     with_experts = {_decoder_layer(name) for name in layers}
     for tensor in checkpoint.tensors.values():
         block, _, last = tensor.name.rpartition(".gate.")
@@ -235,6 +222,27 @@ def _check_routers(checkpoint: Checkpoint, layers: Mapping[str, ExpertsLayer]) -
             )
 
 
+def _check_alike_routers(checkpoint: Checkpoint, layers: Mapping[str, ExpertsLayer], count: int) -> Iterator[Anomaly]:
+    """What most layers have for each expert beside the experts, as a router or a correction bias, and one lacks."""
+    blocks = {name.removesuffix("experts") for name in layers}
+    found: dict[str, set[str]] = defaultdict(set)
+    for tensor in checkpoint.tensors.values():
+        if tensor.shape[:1] == (count,) and EXPERT.match(tensor.name) is None:
+            parts = tensor.name.split(".")
+            block = next((b for n in (1, 2, 3) if (b := ".".join(parts[:-n]) + ".") in blocks), None)
+            if block is not None:
+                found[tensor.name.removeprefix(block)].add(block)
+    for ending, having in found.items():
+        for block in sorted(blocks - having) if 2 * len(having) >= len(blocks) else ():
+            yield Anomaly(
+                "a layer of experts lacks what chooses among them",
+                tensor=block + ending,
+                expected=f"as in {len(having)} of {len(blocks)} layers",
+                got="no such tensor",
+                fix=DOWNLOAD_AGAIN,
+            )
+
+
 def _decoder_layer(module: str) -> str:
     """``model.layers.1.mlp.experts`` -> ``model.layers.1``; what is around a module that is in no such layer."""
     match = LAYER.match(module)
@@ -243,7 +251,7 @@ def _decoder_layer(module: str) -> str:
 
 def _check_complete(name: str, layer: ExpertsLayer, config: Mapping[str, Any]) -> Iterator[Anomaly]:
     numbers = set(layer.weights)
-    count = _integer(config, *COUNT_KEYS) or max(numbers) + 1
+    count = positive(config, *COUNT_KEYS) or max(numbers) + 1
     present = sum(expert < count for expert in numbers)
     if present < count:  # a hostile count is never counted up to
         yield Anomaly(
@@ -322,7 +330,7 @@ def _check_fused(layer: ExpertsLayer, config: Mapping[str, Any], block: BlockSiz
             QUANTIZE_AGAIN,
         )
         return
-    count, sizes = _integer(config, *COUNT_KEYS), _expert_shape(config)
+    count, sizes = positive(config, *COUNT_KEYS), _expert_shape(config)
     if (count is not None and count != experts) or (sizes is not None and sizes != (intermediate, hidden)):
         yield _anomaly(
             down,

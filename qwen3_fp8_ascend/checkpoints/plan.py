@@ -6,7 +6,6 @@ Imports neither torch nor vllm.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly, collect
+from qwen3_fp8_ascend.checkpoints.completeness import find_missing
 from qwen3_fp8_ascend.checkpoints.experts import expert_layers, find_expert_anomalies
 from qwen3_fp8_ascend.checkpoints.folder import Checkpoint
 from qwen3_fp8_ascend.checkpoints.ignore import IgnoreList
@@ -79,13 +79,15 @@ def make_plan(checkpoint: Checkpoint, config: BlockFp8Config) -> Plan:
     modules = {
         name: Module(name, m.kind, m.tensor, listed=name in listed, experts=m.experts) for name, m in modules.items()
     }
+    quantized = any(module.kind == FP8 for module in modules.values())
     findings = chain(
         find_anomalies(checkpoint, config),
+        find_missing(checkpoint) if quantized else (),
         find_expert_anomalies(checkpoint, config),
         _check_merged(modules),
-        _check_alike(modules, checkpoint.tensors),
+        _check_alike(modules),
         find_unused(checkpoint),
-        doubts if any(module.kind == FP8 for module in modules.values()) else (),
+        doubts if quantized else (),
         _check_block(config.block),
         _notes(checkpoint, config),
     )
@@ -194,7 +196,7 @@ def _check_merged(modules: Mapping[str, Module]) -> Iterator[Anomaly]:
                 )
 
 
-def _check_alike(modules: Mapping[str, Module], tensors: Mapping[str, TensorEntry]) -> Iterator[Anomaly]:
+def _check_alike(modules: Mapping[str, Module]) -> Iterator[Anomaly]:
     """Tensors that no layer of the model could take: shards and projections of a layer that do not fit each other."""
     parents: dict[str, dict[str, Module]] = defaultdict(dict)
     for name, module in modules.items():
@@ -215,32 +217,6 @@ def _check_alike(modules: Mapping[str, Module], tensors: Mapping[str, TensorEntr
                 yield _misfit(down, f"{list(gate.shape[::-1])} beside a gate_proj of {list(gate.shape)}")
             elif up.shape[0] != gate.shape[0]:
                 yield _misfit(up, f"{gate.shape[0]} rows, as gate_proj has")
-    yield from _check_complete(parents, tensors)
-
-
-def _check_complete(
-    parents: Mapping[str, Mapping[str, Module]], tensors: Mapping[str, TensorEntry]
-) -> Iterator[Anomaly]:
-    """A weight that most layers have and one lacks: what a lost tensor looks like, or a layer that shares another's."""
-    layers: dict[str, list[str]] = defaultdict(list)
-    for parent in parents:
-        if layer_index(f"{parent}.weight") is not None:
-            layers[re.sub(r"\.\d+(?=\.|$)", ".*", parent)].append(parent)
-    for alike in layers.values():
-        counts = Counter(last for parent in alike for last in parents[parent])
-        for parent in alike:
-            for last, count in counts.items():
-                if 2 * count >= len(alike) and f"{parent}.{last}{WEIGHT_SUFFIX}" not in tensors:
-                    some = next(iter(parents[parent].values())).tensor
-                    yield Anomaly(
-                        "a layer lacks a weight that the others have",
-                        some.file,
-                        f"{parent}.{last}{WEIGHT_SUFFIX}",
-                        expected=f"as in {count} of {len(alike)} layers",
-                        got="no such tensor",
-                        fix="if the model is not built so, " + DOWNLOAD_AGAIN,
-                        severity="warning",
-                    )
 
 
 def _notes(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:

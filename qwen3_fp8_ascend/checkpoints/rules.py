@@ -15,6 +15,7 @@ from qwen3_fp8_ascend.checkpoints.layers import (
     is_linear_weight,
     layer_index,
 )
+from qwen3_fp8_ascend.checkpoints.model_config import positive
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry, is_plain_text
 from qwen3_fp8_ascend.containers import MODELOPT, SCALE_ENDINGS
 from qwen3_fp8_ascend.format import SCALE_DTYPES, WEIGHT_SUFFIX, BlockFp8Config, BlockSize, scale_shape
@@ -90,7 +91,6 @@ def find_anomalies(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[A
             yield _anomaly(
                 tensor, "a linear layer is neither FP8 nor float", f"{E4M3} or BF16", tensor.dtype, QUANTIZE_AGAIN
             )
-    yield from _check_layers_present(checkpoint)
 
 
 def _check_weight(tensor: TensorEntry, tensors: Mapping[str, TensorEntry], config: BlockFp8Config) -> Iterator[Anomaly]:
@@ -163,40 +163,13 @@ def find_unused(checkpoint: Checkpoint) -> Iterator[Anomaly]:
         )
 
 
-def _check_layers_present(checkpoint: Checkpoint) -> Iterator[Anomaly]:
-    """Decoder layers without any tensor: what a lost file looks like when there is no index."""
-    count = _layer_count(checkpoint, "num_hidden_layers")
-    if count is None or len(checkpoint.files) == 0:
-        return
-    present = {index for name in checkpoint.tensors if (index := layer_index(name)) is not None and index < count}
-    missing = count - len(present)
-    if missing > 0 and not checkpoint.anomalies:
-        first = next(i for i in range(count) if i not in present)
-        yield Anomaly(
-            "decoder layers have no tensors",
-            file="config.json",
-            expected=f"num_hidden_layers = {count}",
-            got=f"{missing} missing, the first is layer {first}",
-            fix=DOWNLOAD_AGAIN,
-        )
-
-
-def _layer_count(checkpoint: Checkpoint, key: str) -> int | None:
-    """A number of layers in config.json, of the model or of the language model within it."""
-    text_config = checkpoint.config.get("text_config")
-    count = checkpoint.config.get(key)
-    if count is None and isinstance(text_config, Mapping):
-        count = text_config.get(key)
-    return count if isinstance(count, int) and not isinstance(count, bool) else None
-
-
 def of_token_prediction(checkpoint: Checkpoint) -> list[TensorEntry]:
     """The tensors of layers for multi-token prediction (MTP), which are loaded by who speculates with them.
 
     Source: vLLM's ``get_spec_layer_idx_from_weight_name``; other models name them ``mtp.*`` or ``mtp_layers.*``.
     """
-    first = _layer_count(checkpoint, "num_hidden_layers")
-    count = _layer_count(checkpoint, "num_nextn_predict_layers") or 0
+    first = positive(checkpoint.config, "num_hidden_layers")
+    count = positive(checkpoint.config, "num_nextn_predict_layers") or 0
     found = []
     for tensor in checkpoint.tensors.values():
         index = layer_index(tensor.name)

@@ -12,7 +12,11 @@ from vllm.config import CompilationMode, get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.platforms import current_platform
 
 from qwen3_fp8_ascend.checkpoints.folder import PICKLE_SUFFIXES, WEIGHTS_SUFFIX
@@ -29,6 +33,7 @@ from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod
 from qwen3_fp8_ascend.vllm_plugin.linear import BlockFp8LinearMethod
 from qwen3_fp8_ascend.vllm_plugin.lm_head import BlockFp8HeadMethod, BlockFp8LmHeadMethod
 from qwen3_fp8_ascend.vllm_plugin.modules import Modules
+from qwen3_fp8_ascend.vllm_plugin.unquantized import check_loaded, must_all_be_loaded
 
 WEIGHT_SUFFIXES = {WEIGHTS_SUFFIX, *PICKLE_SUFFIXES}
 LM_HEAD = ("checkpoint", "fp8")
@@ -196,8 +201,12 @@ class BlockFp8AscendConfig(QuantizationConfig):
         hf_config = getattr(model, "hf_config", None)
         is_head = isinstance(layer, ParallelLMHead)
         fp8_head = is_head and self.modules.kinds.get(prefix) == FP8
-        if is_head and not fp8_head and settings.lm_head == "fp8":
-            return BlockFp8LmHeadMethod(self.checkpoint.block, settings.backend, hf_config)
+        checked = must_all_be_loaded(vllm_config)
+        if isinstance(layer, VocabParallelEmbedding) and not fp8_head:
+            embedding = UnquantizedEmbeddingMethod()
+            if is_head and settings.lm_head == "fp8":
+                embedding = BlockFp8LmHeadMethod(self.checkpoint.block, settings.backend, hf_config)
+            return check_loaded(embedding, prefix) if checked else embedding
         dummy = vllm_config.load_config.load_format == "dummy"
         if isinstance(layer, RoutedExperts):
             if self._experts_are_skipped(layer, prefix):
@@ -216,7 +225,8 @@ class BlockFp8AscendConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase) and not fp8_head:
             return None
         if not fp8_head and self._is_skipped(prefix):
-            return self.unquantized_linear_method()
+            linear = self.unquantized_linear_method()
+            return check_loaded(linear, prefix) if checked else linear
         logger.debug("%s: block FP8, settings %s", prefix, settings)
         method = BlockFp8HeadMethod if fp8_head else self.linear_method()
         return method(

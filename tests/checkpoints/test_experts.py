@@ -44,7 +44,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def masters() -> Tensors:
-    """One layer with a router, a shared expert and routed experts, in bf16, each projection a tensor."""
+    """An embedding and a layer with a router, a shared expert and routed experts, bf16, each projection a tensor."""
     tensors = {
         f"{MLP}.experts.{expert}.{name}.weight": random(*shape, seed=10 * expert + i)
         for expert in range(EXPERTS)
@@ -53,6 +53,7 @@ def masters() -> Tensors:
     tensors |= {f"{MLP}.shared_expert.{name}.weight": random(*shape, seed=77) for name, shape in SHAPES.items()}
     tensors[f"{MLP}.gate.weight"] = random(EXPERTS, HIDDEN)
     tensors[f"{MLP}.shared_expert_gate.weight"] = random(1, HIDDEN)
+    tensors["model.embed_tokens.weight"] = random(8, HIDDEN)
     return tensors
 
 
@@ -69,11 +70,11 @@ def fused(tensors: Tensors) -> Tensors:
 
 
 def quantized(tensors: Tensors) -> Tensors:
-    """In block FP8 but for routers, by `quantize_weight` alone; fused tensors stay fused."""
+    """In block FP8 but for routers and the embedding, by `quantize_weight` alone; fused tensors stay fused."""
     out = {}
     for name, tensor in tensors.items():
         matrices = tensor if tensor.dim() == 3 else tensor[None]
-        if name.endswith(("gate.weight",)):
+        if name.endswith(("gate.weight", "embed_tokens.weight")):
             out[name] = tensor
             continue
         codes, scales = zip(*(quantize_weight(matrix) for matrix in matrices), strict=True)

@@ -6,13 +6,16 @@ Weights only (W8A16) and in fp32, since quantized activations amplify any differ
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
+from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint
 from qwen3_fp8_ascend.testing.models import write_qwen3
 from tests.support.logprobs import distance, prompt_logprobs
@@ -84,6 +87,19 @@ def test_what_vllm_refuses_here_is_served_without_the_flag(tiny_qwen3: Path, tmp
     assert unasked.tokens == asked.tokens
     assert (unasked.logprobs == asked.logprobs).all()
     assert "as with --quantization ascend" in (tmp_path / "offline.log").read_text()
+
+
+@pytest.mark.parametrize("lost", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_a_lost_tensor_around_the_layers_ends_the_start(tiny_qwen3: Path, tmp_path: Path, lost: str) -> None:
+    """vLLM would serve whatever is in memory there. `inspect` warns before."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_qwen3, folder)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert [warning.severity for warning in check_checkpoint(folder).anomalies] == ["warning"]
+    (refused,) = answers([Run(str(folder), {"quantization": "ascend"}, may_fail=True)], tmp_path)
+    assert "a weight is missing from the checkpoint" in refused.error and f"where: {lost}" in refused.error
 
 
 def test_what_is_recorded_is_as_near() -> None:

@@ -104,6 +104,7 @@ def random_model(
         tensors[f"model.layers.{i}.self_attn.q_proj.bias"] = random(hidden)
     tensors["model.embed_tokens.weight"] = random(97, hidden)
     tensors["lm_head.weight"] = random(97, hidden)
+    tensors["model.norm.weight"] = random(hidden)
     return tensors
 
 
@@ -123,6 +124,7 @@ def block_fp8_tensors() -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {
         "model.embed_tokens.weight": torch.zeros(9, 200).bfloat16(),
         "lm_head.weight": torch.zeros(9, 200),
+        "model.norm.weight": torch.ones(200).bfloat16(),
     }
     for name, (n, k) in linear_weights(2, 200, 300, 72).items():
         tensors[name] = torch.zeros(n, k).to(torch.float8_e4m3fn)

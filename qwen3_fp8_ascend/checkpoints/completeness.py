@@ -1,0 +1,143 @@
+"""What a checkpoint lacks, told by the rest of it: what a lost file or tensor looks like.
+
+Of a quantized model vLLM does not ask whether everything was loaded: where a tensor is lost it computes with whatever
+is in memory (`load_weights` in vllm/model_executor/model_loader/default_loader.py, 0.30 to 0.33).
+Scales that an FP8 weight lacks are in `rules`, and lost experts in `experts`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+
+from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
+from qwen3_fp8_ascend.checkpoints.folder import Checkpoint
+from qwen3_fp8_ascend.checkpoints.layers import ENCODER_WORDS, EXPERT, LAYER, MTP_NAME, layer_index, module_of
+from qwen3_fp8_ascend.checkpoints.model_config import positive, setting
+from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, FLOATS
+from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
+from qwen3_fp8_ascend.format import WEIGHT_SUFFIX
+
+BIAS_SUFFIX = ".bias"
+EMBEDDINGS = ("embed", "wte")
+"""Parts of the names of a model's table of token embeddings."""
+
+HEADS = ("lm_head", "embed_out", "output", "output_layer", "head")
+"""Last names of output heads."""
+
+FINAL_NORMS = ("norm", "ln_f")
+GENERATES = ("ForCausalLM", "ForConditionalGeneration")
+"""How the names of architectures end that have an output head."""
+
+
+def find_missing(checkpoint: Checkpoint) -> Iterator[Anomaly]:
+    """What is not there though the rest of the checkpoint says that it should be."""
+    yield from _check_layers_present(checkpoint)
+    tensors = checkpoint.tensors
+    fp8 = {module_of(name) for name, tensor in tensors.items() if _is_dense_fp8(tensor)}
+    of_fp8 = (
+        tensor
+        for name, tensor in tensors.items()
+        if module_of(name) in fp8 and name.endswith((WEIGHT_SUFFIX, BIAS_SUFFIX))
+    )
+    count = positive(checkpoint.config, "num_hidden_layers")
+    norms = (tensor for tensor in tensors.values() if _is_norm(tensor))
+    for chosen in (of_fp8, norms):
+        yield from _check_alike((tensor for tensor in chosen if _is_decoder(tensor.name, count)), tensors)
+    if fp8 and any(layer_index(name) is not None for name in tensors):  # a whole model
+        yield from _check_around(checkpoint)
+
+
+def _check_layers_present(checkpoint: Checkpoint) -> Iterator[Anomaly]:
+    """Decoder layers without any tensor: what a lost file looks like when there is no index."""
+    count = positive(checkpoint.config, "num_hidden_layers")
+    if count is None or len(checkpoint.files) == 0:
+        return
+    present = {index for name in checkpoint.tensors if (index := layer_index(name)) is not None and index < count}
+    missing = count - len(present)
+    if missing > 0 and not checkpoint.anomalies:
+        first = next(i for i in range(count) if i not in present)
+        yield Anomaly(
+            "decoder layers have no tensors",
+            file="config.json",
+            expected=f"num_hidden_layers = {count}",
+            got=f"{missing} missing, the first is layer {first}",
+            fix=DOWNLOAD_AGAIN,
+        )
+
+
+def _check_alike(chosen: Iterable[TensorEntry], tensors: Mapping[str, TensorEntry]) -> Iterator[Anomaly]:
+    """A layer that has less than others and nothing more: something is lost, or it shares another's.
+
+    Hybrids have layers of several kinds under the same names, of which each has something that the others lack.
+    """
+    parents: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
+    for tensor in chosen:
+        module, _, kind = tensor.name.rpartition(".")
+        parent, _, last = module.rpartition(".")
+        parents[parent][f"{last}.{kind}"] = tensor
+    layers: dict[str, list[str]] = defaultdict(list)
+    for parent in parents:
+        layers[re.sub(r"\.\d+(?=\.|$)", ".*", parent)].append(parent)
+    for alike in layers.values():
+        kinds = Counter(frozenset(parents[parent]) for parent in alike)
+        for parent in alike:
+            own = frozenset(parents[parent])
+            fuller = [kind for kind in kinds if own < kind and kinds[kind] >= kinds[own]]
+            wanted = max(fuller, key=lambda kind: kinds[kind], default=own)
+            for ending in sorted(wanted - own):
+                if f"{parent}.{ending}" not in tensors:
+                    yield Anomaly(
+                        "a layer lacks a weight that the others have",
+                        next(iter(parents[parent].values())).file,
+                        f"{parent}.{ending}",
+                        expected=f"as in {kinds[wanted]} of {len(alike)} layers",
+                        got="no such tensor",
+                        fix="if the model is not built so, " + DOWNLOAD_AGAIN,
+                        severity="warning",
+                    )
+
+
+def _check_around(checkpoint: Checkpoint) -> Iterator[Anomaly]:
+    """What is before and behind the decoder layers."""
+    outside = {name for name in checkpoint.tensors if LAYER.match(name) is None and MTP_NAME.search(name) is None}
+    last = {module_of(name).rpartition(".")[2].lower() for name in outside}
+    text = {module_of(name).rpartition(".")[2].lower() for name in outside if not _is_of_encoder(name)}
+    if not any(word in name for name in last for word in EMBEDDINGS):
+        yield _lost("no token embedding is in the checkpoint", "model.embed_tokens.weight")
+    has_norms = any(_is_norm(tensor) and layer_index(name) is not None for name, tensor in checkpoint.tensors.items())
+    if has_norms and not any(word in name for name in text for word in FINAL_NORMS):
+        yield _lost("no norm behind the decoder layers is in the checkpoint", "model.norm.weight")
+    architectures = checkpoint.config.get("architectures")
+    generates = isinstance(architectures, list) and any(str(name).endswith(GENERATES) for name in architectures)
+    if generates and setting(checkpoint.config, "tie_word_embeddings") is False and not last & set(HEADS):
+        yield _lost(
+            "no output head is in the checkpoint, and config.json does not tie it to the embedding",
+            "lm_head.weight",
+            fix="an embedding model needs none; otherwise " + DOWNLOAD_AGAIN,
+        )
+
+
+def _lost(what: str, example: str, fix: str = "if the model is not built so, " + DOWNLOAD_AGAIN) -> Anomaly:
+    return Anomaly(what, expected=f"such as {example}", got="no such tensor", fix=fix, severity="warning")
+
+
+def _is_decoder(name: str, count: int | None) -> bool:
+    """Whether a tensor is in a decoder layer, and in none for multi-token prediction, which has more norms."""
+    index = layer_index(name)
+    return index is not None and (count is None or index < count) and MTP_NAME.search(name) is None
+
+
+def _is_dense_fp8(tensor: TensorEntry) -> bool:
+    is_weight = tensor.dtype == E4M3 and tensor.name.endswith(WEIGHT_SUFFIX) and len(tensor.shape) == 2
+    return is_weight and EXPERT.match(tensor.name) is None
+
+
+def _is_norm(tensor: TensorEntry) -> bool:
+    last = module_of(tensor.name).rpartition(".")[2].lower()
+    return tensor.dtype in FLOATS and tensor.name.endswith(WEIGHT_SUFFIX) and len(tensor.shape) == 1 and "norm" in last
+
+
+def _is_of_encoder(name: str) -> bool:
+    return any(word in name.lower() for word in ENCODER_WORDS)
