@@ -14,7 +14,17 @@ from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
 from qwen3_fp8_ascend.checkpoints.folder import Checkpoint
-from qwen3_fp8_ascend.checkpoints.layers import DOWN, EXPERT, FUSED_EXPERTS, GATE, LAYER, PROJECTIONS, UP
+from qwen3_fp8_ascend.checkpoints.layers import (
+    DOWN,
+    EXPERT,
+    FUSED_EXPERTS,
+    GATE,
+    GATE_UP,
+    LAYER,
+    PROJECTIONS,
+    UP,
+    fused_layout,
+)
 from qwen3_fp8_ascend.checkpoints.model_config import positive, setting
 from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, QUANTIZE_AGAIN
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
@@ -128,11 +138,13 @@ def find_expert_anomalies(checkpoint: Checkpoint, config: BlockFp8Config) -> Ite
 
 def summarize_experts(checkpoint: Checkpoint, block: BlockSize) -> ExpertsSummary | None:
     """Number and size of FP8 experts; None if there are none, or if layers differ."""
-    found = set()
+    found: set[tuple[int, ...]] = set()
     layers = [layer for layer in expert_layers(checkpoint).values() if _quantized(layer)]
     for layer in layers:
-        if DOWN in layer.fused and len(layer.fused[DOWN].shape) == 3:
-            found.add(layer.fused[DOWN].shape)
+        if layer.fused:
+            gate_up, down = (layer.fused[name].shape if name in layer.fused else () for name in (GATE_UP, DOWN))
+            layout = fused_layout(gate_up, down)
+            found.add((layout.experts, layout.hidden, layout.intermediate) if layout else ())
         else:
             shapes = {tensors[DOWN].shape for tensors in layer.weights.values() if DOWN in tensors}
             found.update((len(layer.weights), *shape) for shape in shapes)
@@ -313,15 +325,16 @@ def _check_shapes(layer: ExpertsLayer, config: Mapping[str, Any]) -> Iterator[An
 
 def _check_fused(layer: ExpertsLayer, config: Mapping[str, Any], block: BlockSize) -> Iterator[Anomaly]:
     some = next(iter(layer.fused.values()))
-    missing = [projection for projection in ("gate_up_proj", DOWN) if projection not in layer.fused]
+    missing = [projection for projection in (GATE_UP, DOWN) if projection not in layer.fused]
     if missing:
         yield _anomaly(some, "a layer lacks a tensor of all its experts", missing[0], "no such tensor", DOWNLOAD_AGAIN)
         return
-    gate_up, down = layer.fused["gate_up_proj"], layer.fused[DOWN]
+    gate_up, down = layer.fused[GATE_UP], layer.fused[DOWN]
     if len(gate_up.shape) != 3 or len(down.shape) != 3:
         return  # said of any FP8 tensor that is no weight
-    experts, hidden, intermediate = down.shape
-    if gate_up.shape != (experts, 2 * intermediate, hidden):
+    layout = fused_layout(gate_up.shape, down.shape)
+    if layout is None:
+        experts, hidden, intermediate = down.shape
         yield _anomaly(
             gate_up,
             "the two tensors of a layer's experts do not fit each other",
@@ -330,6 +343,7 @@ def _check_fused(layer: ExpertsLayer, config: Mapping[str, Any], block: BlockSiz
             QUANTIZE_AGAIN,
         )
         return
+    experts, intermediate, hidden, _ = layout
     count, sizes = positive(config, *COUNT_KEYS), _expert_shape(config)
     if (count is not None and count != experts) or (sizes is not None and sizes != (intermediate, hidden)):
         yield _anomaly(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from qwen3_fp8_ascend.format import WEIGHT_SUFFIX
 
@@ -47,7 +48,7 @@ EXPERT = re.compile(
 
 GATE_UP = "gate_up_proj"
 FUSED_EXPERTS = re.compile(r"^(?P<layer>(?:.+\.)?experts)\.(?P<projection>gate_up_proj|down_proj)$")
-"""All experts of a layer in one tensor, as transformers 5 keeps them in memory: (experts, n, k), gate above up."""
+"""All experts of a layer in one tensor: (experts, n, k), gate above up, or each transposed (`fused_layout`)."""
 
 FUSED_SCALES = re.compile(r"^(?:.+\.)?experts\.(?:gate_up_proj|down_proj)_scale(?:_inv)?$")
 
@@ -82,8 +83,32 @@ def is_decoder_linear(tensor: str, shape: tuple[int, ...]) -> bool:
 
 
 def is_fused_experts(tensor: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor holds a projection of all experts of a layer: (experts, n, k), without ``.weight``."""
+    """Whether a tensor holds a projection of all experts of a layer: three dimensions, without ``.weight``."""
     return len(shape) == 3 and FUSED_EXPERTS.match(tensor) is not None
+
+
+class FusedLayout(NamedTuple):
+    """The sizes of a layer's experts that are in two tensors, and whether their matrices are transposed on disk."""
+
+    experts: int
+    intermediate: int
+    hidden: int
+    transposed: bool
+
+
+def fused_layout(gate_up: tuple[int, ...], down: tuple[int, ...]) -> FusedLayout | None:
+    """How two tensors hold all experts of a layer; None if they do not fit each other.
+
+    Shapes: gate_up (E, 2I, H), gate above up, and down (E, H, I); or, as Qwen3-VL-MoE and Llama 4 have them, (E, H, 2I)
+        and (E, I, H). No pair is both: 2I would be I.
+    """
+    if len(gate_up) != 3 or len(down) != 3 or gate_up[0] != down[0]:
+        return None
+    if (gate_up[1], gate_up[2]) == (2 * down[2], down[1]):
+        return FusedLayout(down[0], down[2], down[1], transposed=False)
+    if (gate_up[2], gate_up[1]) == (2 * down[1], down[2]):
+        return FusedLayout(down[0], down[1], down[2], transposed=True)
+    return None
 
 
 def expert_weight(fused: str, expert: int, projection: str) -> str:

@@ -26,7 +26,9 @@ from qwen3_fp8_ascend.checkpoints.layers import (
     GATE,
     GATE_UP,
     UP,
+    FusedLayout,
     expert_weight,
+    fused_layout,
     is_decoder_linear,
     is_fused_experts,
     is_linear_weight,
@@ -72,7 +74,8 @@ def quantize_checkpoint(
     The linear weights of decoder layers are quantized, experts' included; embeddings, lm_head, norms, router gates,
     vision towers, and modules that match an `ignore` glob stay as they are and are listed in config.json. `container`
     is whose words config.json and the names of the scales use, ``fp8`` or ``compressed-tensors``. Experts that
-    the source holds in one tensor a layer become tensors of their own, as official FP8 releases have them.
+    the source holds in one tensor a layer, transposed or not, become tensors of their own, as official FP8 releases
+    have them.
     scale_fmt: "ue8m0" for scales that are powers of two, as DeepSeek-V3.1 has them, stored as fp32.
     Raises:
         BlockFp8Error: the source is damaged, already quantized, or has no linear weights to quantize; a weight has
@@ -96,7 +99,7 @@ def quantize_checkpoint(
             fix="leave one of the two out",
         )
     made = BlockFp8Config(sizes, _unquantized(checkpoint, selected), _check_scale_fmt(scale_fmt), container=container)
-    conversion = _Quantization(made, frozenset(selected), tuple(ignore))
+    conversion = _Quantization(made, frozenset(selected), tuple(ignore), _transposed(checkpoint, selected))
     return convert_checkpoint(checkpoint, destination, conversion, progress=progress, overwrite=overwrite)
 
 
@@ -133,6 +136,8 @@ class _Quantization:
     format: BlockFp8Config
     selected: frozenset[str]
     ignore: tuple[str, ...]
+    transposed: frozenset[str]
+    """Tensors of all experts of a layer whose matrices are (k, n)."""
     operation: str = "quantize"
 
     @property
@@ -147,15 +152,31 @@ class _Quantization:
     def outputs(self, tensor: TensorEntry) -> Sequence[TensorEntry]:
         if tensor.name not in self.selected:
             return [tensor]
-        return [entry for part in _parts(tensor) for entry in (replace(part, dtype=E4M3), self._scale_of(part))]
+        parts = self._parts(tensor)
+        return [entry for part in parts for entry in (replace(part, dtype=E4M3), self._scale_of(part))]
 
     def convert(self, tensor: TensorEntry, read: Read) -> Sequence[torch.Tensor]:
         whole = read(tensor)
         if not is_fused_experts(tensor.name, tensor.shape):
             return self._quantize(whole, tensor)
-        matrices = (half for expert in whole for half in _halves(tensor.name, expert))
+        experts = (expert.mT.contiguous() for expert in whole) if tensor.name in self.transposed else whole
+        matrices = (half for expert in experts for half in _halves(tensor.name, expert))
+        parts = self._parts(tensor)
+        return [made for part, matrix in zip(parts, matrices, strict=True) for made in self._quantize(matrix, part)]
+
+    def _parts(self, tensor: TensorEntry) -> list[TensorEntry]:
+        """The matrices that a tensor to quantize consists of: itself, or the projections of each expert."""
+        if not is_fused_experts(tensor.name, tensor.shape):
+            return [tensor]
+        experts, n, k = tensor.shape
+        if tensor.name in self.transposed:
+            n, k = k, n
+        last = tensor.name.rpartition(".")[2]
+        shapes = {GATE: (n // 2, k), UP: (n // 2, k)} if last == GATE_UP else {DOWN: (n, k)}
         return [
-            made for part, matrix in zip(_parts(tensor), matrices, strict=True) for made in self._quantize(matrix, part)
+            replace(tensor, name=expert_weight(tensor.name, expert, projection), shape=shape)
+            for expert in range(experts)
+            for projection, shape in shapes.items()
         ]
 
     def _scale_of(self, weight: TensorEntry) -> TensorEntry:
@@ -191,20 +212,6 @@ class _Quantization:
     def config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
         return kept | {"quantization_config": self.format.to_dict()}
-
-
-def _parts(tensor: TensorEntry) -> list[TensorEntry]:
-    """The matrices that a tensor to quantize consists of: itself, or the projections of each expert."""
-    if not is_fused_experts(tensor.name, tensor.shape):
-        return [tensor]
-    experts, n, k = tensor.shape
-    last = tensor.name.rpartition(".")[2]
-    shapes = {GATE: (n // 2, k), UP: (n // 2, k)} if last == GATE_UP else {DOWN: (n, k)}
-    return [
-        replace(tensor, name=expert_weight(tensor.name, expert, projection), shape=shape)
-        for expert in range(experts)
-        for projection, shape in shapes.items()
-    ]
 
 
 def _halves(fused: str, expert: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -306,21 +313,46 @@ def _check_experts(selected: set[str], candidates: set[str]) -> None:
 
 
 def _check_fused_experts(tensor: TensorEntry, checkpoint: Checkpoint) -> None:
-    """Refuse tensors of all experts that are laid out otherwise, transposed for instance."""
-    shapes = {}
-    for projection in (GATE_UP, DOWN):
-        entry = checkpoint.tensors.get(f"{module_of(tensor.name)}.{projection}")
-        shapes[projection] = entry.shape if entry is not None else ()
-    gate_up, down = shapes[GATE_UP], shapes[DOWN]
-    if len(down) != 3 or gate_up != (down[0], 2 * down[2], down[1]):
+    """Refuse tensors of all experts that are laid out otherwise, or with biases; GPT-OSS interleaves gate and up."""
+    module = module_of(tensor.name)
+    if f"{tensor.name}_bias" in checkpoint.tensors:
+        raise fault(
+            "experts with biases are not served in block FP8",
+            file=tensor.file,
+            tensor=f"{tensor.name}_bias",
+            expected="no biases",
+            got="a bias",
+            fix=f"leave them out: --ignore '{module}'",
+        )
+    if _layout(tensor, checkpoint) is None:
+        shapes = _fused_shapes(tensor, checkpoint)
         raise fault(
             "the tensors of a layer's experts are not laid out as gate above up, and down",
             file=tensor.file,
             tensor=tensor.name,
-            expected=f"{GATE_UP} [experts, 2 * intermediate, hidden], {DOWN} [experts, hidden, intermediate]",
+            expected=f"{GATE_UP} [experts, 2 * intermediate, hidden], {DOWN} [experts, hidden, intermediate], or both "
+            "transposed",
             got=", ".join(f"{name} {list(shape) if shape else 'missing'}" for name, shape in shapes.items()),
-            fix=f"leave them out: --ignore '{module_of(tensor.name)}'",
+            fix=f"leave them out: --ignore '{module}'",
         )
+
+
+def _transposed(checkpoint: Checkpoint, selected: set[str]) -> frozenset[str]:
+    """The tensors of all experts of a layer whose matrices are (k, n)."""
+    fused = [t for name in selected if is_fused_experts(name, (t := checkpoint.tensors[name]).shape)]
+    layouts = {tensor.name: _layout(tensor, checkpoint) for tensor in fused}
+    return frozenset(name for name, layout in layouts.items() if layout is not None and layout.transposed)
+
+
+def _layout(tensor: TensorEntry, checkpoint: Checkpoint) -> FusedLayout | None:
+    shapes = _fused_shapes(tensor, checkpoint)
+    return fused_layout(shapes[GATE_UP], shapes[DOWN])
+
+
+def _fused_shapes(tensor: TensorEntry, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Of both tensors of a layer's experts; empty for one that is not there."""
+    entries = {name: checkpoint.tensors.get(f"{module_of(tensor.name)}.{name}") for name in (GATE_UP, DOWN)}
+    return {name: entry.shape if entry is not None else () for name, entry in entries.items()}
 
 
 def _check_fused(selected: set[str], candidates: set[str]) -> None:

@@ -69,6 +69,11 @@ def fused(tensors: Tensors) -> Tensors:
     return out
 
 
+def transposed(tensors: Tensors) -> Tensors:
+    """All experts in two tensors of transposed matrices, as Qwen3-VL-MoE and Llama 4 have them."""
+    return {name: t.mT.contiguous() if t.dim() == 3 else t for name, t in fused(tensors).items()}
+
+
 def quantized(tensors: Tensors) -> Tensors:
     """In block FP8 but for routers and the embedding, by `quantize_weight` alone; fused tensors stay fused."""
     out = {}
@@ -91,7 +96,7 @@ def write(folder: Path, tensors: Tensors, **changes: Any) -> Path:
     return write_folder(folder, {"model.safetensors": tensors}, config)
 
 
-@pytest.mark.parametrize("form", [lambda t: t, fused], ids=["one by one", "fused"])
+@pytest.mark.parametrize("form", [lambda t: t, fused, transposed], ids=["one by one", "fused", "transposed"])
 def test_experts_become_tensors_of_their_own(tmp_path: Path, form: Callable[[Tensors], Tensors]) -> None:
     """Whichever form the source has: as official FP8 releases, routers and their gates left as they are and listed."""
     source = write_folder(tmp_path / "source", {"model.safetensors": form(masters())}, CONFIG)
@@ -123,14 +128,16 @@ def test_experts_become_tensors_of_their_own(tmp_path: Path, form: Callable[[Ten
     )
 
 
-def test_fused_fp8_experts_are_read_and_dequantized(tmp_path: Path) -> None:
-    folder = write(tmp_path / "fp8", quantized(fused(masters())))
+@pytest.mark.parametrize("form", [fused, transposed])
+def test_fused_fp8_experts_are_read_and_dequantized(tmp_path: Path, form: Callable[[Tensors], Tensors]) -> None:
+    folder = write(tmp_path / "fp8", quantized(form(masters())))
     report = check_checkpoint(folder)
-    assert report.anomalies == () and report.experts is not None and report.experts.experts == EXPERTS
+    assert report.anomalies == () and report.experts is not None
+    assert (report.experts.experts, report.experts.hidden, report.experts.intermediate) == (EXPERTS, HIDDEN, INNER)
     dequantize_checkpoint(folder, tmp_path / "bf16", progress=False)
     out = load_file(tmp_path / "bf16" / "model.safetensors")
-    assert out.keys() == fused(masters()).keys()
-    for name, tensor in fused(masters()).items():
+    assert out.keys() == form(masters()).keys()
+    for name, tensor in form(masters()).items():
         if tensor.dim() == 3:
             for expert, matrix in enumerate(tensor):
                 assert torch.equal(out[name][expert], reference.dequantize_weight(*quantize_weight(matrix)))
@@ -158,11 +165,19 @@ def test_ignoring_some_experts_of_a_layer_is_refused(tmp_path: Path) -> None:
         quantize_checkpoint(source, tmp_path / "fp8", ignore=["*.experts.*.down_proj"], progress=False)
 
 
-def test_transposed_masters_are_refused(tmp_path: Path) -> None:
-    """As Llama 4 and gpt-oss keep them: (experts, hidden, 2 * intermediate)."""
-    tensors = {name: t.mT.contiguous() if t.dim() == 3 else t for name, t in fused(masters()).items()}
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda t: _transpose(t, "down_proj"), r"not laid out as gate above up.*\[4, 512, 200\]"),
+        (lambda t: add("gate_up_proj_bias", EXPERTS, 2 * INNER)(t), r"experts with biases are not served"),
+    ],
+)
+def test_other_masters_are_refused(tmp_path: Path, damage: Callable[[Tensors], None], said: str) -> None:
+    """One of two tensors transposed; biases, as GPT-OSS has them, whose gate and up are interleaved besides."""
+    tensors = fused(masters())
+    damage(tensors)
     source = write_folder(tmp_path / "source", {"model.safetensors": tensors}, CONFIG)
-    with pytest.raises(BlockFp8Error, match=r"(?s)not laid out as gate above up.*\[4, 200, 512\]"):
+    with pytest.raises(BlockFp8Error, match=f"(?s){said}"):
         quantize_checkpoint(source, tmp_path / "fp8", progress=False)
 
 
@@ -292,16 +307,15 @@ def test_experts_under_other_names_are_noted(tmp_path: Path) -> None:
 
 FUSED_ANOMALIES: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "one lost": (lambda t: drop("down_proj")(t), "lacks a tensor of all its experts"),
-    "swapped": (lambda t: _transpose(t), "do not fit each other"),
+    "swapped": (lambda t: _transpose(t, "down_proj"), "do not fit each other"),
     "fewer": (lambda t: _halve(t), "another shape than the model's experts"),
 }
 
 
-def _transpose(t: Tensors) -> None:
-    for name in [name for name in t if ".experts." in name]:
-        t[name] = (
-            t[name].view(torch.uint8 if t[name].dtype == E4M3 else torch.float32).mT.contiguous().view(t[name].dtype)
-        )
+def _transpose(t: Tensors, projection: str) -> None:
+    for name in [name for name in t if f".experts.{projection}" in name]:
+        raw = t[name].view(torch.uint8) if t[name].dtype == E4M3 else t[name]
+        t[name] = raw.mT.contiguous().view(t[name].dtype)
 
 
 def _halve(t: Tensors) -> None:

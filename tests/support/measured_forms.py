@@ -33,7 +33,7 @@ BF16_ONLY = ("qwen3_5", "qwen3_next")
 
 COMMAND = "python -m tests.support.measured_forms"
 NO_IMAGES: dict[str, Any] = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
-OPTIONS: Mapping[str, dict[str, Any]] = {"qwen3_vl": NO_IMAGES, "qwen3_5": NO_IMAGES}
+OPTIONS: Mapping[str, dict[str, Any]] = dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5"), NO_IMAGES)
 ENVIRONMENT: Mapping[str, dict[str, str]] = {"deepseek_v3": {"VLLM_MLA_DISABLE": "1"}}
 """With plain attention, which every processor has; the rows of dense layers have vLLM's latent one."""
 ROUTED_HERE = ("minimax_m2", "ernie4_5_moe")

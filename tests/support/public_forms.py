@@ -103,6 +103,27 @@ def fp8_head(tensors: Tensors) -> Tensors:
     return tensors | {"lm_head.weight": codes, "lm_head.weight_scale_inv": scale}
 
 
+def transposed_experts(tensors: Tensors) -> Tensors:
+    """All experts of a layer in two tensors of transposed matrices, with their scales; the masters have them so."""
+    rest = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    parts: dict[str, dict[int, dict[str, torch.Tensor]]] = {}
+    for name in tensors.keys() - rest.keys():
+        layer, _, tail = name.partition(".experts.")
+        number, _, tail = tail.partition(".")
+        parts.setdefault(layer, {}).setdefault(int(number), {})[tail] = tensors[name].view(_bytes(tensors[name]))
+    for layer, experts in parts.items():
+        for merged, projections in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items():
+            for ending, stored in {"weight": merged, "weight_scale_inv": f"{merged}_scale_inv"}.items():
+                whole = [torch.cat([experts[e][f"{p}.{ending}"] for p in projections]) for e in sorted(experts)]
+                made = torch.stack(whole).mT.contiguous()
+                rest[f"{layer}.experts.{stored}"] = made.view(E4M3) if ending == "weight" else made
+    return rest
+
+
+def _bytes(tensor: torch.Tensor) -> torch.dtype:
+    return torch.uint8 if tensor.dtype == E4M3 else tensor.dtype
+
+
 @dataclass(frozen=True, eq=False)
 class Form:
     """A family's model, the list or container that its config.json has, and how its tensors differ."""
@@ -161,6 +182,13 @@ FORMS = (
     Form("qwen3_moe", "`fp8`, experts one by one", _fp8("lm_head", "re:.*mlp.gate$")),
     Form("qwen3_next", "`fp8`, experts and a delta net", _fp8(EVERY_NAME)),
     Form("deepseek_v3", "`fp8`, experts and latent attention", _fp8("lm_head")),
+    Form("qwen3_vl_moe", "`fp8`, experts one by one", _fp8("model.visual", "lm_head", "re:.*mlp.gate$")),
+    Form(
+        "qwen3_vl_moe",
+        "`fp8`, a layer's experts in two transposed tensors",
+        _fp8("model.visual", "lm_head", "re:.*mlp.gate$"),
+        transposed_experts,
+    ),
     Form("afmoe", "`fp8`, a router in a module of its own", _fp8("lm_head")),
     Form("granitemoe", "`fp8`, experts that stay in bf16", _fp8("lm_head")),
     Form(

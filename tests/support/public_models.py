@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen3_fp8_ascend.testing.models import write_byte_tokenizer
 from tests.support.expert_models import COMMON, FAMILIES, correct_choices
@@ -33,7 +34,7 @@ LATENT = COMMON | FAMILIES["deepseek_v3"][1] | {"first_k_dense_replace": 2}
 """Latent attention, and no experts in any layer."""
 
 Model = tuple[str, dict[str, Any]]
-DENSE: dict[str, Model] = {
+MODELS: dict[str, Model] = {
     "qwen3": ("Qwen3Config", TEXT),
     "qwen2": ("Qwen2Config", COMMON),
     "llama": ("LlamaConfig", TEXT),
@@ -45,6 +46,13 @@ DENSE: dict[str, Model] = {
     "phi3": ("Phi3Config", COMMON | {"pad_token_id": 0}),
     "granitemoe": ("GraniteMoeConfig", COMMON | {"num_local_experts": 8}),
     "qwen3_vl": ("Qwen3VLConfig", {"text_config": TEXT, "vision_config": VISION}),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeConfig",
+        {
+            "text_config": TEXT | {"num_experts": 8, "moe_intermediate_size": 256, "norm_topk_prob": True},
+            "vision_config": VISION,
+        },
+    ),
     "qwen3_5": ("Qwen3_5Config", {"text_config": TEXT | DELTA_NET, "vision_config": VISION}),
     "mistral3": (
         "Mistral3Config",
@@ -62,11 +70,12 @@ DENSE: dict[str, Model] = {
             },
         },
     ),
-}
-MODELS: dict[str, Model] = DENSE | {
-    family: (name, COMMON | differences) for family, (name, differences) in FAMILIES.items()
-}
+} | {family: (name, COMMON | differences) for family, (name, differences) in FAMILIES.items()}
 """Family -> transformers' configuration class and what it is given: merged on disk, delta nets, towers, experts."""
+
+
+TRANSPOSED = ("qwen3_vl_moe",)
+"""Families whose public masters hold a layer's experts as (experts, k, n); transformers 5 writes (experts, n, k)."""
 
 
 def write_model(folder: Path, family: str, seed: int = 0) -> Path:
@@ -82,5 +91,11 @@ def write_model(folder: Path, family: str, seed: int = 0) -> Path:
     model = loader.from_config(config, dtype=torch.bfloat16)
     correct_choices(model)
     model.save_pretrained(folder)
+    if family in TRANSPOSED:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        for name in [name for name, tensor in tensors.items() if ".experts." in name and tensor.dim() == 3]:
+            tensors[name] = tensors[name].mT.contiguous()
+        save_file(tensors, file, {"format": "pt"})
     write_byte_tokenizer(folder)
     return folder
