@@ -204,6 +204,14 @@ class NpuExpertsMethod(BlockFp8ExpertsMethod, AscendFusedMoEMethod):
 
     def __init__(self, layer: Any, block: BlockSize, **options: Any) -> None:
         check_ascend_config(options["prefix"])
+        if layer.apply_router_weight_on_input:
+            raise BlockFp8Error(
+                "block-FP8 experts with router weights on their input are not served on an NPU",
+                where=options["prefix"],
+                expected="weights on the output",
+                got="apply_router_weight_on_input, which only one of vLLM-Ascend's dispatches knows",
+                fix="serve the bf16 model",
+            )
         super().__init__(layer, block, **options)
         self.quant_method = BlockFp8ExpertsScheme(block, self.activation, self)
 

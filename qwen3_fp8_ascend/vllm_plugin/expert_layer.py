@@ -31,14 +31,16 @@ def check_supported(layer: Any, prefix: str) -> None:
         "biases": moe.has_bias,
         f"the activation {activation}": activation != "silu",
         "a clamped or scaled activation (swiglu_limit)": any(value is not None for value in limits.values()),
-        "router weights on their input (apply_router_weight_on_input)": layer.apply_router_weight_on_input,
+        "router weights on the input of several experts (apply_router_weight_on_input)": (
+            layer.apply_router_weight_on_input and layer.top_k != 1
+        ),
     }
     for what, asked in refused.items():
         if asked:
             raise BlockFp8Error(
                 f"block-FP8 experts with {what} are not served",
                 where=prefix,
-                expected="silu(gate) * up, and weights on the output",
+                expected="silu(gate) * up, and weights on the output, or on the input of one expert a token",
                 fix="serve the bf16 model",
             )
     if moe.is_lora_enabled:

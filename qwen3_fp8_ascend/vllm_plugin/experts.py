@@ -226,6 +226,8 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         """
         check_serving(layer, "packed_w2_weight", self.prefix)
         self.renewal.check_whole(self.prefix)
+        if layer.apply_router_weight_on_input:  # of one expert a token: Llama 4
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]  # -1: on another rank
         w13, w2 = layer.packed_w13_weight, layer.packed_w2_weight

@@ -95,6 +95,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "llama4_text": (
+        "Llama4TextConfig",
+        {
+            "head_dim": 64,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 256,
+            "intermediate_size_mlp": 512,
+            "interleave_moe_layer_step": 1,
+            "layer_types": ["full_attention", "full_attention"],
+            "no_rope_layers": [1, 1],
+            "attn_temperature_tuning": False,
+            "pad_token_id": 0,
+        },
+    ),
     "minimax_m2": (
         "MiniMaxM2Config",
         {
@@ -119,10 +134,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Configuration class, and what it differs in: ragged experts, a shared expert, a delta net, groups of experts, a
-router in a module of its own, a correction bias without groups."""
+router in a module of its own, transposed masters and weights on the input, a correction bias without groups."""
 
 LEFT_ALONE = ("*.linear_attn.in_proj_ba",)
 """Beside routers, what official releases of these families leave in bf16."""
+
+
+ROUTERS = ("mlp.gate.weight", "mlp.router.gate.weight", "feed_forward.router.weight")
 
 
 def correct_choices(model: torch.nn.Module) -> None:
@@ -141,7 +159,7 @@ def write_experts(folder: Path, family: str, seed: int = 0, **changes: Any) -> P
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for parameter, tensor in model.named_parameters():
-        if parameter.endswith(("mlp.gate.weight", "mlp.router.gate.weight")):
+        if parameter.endswith(ROUTERS):
             torch.nn.init.normal_(tensor, std=0.5)  # so that experts differ in weight, and no choice is a close one
     correct_choices(model)
     model.save_pretrained(folder)

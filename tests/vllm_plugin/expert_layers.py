@@ -64,6 +64,7 @@ def make_runner(
     expert_parallel: bool = False,
     experts: int = EXPERTS,
     inner: int = INNER,
+    top_k: int = TOP_K,
     scale_fmt: str = "fp32",
     container: str = FP8,
     **arguments: Any,
@@ -74,7 +75,7 @@ def make_runner(
     with set_current_vllm_config(config):
         return FusedMoEFactory(
             num_experts=experts,
-            top_k=TOP_K,
+            top_k=top_k,
             hidden_size=HIDDEN,
             intermediate_size=inner,
             params_dtype=torch.float32,

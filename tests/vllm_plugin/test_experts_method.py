@@ -125,6 +125,19 @@ def test_the_whole_layer_with_its_router() -> None:
     assert asked is not None  # else vLLM asks at each step, and compiled code is made anew
 
 
+def test_weights_on_the_input_of_one_expert_a_token() -> None:
+    """Llama 4: silu makes it another thing than weights on the output."""
+    tensors = checkpoint()
+    x, weights, ids = routed(5)
+    weights, ids = weights[:, :1], ids[:, :1]
+    layer = make_layer(top_k=1, apply_router_weight_on_input=True)
+    load(layer, tensors)
+    out = apply(finish(layer), x, weights, ids)
+    assert_near(out, expected(tensors, x * weights, torch.ones_like(weights), ids))
+    with pytest.raises(AssertionError):
+        assert_near(out, expected(tensors, x, weights, ids))
+
+
 def test_one_resident_copy_at_one_byte_a_weight() -> None:
     layer = make_layer()
     load(layer, checkpoint())
