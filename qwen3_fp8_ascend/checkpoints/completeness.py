@@ -27,6 +27,9 @@ HEADS = ("lm_head", "embed_out", "output", "output_layer", "head")
 """Last names of output heads."""
 
 FINAL_NORMS = ("norm", "ln_f")
+MAX_KINDS = 8
+"""Of layers under the same names; a hostile checkpoint could have as many as layers."""
+
 GENERATES = ("ForCausalLM", "ForConditionalGeneration")
 """How the names of architectures end that have an output head."""
 
@@ -82,10 +85,10 @@ def _check_alike(chosen: Iterable[TensorEntry], tensors: Mapping[str, TensorEntr
         layers[re.sub(r"\.\d+(?=\.|$)", ".*", parent)].append(parent)
     for alike in layers.values():
         kinds = Counter(frozenset(parents[parent]) for parent in alike)
+        frequent = kinds.most_common(MAX_KINDS)
         for parent in alike:
             own = frozenset(parents[parent])
-            fuller = [kind for kind in kinds if own < kind and kinds[kind] >= kinds[own]]
-            wanted = max(fuller, key=lambda kind: kinds[kind], default=own)
+            wanted = next((kind for kind, count in frequent if own < kind and count >= kinds[own]), own)
             for ending in sorted(wanted - own):
                 if f"{parent}.{ending}" not in tensors:
                     yield Anomaly(

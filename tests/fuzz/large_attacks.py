@@ -95,16 +95,20 @@ def _many_files(size: int) -> HostileFolder:
     return HostileFolder(files | {CONFIG: dump_json(sound_checkpoint().config)})
 
 
-def _terabyte(size: int, name: str = "t", **quantization: Any) -> HostileFolder:
-    """As many tensors as the header can name, in a file that looks large enough for all of them."""
+def _terabyte(size: int, name: str = "t#", layers: int = 2, **quantization: Any) -> HostileFolder:
+    """As many tensors as the header can name, with a number for ``#``, in a file that looks large enough for them."""
     count = size // (90 + len(name)) + 1
     each = HOLE // count
     entries = {
-        f"{name}{i}.weight": {"dtype": "F8_E4M3", "shape": [1, each], "data_offsets": [i * each, (i + 1) * each]}
+        f"{name.replace('#', str(i))}.weight": {
+            "dtype": "F8_E4M3",
+            "shape": [1, each],
+            "data_offsets": [i * each, (i + 1) * each],
+        }
         for i in range(count)
     }
     head = _header_file(dump_json(entries))
-    config = sound_checkpoint().config
+    config = sound_checkpoint().config | {"num_hidden_layers": layers}
     config["quantization_config"] |= quantization
     files: dict[str, Content] = {SINGLE: Sparse(head, len(head) + each * count, described=True)}
     return HostileFolder(files | {CONFIG: dump_json(config)})
@@ -138,8 +142,9 @@ HEAVY: Mapping[str, Callable[[int], HostileFolder]] = {
         bytes(size // 60),
     ),
     "tensors in a terabyte": _terabyte,
-    "dots in a terabyte": lambda size: _terabyte(size, _DOTS),
-    "some dots in a terabyte": lambda size: _terabyte(size, "a." * 30, ignored_layers=["a" * 20, "b"]),
+    "dots in a terabyte": lambda size: _terabyte(size, f"{_DOTS}#"),
+    "layers of as many kinds": lambda size: _terabyte(size, "model.layers.#.mlp.x#", layers=1 << 30),
+    "some dots in a terabyte": lambda size: _terabyte(size, "a." * 30 + "#", ignored_layers=["a" * 20, "b"]),
     "names of a thousand dots": lambda size: _with_header(
         b"{" + _numbered(size, f'"{_DOTS}#.weight":{{{_EMPTY_FP8}}}') + b"}"
     ),
@@ -160,7 +165,7 @@ HEAVY: Mapping[str, Callable[[int], HostileFolder]] = {
     ),
     "a list of patterns": lambda size: _quantization_file(modules_to_not_convert=_names(size, "re:.*(a|b)*#.*_proj$")),
     "patterns and many modules": lambda size: _terabyte(
-        size, "model.layers." * 9, modules_to_not_convert=["re:(.*s.*)*x", "*r" * 40, "re:.*[ab]$", "self_attn"]
+        size, "model.layers." * 9 + "#", modules_to_not_convert=["re:(.*s.*)*x", "*r" * 40, "re:.*[ab]$", "self_attn"]
     ),
     "one endless pattern": lambda size: _quantization_file(modules_to_not_convert=["re:" + "(a|b)*" * (size // 6)]),
     "config groups": lambda size: _quantization_file(
