@@ -11,12 +11,13 @@ _registered = False
 
 
 def _log_through_vllm() -> None:
-    """Send this package's log lines to vLLM's handlers, so that they reach the server's log in vLLM's form."""
-    package, vllm = logging.getLogger("qwen3_fp8_ascend"), logging.getLogger("vllm")
-    if vllm.handlers and not package.handlers:
-        package.handlers = list(vllm.handlers)
-        package.setLevel(vllm.level)
-        package.propagate = False
+    """Make this package's logger a child of vLLM's: its lines reach the server's log in vLLM's form, at vLLM's level.
+
+    vLLM has handlers when it calls plugins (0.30), or only later and then others (0.31 on, `configure_logging`).
+    """
+    package = logging.getLogger("qwen3_fp8_ascend")
+    if not package.handlers:
+        package.parent = logging.getLogger("vllm")
 
 
 def register() -> None:

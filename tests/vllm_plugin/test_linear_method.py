@@ -125,7 +125,7 @@ def test_one_resident_copy_at_one_byte_a_weight() -> None:
 def test_packing_reports_its_progress(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(loading, "REPORT_BYTES", 1000)
     monkeypatch.setattr(linear, "packing", loading.PackingProgress())
-    monkeypatch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level("INFO", logger="qwen3_fp8_ascend"):
         finish(loaded_qkv(random_problem(1, (576, 192, 192), 576)))
     assert "packed 1 block-FP8 layers" in caplog.text

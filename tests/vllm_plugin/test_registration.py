@@ -1,5 +1,6 @@
 """`--quantization ascend` as vLLM sees it: registration, acceptance, refusal."""
 
+import io
 import json
 import logging
 import pickle
@@ -80,7 +81,7 @@ def test_what_vllm_would_refuse_is_served_without_the_flag(
     tmp_path: Path, vllm_serves: Serves, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vllm_serves(False)
-    monkeypatch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     caplog.set_level("INFO")
     assert model_config(tmp_path, quantization=None).quantization == "ascend"
     assert "as with --quantization ascend: vLLM's own kernel for it says: requires AMX tile support" in caplog.text
@@ -239,7 +240,7 @@ def test_an_untested_vllm_ascend_is_warned_about_by_name(
 ) -> None:
     monkeypatch.setattr(versions, "installed", lambda: "0.30.0")
     monkeypatch.setattr(versions, "installed_vllm_ascend", lambda: "0.29.0rc1")
-    monkeypatch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level("WARNING"):
         versions.warn_if_untested()
     assert "0.29.0rc1" in caplog.text and "0.30.0rc2" in caplog.text and "0.23.0" in caplog.text
@@ -249,10 +250,18 @@ def test_an_untested_vllm_is_warned_about_by_range(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(versions, "installed", lambda: "0.29.0")
-    monkeypatch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with caplog.at_level("WARNING"):
         versions.warn_if_untested()
     assert "0.29.0" in caplog.text and str(versions.TESTED) in caplog.text
+
+
+def test_log_lines_reach_the_handlers_that_vllm_has_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 0.31 on it makes its handlers anew after it has called plugins; which backend serves is said later still."""
+    stream = io.StringIO()
+    monkeypatch.setattr(logging.getLogger("vllm"), "handlers", [logging.StreamHandler(stream)])
+    logging.getLogger("qwen3_fp8_ascend.backends.registry").warning("a line")
+    assert stream.getvalue() == "a line\n"
 
 
 @pytest.fixture
@@ -269,7 +278,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     with monkeypatch.context() as patch:
         patch.setattr(vllm_plugin, "_registered", False)
         patch.setattr(vllm_plugin, "_config_class", missing)
-        patch.setattr(logging.getLogger("qwen3_fp8_ascend"), "propagate", True)
+        patch.setattr(logging.getLogger("vllm"), "propagate", True)
         vllm_plugin.register()
     yield caplog.text
     register_quantization_config("ascend")(usual)
