@@ -10,14 +10,25 @@ logger = logging.getLogger(__name__)
 _registered = False
 
 
+class _ToVllm(logging.Handler):
+    """Hands records to vLLM's logger, as if they were its own: to its handlers, in its form, from its level on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        vllm = logging.getLogger("vllm")
+        if vllm.isEnabledFor(record.levelno):
+            vllm.handle(record)
+
+
 def _log_through_vllm() -> None:
-    """Make this package's logger a child of vLLM's: its lines reach the server's log in vLLM's form, at vLLM's level.
+    """Let this package's log lines reach the server's log.
 
     vLLM has handlers when it calls plugins (0.30), or only later and then others (0.31 on, `configure_logging`).
     """
     package = logging.getLogger("qwen3_fp8_ascend")
     if not package.handlers:
-        package.parent = logging.getLogger("vllm")
+        package.addHandler(_ToVllm())
+        package.setLevel(logging.DEBUG)  # vLLM's level decides
+        package.propagate = False
 
 
 def register() -> None:

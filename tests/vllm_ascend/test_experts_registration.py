@@ -101,6 +101,13 @@ def test_what_vllm_ascend_can_do_with_experts_and_these_cannot(
         engine_config(folder)  # vLLM-Ascend keeps the last one
 
 
+def test_router_weights_on_the_input_are_refused(tmp_path: Path, rank: None) -> None:
+    """Llama 4's: only one of vLLM-Ascend's dispatches multiplies by them."""
+    engine_config(write_config(tmp_path / "moe", **SMALL, quantization_config=BLOCK_FP8))
+    with pytest.raises(BlockFp8Error, match=r"weights on their input[\s\S]*mlp\.experts"):
+        NpuExpertsMethod(SimpleNamespace(apply_router_weight_on_input=True), BlockSize(), prefix="mlp.experts")
+
+
 @pytest.mark.usefixtures("any_backend")
 def test_experts_that_the_checkpoint_leaves_alone_are_theirs(tmp_path: Path, build: Callable[[Any], Any]) -> None:
     from vllm_ascend.ops.fused_moe.routed_experts import AscendUnquantizedFusedMoEMethod
