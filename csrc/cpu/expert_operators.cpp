@@ -1,7 +1,8 @@
-// torch.ops.qwen3_fp8_ascend.cpu_grouped_linear, cpu_silu_product, cpu_block_experts: argument checks, registration.
+// torch.ops.qwen3_fp8_ascend.cpu_grouped_linear, cpu_swiglu_product, cpu_block_experts: argument checks, registration.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -73,12 +74,24 @@ Tensor cpu_grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, 
   return y;
 }
 
-Tensor cpu_silu_product(Tensor x) {
+// All that an activation is made of; alpha and the limits are positive, and none is NaN.
+Swiglu require_swiglu(double gate_limit, double silu_limit, double up_limit, double alpha, double beta) {
+  require(gate_limit > 0 && silu_limit > 0 && up_limit > 0, "the activation's limits must be positive, got ",
+          std::to_string(gate_limit), ", ", std::to_string(silu_limit), " and ", std::to_string(up_limit));
+  require(alpha > 0 && std::isfinite(alpha) && std::isfinite(beta),
+          "the activation's alpha must be positive, and it and beta finite, got ", std::to_string(alpha), " and ",
+          std::to_string(beta));
+  return {static_cast<float>(gate_limit), static_cast<float>(silu_limit), static_cast<float>(up_limit),
+          static_cast<float>(alpha), static_cast<float>(beta)};
+}
+
+Tensor cpu_swiglu_product(Tensor x, double gate_limit, double silu_limit, double up_limit, double alpha, double beta) {
+  const Swiglu swiglu = require_swiglu(gate_limit, silu_limit, up_limit, alpha, beta);
   const Rows rows = rows_of(x);
   require(x.size(1) % 2 == 0, "x must have as many columns of gate as of up, got ", x.size(1), " in all");
   const std::int64_t half = x.size(1) / 2;
   Tensor out = empty_matrix(rows.rows, half, x.scalar_type());
-  silu_products(rows, half, out.mutable_data_ptr());
+  swiglu_products(rows, half, swiglu, out.mutable_data_ptr());
   return out;
 }
 
@@ -98,7 +111,9 @@ thread_local std::vector<char> used;
 
 Tensor cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w13_panels, Tensor w2_codes,
                          Tensor w2_scales, Tensor w2_panels, Tensor topk_weights, Tensor topk_ids,
-                         std::int64_t intermediate, std::int64_t block_k, std::int64_t quantization) {
+                         std::int64_t intermediate, std::int64_t block_k, std::int64_t quantization, double gate_limit,
+                         double silu_limit, double up_limit, double alpha, double beta) {
+  const Swiglu swiglu = require_swiglu(gate_limit, silu_limit, up_limit, alpha, beta);
   const Rows rows = rows_of(x);
   const std::int64_t hidden = x.size(1);
   require(intermediate >= 0 && intermediate <= kMostColumns, "intermediate must be within 0..", kMostColumns, ", got ",
@@ -135,7 +150,8 @@ Tensor cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w
   }
   Tensor out = empty_matrix(rows.rows, hidden, x.scalar_type());
   const Routing routing{topk_weights.const_data_ptr<float>(), experts.data(), topk_weights.size(1)};
-  block_experts(rows, w13, w2, segments, routing, require_quantization(quantization), out.mutable_data_ptr(), hidden);
+  block_experts(rows, w13, w2, segments, routing, require_quantization(quantization), swiglu, out.mutable_data_ptr(),
+                hidden);
   return out;
 }
 
@@ -146,15 +162,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
   m.def(
       "cpu_grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, Tensor ends, int n, int k, "
       "int block_k, int quantization) -> Tensor");
-  m.def("cpu_silu_product(Tensor x) -> Tensor");
+  m.def(
+      "cpu_swiglu_product(Tensor x, float gate_limit, float silu_limit, float up_limit, float alpha, float beta) -> "
+      "Tensor");
   m.def(
       "cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w13_panels, Tensor w2_codes, "
       "Tensor w2_scales, Tensor w2_panels, Tensor topk_weights, Tensor topk_ids, int intermediate, int block_k, "
-      "int quantization) -> Tensor");
+      "int quantization, float gate_limit, float silu_limit, float up_limit, float alpha, float beta) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, CPU, m) {
   m.impl("cpu_grouped_linear", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_grouped_linear));
-  m.impl("cpu_silu_product", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_silu_product));
+  m.impl("cpu_swiglu_product", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_swiglu_product));
   m.impl("cpu_block_experts", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_block_experts));
 }

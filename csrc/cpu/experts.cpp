@@ -69,7 +69,7 @@ void prepare_tokens(const Manner& manner, const Rows& x, const Depth& depth, con
 
 // One task of the gate and up projections: their products, rounded, become activations of the down projection.
 void activate(const Manner& manner, const ExpertWeights& w13, const Depth& down, const Segment& segment,
-              std::int64_t intermediate, const Share& share, const Task& task, const PreparedShares& x,
+              const Swiglu& swiglu, const Share& share, const Task& task, const PreparedShares& x,
               const PreparedShares& out) {
   const std::int64_t row_bytes = segment.rows * size_of(manner.dtype);
   char* gate = static_cast<char*>(task_memory.grow(static_cast<std::size_t>((2 * task.rows + 1) * row_bytes)));
@@ -79,12 +79,13 @@ void activate(const Manner& manner, const ExpertWeights& w13, const Depth& down,
   Output output{gate, nullptr, manner.dtype, manner.dtype, segment.rows, segment.first_row};
   multiply(manner, weight, share, task, x, output, segment.gate_begin, segment.gate_end);
   output.y = up;
-  output.first_row += intermediate;
+  output.first_row += down.k;
   const std::int64_t panels = segment.gate_end - segment.gate_begin;
   multiply(manner, weight, share, task, x, output, segment.up_begin, segment.up_begin + panels);
   const Prepared activations = out.of(share);
   for (std::int64_t row = 0; row < task.rows; ++row) {
-    manner.kernels.silu_product(gate + row * row_bytes, up + row * row_bytes, manner.dtype, segment.rows, product);
+    manner.kernels.swiglu_product(gate + row * row_bytes, up + row * row_bytes, swiglu, manner.dtype, segment.rows,
+                                  product);
     for (std::int64_t block = segment.block_begin; block < segment.block_end; ++block) {
       const void* group = at(product, manner.dtype, (block - segment.block_begin) * down.block_k);
       prepare_block(manner.kernels, group, manner.dtype, manner.quantization, down, block, activations,
@@ -138,25 +139,24 @@ std::vector<Segment> make_segments(const Panel* panels, std::int64_t panel_count
   return segments;
 }
 
-void silu_products(const Rows& h, std::int64_t half, void* out) {
+void swiglu_products(const Rows& h, std::int64_t half, const Swiglu& swiglu, void* out) {
   if (half == 0) return;
   const Kernels& kernels = kernels_of(current_isa());
   parallel(h.rows, row_grain(half), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       const void* gate = h.row(row);
       char* product = static_cast<char*>(out) + row * half * size_of(h.dtype);
-      kernels.silu_product(gate, at(gate, h.dtype, half), h.dtype, half, product);
+      kernels.swiglu_product(gate, at(gate, h.dtype, half), swiglu, h.dtype, half, product);
     }
   });
 }
 
 void block_experts(const Rows& x, const ExpertWeights& w13, const ExpertWeights& w2,
-                   const std::vector<Segment>& segments, const Routing& routing, Quantization quantization, void* out,
-                   std::int64_t n) {
+                   const std::vector<Segment>& segments, const Routing& routing, Quantization quantization,
+                   const Swiglu& swiglu, void* out, std::int64_t n) {
   if (n == 0 || x.rows == 0) return;
   const std::int64_t top_k = routing.top_k;
   const std::int64_t experts = w13.experts;
-  const std::int64_t intermediate = w2.depth.k;
   const Manner manner = manner_of(x.dtype, quantization);
   const std::int64_t slot_bytes = prepared_row_bytes(w13.depth, manner.terms) +
                                   prepared_row_bytes(w2.depth, manner.terms) +
@@ -177,8 +177,7 @@ void block_experts(const Rows& x, const ExpertWeights& w13, const ExpertWeights&
     make_tasks(plan, manner, static_cast<std::int64_t>(segments.size()));
     const std::int64_t panels = segments.empty() ? 0 : 2 * (segments[0].gate_end - segments[0].gate_begin);
     share_out(plan.tasks, panels * w13.depth.padded() * kPanelRows, [&](const Task& task) {
-      activate(manner, w13, w2.depth, segments[task.part], intermediate, plan.shares[task.share], task, prepared,
-               activated);
+      activate(manner, w13, w2.depth, segments[task.part], swiglu, plan.shares[task.share], task, prepared, activated);
     });
 
     const auto y_bytes = static_cast<std::size_t>(plan.rows * n) * sizeof(float);

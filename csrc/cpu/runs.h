@@ -307,15 +307,28 @@ inline float exp_for_sigmoid(float x) {
   return power * float_of((half + 127u) << 23) * 2.0f;
 }
 
-// silu(gate) * up, computed in fp32 and rounded once to dtype. silu(x) = x / (1 + e^-x).
-inline void silu_product(const void* gate, const void* up, Dtype dtype, std::int64_t count, void* out) {
+// swiglu(gate, up), computed in fp32 and rounded once to dtype. silu(x) = x / (1 + e^-x). A NaN passes every bound.
+inline void swiglu_product(const void* gate, const void* up, const Swiglu& swiglu, Dtype dtype, std::int64_t count,
+                           void* out) {
+  const auto [gate_limit, silu_limit, up_limit, alpha, beta] = swiglu;
   float gates[kRun];
   float ups[kRun];
   for (std::int64_t start = 0; start < count; start += kRun) {
     const std::int64_t length = count - start < kRun ? count - start : kRun;
     load_run(gate, dtype, start, length, gates);
     load_run(up, dtype, start, length, ups);
-    for_each(length, [&](int i) { ups[i] *= gates[i] / (1.0f + exp_for_sigmoid(-gates[i])); });
+    if (swiglu.is_silu()) {
+      for_each(length, [&](int i) { ups[i] *= gates[i] / (1.0f + exp_for_sigmoid(-gates[i])); });
+    } else {
+      for_each(length, [&](int i) {
+        const float x = gates[i] > gate_limit ? gate_limit : gates[i];
+        const float silu = x / (1.0f + exp_for_sigmoid(-(alpha * x)));
+        const float bounded = silu > silu_limit ? silu_limit : silu;
+        const float below = ups[i] > up_limit ? up_limit : ups[i];
+        const float within = below < -up_limit ? -up_limit : below;
+        ups[i] = bounded * (within + beta);
+      });
+    }
     store_run(ups, length, dtype, out, start);
   }
 }
@@ -372,7 +385,7 @@ constexpr Kernels run_kernels() {
   kernels.quantize_codes = quantize_codes;
   kernels.split_values = split_values;
   kernels.dequantize = dequantize;
-  kernels.silu_product = silu_product;
+  kernels.swiglu_product = swiglu_product;
   kernels.weighted_sum = weighted_sum;
   return kernels;
 }

@@ -20,7 +20,15 @@ def register() -> None:
     Raises:
         RuntimeError: the library has no such operator, or one with other operands.
     """
-    operators = block_linear, grouped_linear, silu_product, block_experts, quantize_activation, dequantize_weight, pack
+    operators = (
+        block_linear,
+        grouped_linear,
+        swiglu_product,
+        block_experts,
+        quantize_activation,
+        dequantize_weight,
+        pack,
+    )
     for function in operators:
         name = f"cpu_{function.__name__}"
         torch.library.register_fake(f"qwen3_fp8_ascend::{name}", function)
@@ -69,7 +77,9 @@ def grouped_linear(
     return x.new_empty((x.shape[0], n))
 
 
-def silu_product(x: torch.Tensor) -> torch.Tensor:
+def swiglu_product(
+    x: torch.Tensor, gate_limit: float, silu_limit: float, up_limit: float, alpha: float, beta: float
+) -> torch.Tensor:
     torch._check(x.dim() == 2, lambda: f"x must have 2 dimensions, got {x.dim()}")
     return x.new_empty((x.shape[0], x.shape[1] // 2))
 
@@ -87,6 +97,11 @@ def block_experts(
     intermediate: int,
     block_k: int,
     quantization: int,
+    gate_limit: float,
+    silu_limit: float,
+    up_limit: float,
+    alpha: float,
+    beta: float,
 ) -> torch.Tensor:
     _same_device(x, w13_codes, w13_scales, w13_panels, w2_codes, w2_scales, w2_panels, topk_weights, topk_ids)
     torch._check(x.dim() == 2, lambda: f"x must have 2 dimensions, got {x.dim()}")

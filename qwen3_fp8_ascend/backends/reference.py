@@ -11,6 +11,7 @@ from qwen3_fp8_ascend.backends import grouped
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid
+from qwen3_fp8_ascend.swiglu import Swiglu
 
 
 def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
@@ -43,6 +44,7 @@ def block_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: Activation,
+    swiglu: Swiglu,
 ) -> torch.Tensor:
     outside = (topk_ids < -1) | (topk_ids >= w13.groups)
     if x.device.type == "cpu" and bool(outside.any()):
@@ -61,6 +63,7 @@ def block_experts(
         topk_weights,
         topk_ids,
         activation=activation,
+        swiglu=swiglu,
         block=w13.grid.block,
     )
 

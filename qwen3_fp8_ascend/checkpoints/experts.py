@@ -23,7 +23,9 @@ from qwen3_fp8_ascend.checkpoints.layers import (
     LAYER,
     PROJECTIONS,
     UP,
+    experts_of,
     fused_layout,
+    is_stacked_experts,
 )
 from qwen3_fp8_ascend.checkpoints.model_config import positive, setting
 from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, QUANTIZE_AGAIN
@@ -33,11 +35,11 @@ from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize
 
 FUSED_BIASES = re.compile(r"^(?:.+\.)?experts\.(?:gate_up_proj|down_proj)_bias$")
 
-COUNT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts")
+COUNT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 """What config.json calls the number of routed experts of a layer."""
 
 ACTIVATIONS = ("silu", "swish")
-"""Two names of the one activation between an expert's linears that is served."""
+"""Two names of the activation between an expert's linears; with a `swiglu_limit` there is MiniMax-M3's beside it."""
 
 MAX_RANKS = 64
 SERVE_BF16 = "serve the bf16 model"
@@ -66,20 +68,26 @@ class ExpertsSummary:
 
 @dataclass
 class ExpertsLayer:
-    """The tensors of one layer's experts, by their number and projection."""
+    """The tensors of one layer's experts: by their number and projection, or those that hold all of them.
+
+    fused: gate above up, and down. stacked: the three projections.
+    """
 
     weights: dict[int, dict[str, TensorEntry]] = field(default_factory=lambda: defaultdict(dict))
     fused: dict[str, TensorEntry] = field(default_factory=dict)
+    stacked: dict[str, TensorEntry] = field(default_factory=dict)
 
     @property
     def tensors(self) -> list[TensorEntry]:
         """All of them, the first expert's first."""
-        return [*self.fused.values(), *(t for _, found in sorted(self.weights.items()) for t in found.values())]
+        whole = (*self.fused.values(), *self.stacked.values())
+        return [*whole, *(t for _, found in sorted(self.weights.items()) for t in found.values())]
 
     @property
     def count(self) -> int:
         """Number of experts."""
-        whole = next((tensor.shape[0] for tensor in self.fused.values() if tensor.shape), 0)
+        tensors = (*self.fused.values(), *self.stacked.values())
+        whole = next((tensor.shape[0] for tensor in tensors if tensor.shape), 0)
         return whole or len(self.weights)
 
 
@@ -123,6 +131,8 @@ def find_expert_anomalies(checkpoint: Checkpoint, config: BlockFp8Config) -> Ite
         yield from _check_alike(name, layer)
         if layer.fused:
             yield from _check_fused(layer, checkpoint.config, config.block)
+        elif layer.stacked:
+            yield from _check_stacked(layer, checkpoint.config)
         elif not any(GATE in tensors for tensors in layer.weights.values()):
             yield _anomaly(
                 layer.tensors[0],
@@ -145,6 +155,8 @@ def summarize_experts(checkpoint: Checkpoint, block: BlockSize) -> ExpertsSummar
             gate_up, down = (layer.fused[name].shape if name in layer.fused else () for name in (GATE_UP, DOWN))
             layout = fused_layout(gate_up, down)
             found.add((layout.experts, layout.hidden, layout.intermediate) if layout else ())
+        elif layer.stacked:
+            found.add(layer.stacked[DOWN].shape if DOWN in layer.stacked else ())
         else:
             shapes = {tensors[DOWN].shape for tensors in layer.weights.values() if DOWN in tensors}
             found.update((len(layer.weights), *shape) for shape in shapes)
@@ -163,6 +175,9 @@ def expert_layers(checkpoint: Checkpoint) -> dict[str, ExpertsLayer]:
     layers: dict[str, ExpertsLayer] = defaultdict(ExpertsLayer)
     for tensor in checkpoint.tensors.values():
         if ".experts." not in tensor.name and not tensor.name.startswith("experts."):
+            if is_stacked_experts(tensor.name, tensor.shape):
+                block, projection, _ = tensor.name.rsplit(".", 2)
+                layers[f"{block}.experts"].stacked[projection] = tensor
             continue
         match = EXPERT.match(tensor.name)
         if match is not None and match["kind"] == "weight":
@@ -185,8 +200,9 @@ def _expert_shape(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _check_config(config: Mapping[str, Any]) -> Iterator[Anomaly]:
-    activation = setting(config, "hidden_act", "hidden_activation")
-    if isinstance(activation, str) and activation not in ACTIVATIONS:
+    activation, limit = setting(config, "hidden_act", "hidden_activation"), setting(config, "swiglu_limit")
+    served = (*ACTIVATIONS, "swigluoai") if limit is not None else ACTIVATIONS
+    if isinstance(activation, str) and activation not in served:
         yield Anomaly(
             "experts with another activation than SiLU are not served in block FP8",
             file="config.json",
@@ -194,12 +210,12 @@ def _check_config(config: Mapping[str, Any]) -> Iterator[Anomaly]:
             got=describe(activation, 100),
             fix=SERVE_BF16,
         )
-    if setting(config, "swiglu_limit") is not None:
+    if limit is not None and not (isinstance(limit, int | float) and not isinstance(limit, bool) and limit > 0):
         yield Anomaly(
-            "experts whose activation is clamped are not served in block FP8",
+            "the limit of the experts' activation is no positive number",
             file="config.json",
-            expected="no swiglu_limit",
-            got=describe(setting(config, "swiglu_limit"), 100),
+            expected="a positive swiglu_limit, or none",
+            got=describe(limit, 100),
             fix=SERVE_BF16,
         )
 
@@ -239,7 +255,7 @@ def _check_alike_routers(checkpoint: Checkpoint, layers: Mapping[str, ExpertsLay
     blocks = {name.removesuffix("experts") for name in layers}
     found: dict[str, set[str]] = defaultdict(set)
     for tensor in checkpoint.tensors.values():
-        if tensor.shape[:1] == (count,) and EXPERT.match(tensor.name) is None:
+        if tensor.shape[:1] == (count,) and experts_of(tensor.name, tensor.shape) is None:
             parts = tensor.name.split(".")
             block = next((b for n in (1, 2, 3) if (b := ".".join(parts[:-n]) + ".") in blocks), None)
             if block is not None:
@@ -321,6 +337,34 @@ def _check_shapes(layer: ExpertsLayer, config: Mapping[str, Any]) -> Iterator[An
                     str(list(tensor.shape)),
                     DOWNLOAD_AGAIN,
                 )
+
+
+def _check_stacked(layer: ExpertsLayer, config: Mapping[str, Any]) -> Iterator[Anomaly]:
+    some = next(iter(layer.stacked.values()))
+    missing = [projection for projection in (GATE, UP, DOWN) if projection not in layer.stacked]
+    if missing:
+        yield Anomaly(
+            "a layer lacks a tensor of all its experts",
+            file=some.file,
+            tensor=f"{some.name.rsplit('.', 2)[0]}.{missing[0]}.weight",
+            expected=", ".join((GATE, UP, DOWN)),
+            got=", ".join(layer.stacked),
+            fix=DOWNLOAD_AGAIN,
+        )
+        return
+    count, sizes = positive(config, *COUNT_KEYS), _expert_shape(config)
+    experts, intermediate, hidden = layer.stacked[GATE].shape
+    expected = (count or experts, *(sizes or (intermediate, hidden)))
+    for projection, tensor in layer.stacked.items():
+        shape = (expected[0], *expected[:0:-1]) if projection == DOWN else expected
+        if tensor.shape != shape:
+            yield _anomaly(
+                tensor,
+                "the tensor of a layer's experts has another shape than the model's experts",
+                str(list(shape)),
+                str(list(tensor.shape)),
+                DOWNLOAD_AGAIN,
+            )
 
 
 def _check_fused(layer: ExpertsLayer, config: Mapping[str, Any], block: BlockSize) -> Iterator[Anomaly]:

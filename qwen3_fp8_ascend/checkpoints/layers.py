@@ -50,6 +50,9 @@ GATE_UP = "gate_up_proj"
 FUSED_EXPERTS = re.compile(r"^(?P<layer>(?:.+\.)?experts)\.(?P<projection>gate_up_proj|down_proj)$")
 """All experts of a layer in one tensor: (experts, n, k), gate above up, or each transposed (`fused_layout`)."""
 
+STACKED_EXPERTS = re.compile(r"^(?P<block>(?:.+\.)?moe)\.(?P<projection>gate_proj|up_proj|down_proj)\.weight$")
+"""A projection of all experts of a layer in one tensor, (experts, n, k), beside their router: Step-3.5."""
+
 FUSED_SCALES = re.compile(r"^(?:.+\.)?experts\.(?:gate_up_proj|down_proj)_scale(?:_inv)?$")
 
 
@@ -85,6 +88,19 @@ def is_decoder_linear(tensor: str, shape: tuple[int, ...]) -> bool:
 def is_fused_experts(tensor: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor holds a projection of all experts of a layer: three dimensions, without ``.weight``."""
     return len(shape) == 3 and FUSED_EXPERTS.match(tensor) is not None
+
+
+def is_stacked_experts(tensor: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is one projection of all experts of a layer: three dimensions, named as a linear layer is."""
+    return len(shape) == 3 and STACKED_EXPERTS.match(tensor) is not None
+
+
+def experts_of(tensor: str, shape: tuple[int, ...]) -> str | None:
+    """The layer of experts that a weight belongs to, by vLLM's name for it, or None: ``model.layers.3.mlp.experts``."""
+    if is_stacked_experts(tensor, shape):
+        return f"{tensor.rsplit('.', 2)[0]}.experts"
+    match = EXPERT.match(tensor) or FUSED_EXPERTS.match(tensor)
+    return None if match is None else match["layer"]
 
 
 class FusedLayout(NamedTuple):

@@ -17,7 +17,7 @@ from qwen3_fp8_ascend.checkpoints.completeness import find_missing
 from qwen3_fp8_ascend.checkpoints.experts import expert_layers, find_expert_anomalies
 from qwen3_fp8_ascend.checkpoints.folder import Checkpoint
 from qwen3_fp8_ascend.checkpoints.ignore import IgnoreList
-from qwen3_fp8_ascend.checkpoints.layers import FUSED, is_decoder_linear, layer_index, module_of
+from qwen3_fp8_ascend.checkpoints.layers import FUSED, is_decoder_linear, is_stacked_experts, layer_index, module_of
 from qwen3_fp8_ascend.checkpoints.patterns import UnreadableError
 from qwen3_fp8_ascend.checkpoints.rules import (
     DOWNLOAD_AGAIN,
@@ -270,6 +270,8 @@ def _notes(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[Anomaly]:
 def _is_stacked(tensor: TensorEntry) -> bool:
     """GraniteMoE's experts; a convolution has one channel or a few places."""
     is_weight = tensor.name.endswith(WEIGHT_SUFFIX) and tensor.dtype in FLOATS
+    if is_stacked_experts(tensor.name, tensor.shape):
+        return False
     return is_weight and len(tensor.shape) == 3 and min(tensor.shape[1:]) >= 32 and layer_index(tensor.name) is not None
 
 

@@ -21,22 +21,23 @@ from qwen3_fp8_ascend.checkpoints.folder import (
 )
 from qwen3_fp8_ascend.checkpoints.layers import (
     DOWN,
-    EXPERT,
     FUSED,
     GATE,
     GATE_UP,
     UP,
     FusedLayout,
     expert_weight,
+    experts_of,
     fused_layout,
     is_decoder_linear,
     is_fused_experts,
     is_linear_weight,
+    is_stacked_experts,
     layer_index,
     matches_any,
     module_of,
 )
-from qwen3_fp8_ascend.checkpoints.rules import E4M3, OTHER_FP8
+from qwen3_fp8_ascend.checkpoints.rules import E4M3, OTHER_FP8, expected_scale_shape
 from qwen3_fp8_ascend.checkpoints.tensors import FLOAT_DTYPES
 from qwen3_fp8_ascend.checkpoints.tiles import Tile, tiles
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
@@ -157,6 +158,8 @@ class _Quantization:
 
     def convert(self, tensor: TensorEntry, read: Read) -> Sequence[torch.Tensor]:
         whole = read(tensor)
+        if is_stacked_experts(tensor.name, tensor.shape):
+            return self._quantize_stacked(whole, tensor)
         if not is_fused_experts(tensor.name, tensor.shape):
             return self._quantize(whole, tensor)
         experts = (expert.mT.contiguous() for expert in whole) if tensor.name in self.transposed else whole
@@ -180,8 +183,16 @@ class _Quantization:
         ]
 
     def _scale_of(self, weight: TensorEntry) -> TensorEntry:
-        n, k = weight.shape
-        return TensorEntry(self.format.scale_of(weight.name), "F32", scale_shape(n, k, self.format.block), weight.file)
+        shape = expected_scale_shape(weight.shape, self.format.block)
+        return TensorEntry(self.format.scale_of(weight.name), "F32", shape, weight.file)
+
+    def _quantize_stacked(self, whole: torch.Tensor, tensor: TensorEntry) -> list[torch.Tensor]:
+        """One projection of all experts, (experts, n, k), which stays in one tensor."""
+        codes = torch.empty(whole.shape, dtype=torch.float8_e4m3fn)
+        scale = torch.empty(expected_scale_shape(tensor.shape, self.format.block))
+        for expert, matrix in enumerate(whole):
+            codes[expert], scale[expert] = self._quantize(matrix, tensor)
+        return [codes, scale]
 
     def _quantize(self, weight: torch.Tensor, tensor: TensorEntry) -> list[torch.Tensor]:
         (n, k), block = weight.shape, self.format.block
@@ -285,7 +296,7 @@ def _select(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> set[str]:
         )
     every = {tensor.name for tensor in candidates}
     _check_fused(names, every)
-    _check_experts(names, every)
+    _check_experts(selected, candidates)
     for tensor in selected:
         if is_fused_experts(tensor.name, tensor.shape):
             _check_fused_experts(tensor, checkpoint)
@@ -293,22 +304,27 @@ def _select(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> set[str]:
 
 
 def _is_candidate(tensor: TensorEntry) -> bool:
-    if is_fused_experts(tensor.name, tensor.shape):
+    if _is_of_all_experts(tensor):
         return layer_index(tensor.name) is not None
     return is_decoder_linear(tensor.name, tensor.shape)
 
 
-def _check_experts(selected: set[str], candidates: set[str]) -> None:
+def _is_of_all_experts(tensor: TensorEntry) -> bool:
+    return is_fused_experts(tensor.name, tensor.shape) or is_stacked_experts(tensor.name, tensor.shape)
+
+
+def _check_experts(selected: Sequence[TensorEntry], candidates: Sequence[TensorEntry]) -> None:
     """Refuse to quantize some of a layer's experts: one operator serves them all."""
-    quantized = {match["layer"] for name in selected if (match := EXPERT.match(name))}
-    for name in sorted(candidates - selected):
-        match = EXPERT.match(name)
-        if match is not None and match["layer"] in quantized:
+    names = {tensor.name for tensor in selected}
+    quantized = {experts_of(tensor.name, tensor.shape) for tensor in selected} - {None}
+    for tensor in sorted(candidates, key=lambda tensor: tensor.name):
+        layer = experts_of(tensor.name, tensor.shape)
+        if tensor.name not in names and layer in quantized:
             raise BlockFp8Error(
                 "the ignore patterns split the experts of a layer",
-                where=module_of(name),
-                expected=f"all or none of {match['layer']}.*",
-                got=f"expert {match['expert']} ignored, others not",
+                where=module_of(tensor.name),
+                expected=f"all or none of the experts of {layer}",
+                got=f"{tensor.name} ignored, others not",
             )
 
 
@@ -385,4 +401,4 @@ def _unquantized(checkpoint: Checkpoint, selected: set[str]) -> tuple[str, ...]:
 
 
 def _is_listed(tensor: TensorEntry) -> bool:
-    return is_linear_weight(tensor.name, tensor.shape) or is_fused_experts(tensor.name, tensor.shape)
+    return is_linear_weight(tensor.name, tensor.shape) or _is_of_all_experts(tensor)

@@ -6,11 +6,16 @@ import torch
 from hypothesis import strategies as st
 
 from qwen3_fp8_ascend.format import BlockSize
+from qwen3_fp8_ascend.swiglu import SILU, Swiglu
 from qwen3_fp8_ascend.testing.experts import ExpertsProblem, random_codes
 from qwen3_fp8_ascend.testing.strategies import activations
 
 BLOCKS = (BlockSize(),) * 3 + (BlockSize(64, 64), BlockSize(32, 256), BlockSize(48, 40), BlockSize(128, 32))
 """With 48 x 40 the groups of the down projection's input end within panels of 32 rows."""
+
+
+SWIGLUS = (SILU,) * 4 + (Swiglu.clamped(1.0), Swiglu.clamped(7.0), Swiglu.step(0.75), Swiglu.clamped(2.0, 1.702, 1.0))
+"""Gates go up to 4 below: limits that most reach, few and none, and the one of gpt-oss and MiniMax-M3."""
 
 
 @st.composite
@@ -57,4 +62,5 @@ def expert_problems(draw: st.DrawFn, dtype: torch.dtype | None = None) -> Expert
         w13_scale[0, 0] = 0
     if draw(st.booleans()):
         w13_scale, w2_scale = w13_scale.bfloat16(), w2_scale.bfloat16()
-    return ExpertsProblem(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, block)
+    swiglu = draw(st.sampled_from(SWIGLUS))
+    return ExpertsProblem(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, block, swiglu)

@@ -6,7 +6,12 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
+from qwen3_fp8_ascend.checkpoints.experts import SERVE_BF16
 from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.swiglu import SILU, Swiglu
+
+STEP_LIMIT = 7.0
+"""Of vLLM's `swiglustep`, which takes no other."""
 
 
 def projection_names(layer: Any) -> dict[str, str]:
@@ -19,18 +24,14 @@ def projection_names(layer: Any) -> dict[str, str]:
 
 
 def check_supported(layer: Any, prefix: str) -> None:
-    """Refuse experts that compute something else than silu(gate) * up, down, and a weighted sum.
+    """Refuse experts that compute something else than swiglu(gate, up), down, and a weighted sum.
 
     Raises:
         BlockFp8Error: names what.
     """
     moe = layer.moe_config
-    activation = getattr(layer.activation, "value", layer.activation)
-    limits = {name: getattr(layer, name, None) for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta")}
     refused = {
         "biases": moe.has_bias,
-        f"the activation {activation}": activation != "silu",
-        "a clamped or scaled activation (swiglu_limit)": any(value is not None for value in limits.values()),
         "router weights on the input of several experts (apply_router_weight_on_input)": (
             layer.apply_router_weight_on_input and layer.top_k != 1
         ),
@@ -41,7 +42,7 @@ def check_supported(layer: Any, prefix: str) -> None:
                 f"block-FP8 experts with {what} are not served",
                 where=prefix,
                 expected="silu(gate) * up, and weights on the output, or on the input of one expert a token",
-                fix="serve the bf16 model",
+                fix=SERVE_BF16,
             )
     if moe.is_lora_enabled:
         raise BlockFp8Error(
@@ -50,6 +51,36 @@ def check_supported(layer: Any, prefix: str) -> None:
     if moe.moe_parallel_config.enable_eplb:
         raise BlockFp8Error("block-FP8 experts cannot move between ranks", where=prefix, fix="leave --enable-eplb out")
     check_exchange(moe.moe_parallel_config, prefix)
+
+
+def swiglu_of(layer: Any, prefix: str) -> Swiglu:
+    """What vLLM has a layer's experts compute of gate and up.
+
+    Raises:
+        BlockFp8Error: another activation than those, or numbers that it cannot have.
+    Source: vLLM's `apply_moe_activation`, by which `silu` takes a limit alone, and `swiglustep` has one of its own.
+    """
+    activation = getattr(layer.activation, "value", layer.activation)
+    limit, alpha, beta = (getattr(layer, f"swiglu_{name}", None) for name in ("limit", "alpha", "beta"))
+    given = f"{activation} with swiglu_limit {limit}, swiglu_alpha {alpha}, swiglu_beta {beta}"
+    alone = alpha in (None, 1.0) and beta in (None, 0.0)
+    try:
+        if activation == "silu" and alone:
+            return SILU if limit is None else Swiglu.clamped(limit)
+        if activation == "swigluoai_uninterleave" and limit is not None:
+            return Swiglu.clamped(limit, 1.0 if alpha is None else alpha, 0.0 if beta is None else beta)
+        if activation == "swiglustep" and alone and limit in (None, STEP_LIMIT):
+            return Swiglu.step(STEP_LIMIT)
+    except BlockFp8Error as error:
+        what, *_ = str(error).splitlines()
+        raise BlockFp8Error(what, where=prefix, got=given, fix=SERVE_BF16) from error
+    raise BlockFp8Error(
+        f"block-FP8 experts with the activation {activation} are not served",
+        where=prefix,
+        expected="silu, with a swiglu_limit or without, swiglustep, or swigluoai_uninterleave with a swiglu_limit",
+        got=given,
+        fix=SERVE_BF16,
+    )
 
 
 def check_exchange(parallel: Any, prefix: str) -> None:

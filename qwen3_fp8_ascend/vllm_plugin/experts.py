@@ -21,7 +21,7 @@ from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.checkpoints.experts import whole_block_ranks
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import SCALE_NAME, Activation, BlockSize, scale_shape
-from qwen3_fp8_ascend.vllm_plugin.expert_layer import check_supported, local_experts, projection_names
+from qwen3_fp8_ascend.vllm_plugin.expert_layer import check_supported, local_experts, projection_names, swiglu_of
 from qwen3_fp8_ascend.vllm_plugin.linear import is_whole_group
 from qwen3_fp8_ascend.vllm_plugin.loading import (
     DAMAGED,
@@ -83,6 +83,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         self.hf_config = hf_config
         self.projections = projection_names(layer)
         self.routing = own_routing(layer)
+        self.swiglu = swiglu_of(layer, prefix)
         self.partitions: dict[str, Partition] = {}
         """What this rank holds of gate and up, and of down."""
         self.renewal: Renewal
@@ -232,7 +233,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
             topk_ids = layer.expert_map[topk_ids.long()]  # -1: on another rank
         w13, w2 = layer.packed_w13_weight, layer.packed_w2_weight
         between = self.pad_activation if self.partitions["w2"].pads else None
-        return ops.block_experts(x, w13, w2, topk_weights, topk_ids, self.activation, between=between)
+        return ops.block_experts(x, w13, w2, topk_weights, topk_ids, self.activation, self.swiglu, between=between)
 
     def pad_activation(self, a: torch.Tensor) -> torch.Tensor:
         """What this rank's part of the down projection takes; all ranks call it for the same rows in the same order.
@@ -297,7 +298,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
                     got=tuple(loaded_weight.shape),
                     fix=DAMAGED,
                 )
-            if shard_id != "w2" and whole % self.block.n and _is_part_of_fused(loaded_weight):
+            if shard_id != "w2" and whole % self.block.n and _is_half_of_fused(loaded_weight):
                 raise BlockFp8Error(
                     "gate and up projections of experts are in one tensor and are not whole blocks",
                     where=where,
@@ -392,6 +393,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         return f"{self.prefix}.{expert}.{self.projections[shard]}.weight"
 
 
-def _is_part_of_fused(tensor: torch.Tensor) -> bool:
-    """Whether vLLM took a tensor out of one of all experts: (experts, n, k) cut in halves and taken apart."""
-    return tensor._base is not None and tensor._base.dim() == 3
+def _is_half_of_fused(tensor: torch.Tensor) -> bool:
+    """Whether vLLM took a tensor out of gate and up of all experts: (experts, 2n, k) cut in halves and taken apart."""
+    base = tensor._base
+    return base is not None and base.dim() == 3 and tuple(base.shape[1:]) != tuple(tensor.shape)

@@ -178,8 +178,8 @@ def partitions_of_experts(
 ) -> tuple[Partition, Partition]:
     """Of gate and up, and of down, where each rank holds `inner` intermediate channels of all experts.
 
-    They are rows of gate and up and columns of down. What is exchanged is the maxima of silu(gate) * up, a row for each
-    expert of each token.
+    They are rows of gate and up and columns of down. What is exchanged is the maxima of swiglu(gate, up), a row for
+    each expert of each token.
     """
     row = rank * inner
     return (

@@ -6,6 +6,7 @@ written outside the tensors on the way to either.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import cpu
 from qwen3_fp8_ascend.format import Activation
+from qwen3_fp8_ascend.swiglu import Swiglu
 from qwen3_fp8_ascend.testing.experts import random_experts
 from qwen3_fp8_ascend.testing.judges import random_problem
 from tests.support.cpu_levels import ISAS, instruction_set, needs_cpu_backend, same_bits
@@ -41,6 +43,7 @@ def all_good_arguments() -> dict[str, Arguments]:
     weight = problem.weight.view(torch.uint8)
     experts = random_experts(3, 3, 2, K, INTERMEDIATE)
     w13, w2 = (packed.tensors for packed in experts.pack("cpu"))
+    swiglu = dataclasses.asdict(Swiglu.clamped(7.0))
     return {
         "cpu_pack": {"weight": weight, "panels": panels, "codes": torch.zeros_like(codes)},
         "cpu_block_linear": {
@@ -57,12 +60,12 @@ def all_good_arguments() -> dict[str, Arguments]:
             **{"x": experts.x, "codes": w13[0], "scales": w13[1], "panels": w13[2], "ends": torch.tensor([1, 1, 3])},
             **{"n": 2 * INTERMEDIATE, "k": K, "block_k": BLOCK, "quantization": 1},
         },
-        "cpu_silu_product": {"x": experts.x},
+        "cpu_swiglu_product": {"x": experts.x, **swiglu},
         "cpu_block_experts": {
             **{"x": experts.x, "w13_codes": w13[0], "w13_scales": w13[1], "w13_panels": w13[2], "w2_codes": w2[0]},
             **{"w2_scales": w2[1], "w2_panels": w2[2], "topk_weights": experts.topk_weights},
             **{"topk_ids": torch.tensor([[0, -1], [2, 2], [1, 0]])},
-            **{"intermediate": INTERMEDIATE, "block_k": BLOCK, "quantization": 1},
+            **{"intermediate": INTERMEDIATE, "block_k": BLOCK, "quantization": 1, **swiglu},
         },
     }
 
@@ -74,7 +77,7 @@ def good_arguments(name: str) -> Arguments:
 
 
 LINEARS = ("cpu_pack", "cpu_block_linear", "cpu_quantize_activation", "cpu_dequantize_weight")
-EXPERTS = ("cpu_grouped_linear", "cpu_silu_product", "cpu_block_experts")
+EXPERTS = ("cpu_grouped_linear", "cpu_swiglu_product", "cpu_block_experts")
 NAMES = (*LINEARS, *EXPERTS, "cpu_read")
 TENSORS = {name: [key for key, value in good_arguments(name).items() if torch.is_tensor(value)] for name in NAMES}
 
@@ -241,6 +244,8 @@ def test_several_changes_at_once(name: str, data: st.DataObject) -> None:
             arguments[key] = not value
         elif isinstance(value, int):
             arguments[key] = data.draw(st.sampled_from(NUMBERS))
+        elif isinstance(value, float):
+            arguments[key] = data.draw(st.floats())
         else:
             arguments[key] = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float64, torch.int32]))
     check(name, arguments)
@@ -264,6 +269,16 @@ def test_sizes_that_overflow(name: str, number: int) -> None:
             got = call(name, arguments)
             for one, other in zip(got, call(name, arguments | {"block_k": 512}), strict=True):
                 assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and same_bits(one, other)
+
+
+@pytest.mark.parametrize("name", EXPERTS[1:])
+def test_activations_that_are_none(name: str) -> None:
+    arguments = good_arguments(name)
+    for key in (key for key, value in arguments.items() if isinstance(value, float)):
+        limit, beta = key.endswith("_limit"), key == "beta"
+        for number in (0.0, -1.0, float("nan"), float("inf"), -float("inf")):
+            taken = (limit and number > 0) or (beta and abs(number) < 2)
+            assert check(name, arguments | {key: number}) == taken, (key, number)
 
 
 @pytest.mark.parametrize("column", range(4))

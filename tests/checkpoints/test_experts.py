@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,16 +18,18 @@ from safetensors.torch import load_file
 from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.checkpoints.dequantize import dequantize_checkpoint
 from qwen3_fp8_ascend.checkpoints.experts import dividing_ranks, whole_block_ranks
+from qwen3_fp8_ascend.checkpoints.folder import read_checkpoint
 from qwen3_fp8_ascend.checkpoints.inspect import check_checkpoint, inspect_checkpoint
+from qwen3_fp8_ascend.checkpoints.plan import make_plan
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_checkpoint, quantize_weight
 from qwen3_fp8_ascend.checkpoints.render import render
 from qwen3_fp8_ascend.errors import BlockFp8Error
-from qwen3_fp8_ascend.format import BlockSize, scale_shape
+from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize, scale_shape
 from tests.support.checkpoint_folders import BLOCK_FP8, one_thread, write_folder  # noqa: F401
 
 E4M3 = torch.float8_e4m3fn
 EXPERTS, HIDDEN, INNER = 4, 200, 256
-MLP = "model.layers.0.mlp"
+MLP, MOE = "model.layers.0.mlp", "model.layers.0.moe"
 CONFIG = {
     "num_hidden_layers": 1,
     "hidden_size": HIDDEN,
@@ -72,6 +75,15 @@ def fused(tensors: Tensors) -> Tensors:
 def transposed(tensors: Tensors) -> Tensors:
     """All experts in two tensors of transposed matrices, as Qwen3-VL-MoE and Llama 4 have them."""
     return {name: t.mT.contiguous() if t.dim() == 3 else t for name, t in fused(tensors).items()}
+
+
+def stacked(tensors: Tensors) -> Tensors:
+    """All experts in three tensors beside their router, as Step-3.5 has them."""
+    out = {name.replace(".mlp.", ".moe."): t for name, t in tensors.items() if ".experts." not in name}
+    for name in SHAPES:
+        parts = [tensors[f"{MLP}.experts.{expert}.{name}.weight"] for expert in range(EXPERTS)]
+        out[f"{MOE}.{name}.weight"] = torch.stack(parts)
+    return out
 
 
 def quantized(tensors: Tensors) -> Tensors:
@@ -141,6 +153,83 @@ def test_fused_fp8_experts_are_read_and_dequantized(tmp_path: Path, form: Callab
         if tensor.dim() == 3:
             for expert, matrix in enumerate(tensor):
                 assert torch.equal(out[name][expert], reference.dequantize_weight(*quantize_weight(matrix)))
+
+
+def test_stacked_experts_stay_stacked(tmp_path: Path) -> None:
+    """There and back: the tensors of the public checkpoint, each with the scales of all experts."""
+    source = write_folder(tmp_path / "source", {"model.safetensors": stacked(masters())}, CONFIG)
+    quantize_checkpoint(source, tmp_path / "fp8", progress=False)
+    out, expected = load_file(tmp_path / "fp8" / "model.safetensors"), quantized(stacked(masters()))
+    assert out.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(*(t.view(torch.uint8) if t.dtype == E4M3 else t for t in (out[name], tensor))), name
+    report = check_checkpoint(tmp_path / "fp8")
+    assert report.anomalies == () and report.experts is not None
+    assert (report.experts.experts, report.experts.hidden, report.experts.intermediate) == (EXPERTS, HIDDEN, INNER)
+    plan = make_plan(read_checkpoint(tmp_path / "fp8"), BlockFp8Config.from_dict(BLOCK_FP8))
+    assert plan.kinds()[f"{MOE}.experts"] == "fp8" and plan.modules[f"{MOE}.experts"].experts == EXPERTS
+    dequantize_checkpoint(tmp_path / "fp8", tmp_path / "bf16", progress=False)
+    back = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert back.keys() == stacked(masters()).keys()
+    for name in SHAPES:
+        for expert, matrix in enumerate(stacked(masters())[f"{MOE}.{name}.weight"]):
+            want = reference.dequantize_weight(*quantize_weight(matrix))
+            assert torch.equal(back[f"{MOE}.{name}.weight"][expert], want)
+
+
+def test_stacked_experts_may_be_left_alone_together(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "source", {"model.safetensors": stacked(masters())}, CONFIG)
+    with pytest.raises(BlockFp8Error, match=r"(?s)split the experts of a layer.*moe\.down_proj"):
+        quantize_checkpoint(source, tmp_path / "fp8", ignore=["*.moe.down_proj"], progress=False)
+    globs = [f"*.moe.{name}" for name in SHAPES]
+    quantize_checkpoint(source, tmp_path / "fp8", ignore=globs, progress=False)
+    report = check_checkpoint(tmp_path / "fp8")
+    assert report.anomalies == () and report.experts is None
+    assert report.config is not None
+    assert {f"{MOE}.{name}" for name in SHAPES} <= set(report.config.ignored)
+
+
+def of_stacked(name: str, change: Callable[[torch.Tensor], torch.Tensor] | None) -> Callable[[Tensors], None]:
+    """Change a projection of all experts and its scales, or lose it."""
+
+    def damage(t: Tensors) -> None:
+        for tensor in (f"{MOE}.{name}.weight", f"{MOE}.{name}.weight_scale_inv"):
+            held = t.pop(tensor)
+            if change is not None:
+                t[tensor] = change(held.view(torch.uint8) if held.dtype == E4M3 else held).view(held.dtype)
+
+    return damage
+
+
+def stacked_in_bf16(t: Tensors) -> None:
+    t[f"{MOE}.up_proj.weight"] = t[f"{MOE}.up_proj.weight"].bfloat16()
+    del t[f"{MOE}.up_proj.weight_scale_inv"]
+
+
+STACKED_ANOMALIES: dict[str, tuple[Callable[[Tensors], None], str, str]] = {
+    "a lost projection": (of_stacked("up_proj", None), "lacks a tensor of all its experts", "up_proj.weight"),
+    "a lost expert": (of_stacked("up_proj", lambda t: t[:-1]), "another shape than the model's", "up_proj.weight"),
+    "transposed": (
+        of_stacked("down_proj", lambda t: t.mT.contiguous()),
+        "another shape than the model's experts",
+        "down_proj.weight",
+    ),
+    "a lost scale": (
+        lambda t: operator.delitem(t, f"{MOE}.up_proj.weight_scale_inv"),
+        "no block scales",
+        "up_proj.weight",
+    ),
+    "bf16 in part": (stacked_in_bf16, "only some experts", "up_proj.weight"),
+}
+
+
+@pytest.mark.parametrize("name", STACKED_ANOMALIES)
+def test_anomalies_of_stacked_experts_are_named(tmp_path: Path, name: str) -> None:
+    damage, what, tensor = STACKED_ANOMALIES[name]
+    tensors = quantized(stacked(masters()))
+    damage(tensors)
+    report = inspect_checkpoint(write(tmp_path / "damaged", tensors))
+    assert [(what in a.what, a.tensor) for a in report.errors] == [(True, f"{MOE}.{tensor}")], report.errors
 
 
 @pytest.mark.parametrize(
@@ -268,8 +357,9 @@ ANOMALIES: dict[str, tuple[Callable[[Tensors], None], dict[str, Any], str, str |
     "a bias": (add("0.gate_proj.bias", INNER), {}, "with biases are not served", f"{MLP}.experts.0.gate_proj.bias"),
     "biases": (add("gate_up_proj_bias", EXPERTS, 9), {}, "with biases", f"{MLP}.experts.gate_up_proj_bias"),
     "gelu": (lambda t: None, {"hidden_act": "gelu"}, "another activation than SiLU", None),
-    "clamped": (lambda t: None, {"swiglu_limit": 7.0}, "activation is clamped", None),
-    "clamped by an escape": (lambda t: None, {"swiglu_limit": "\x1b[2J\n"}, "activation is clamped", None),
+    "swigluoai": (lambda t: None, {"hidden_act": "swigluoai"}, "another activation than SiLU", None),
+    "clamped to nothing": (lambda t: None, {"swiglu_limit": 0}, "no positive number", None),
+    "clamped by an escape": (lambda t: None, {"swiglu_limit": "\x1b[2J\n"}, "no positive number", None),
 }
 
 
@@ -286,6 +376,12 @@ def test_anomalies_are_named(tmp_path: Path, name: str) -> None:
     assert [(what in a.what, a.tensor) for a in report.errors] == [(True, tensor)], report.errors
     assert report.errors[0].expected and report.errors[0].got and report.errors[0].fix
     assert report.errors[0].got.isprintable()
+
+
+@pytest.mark.parametrize("config", [{"swiglu_limit": 7.0}, {"swiglu_limit": 10, "hidden_act": "swigluoai"}])
+def test_a_bounded_activation_is_served(tmp_path: Path, config: dict[str, Any]) -> None:
+    """DeepSeek-V4 and MiniMax-M3 have it."""
+    assert inspect_checkpoint(write(tmp_path / "sound", quantized(masters()), **config)).anomalies == ()
 
 
 def test_a_router_in_a_module_of_its_own(tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ LINEARS: Mapping[str, tuple[int, int]] = {
 """The sound checkpoint's linear layers: merged when served, ragged in blocks of `BLOCK`."""
 
 EXPERTS, EXPERT_INNER = 2, 32
-EXPERT_FORMS = (None, "one by one", "fused")
-"""How a draft has experts, which are in the layer that has no other MLP; fused: all of a layer in one tensor."""
+EXPERT_FORMS = (None, "one by one", "fused", "stacked")
+"""How a draft has experts, which are in the layer that has no other MLP: all of a layer in two tensors, or in three."""
 
 
 @dataclass(frozen=True)
@@ -181,14 +181,20 @@ def _weights(name: str, shape: tuple[int, ...], form: Form | None) -> list[Tenso
 
 
 def _experts(form: str) -> dict[str, tuple[int, ...]]:
-    layer, gate, down = "model.layers.0.mlp.experts", (EXPERT_INNER, HIDDEN), (HIDDEN, EXPERT_INNER)
+    block, gate, down = _expert_block(form), (EXPERT_INNER, HIDDEN), (HIDDEN, EXPERT_INNER)
     if form == "fused":
         return {
-            f"{layer}.gate_up_proj": (EXPERTS, 2 * EXPERT_INNER, HIDDEN),
-            f"{layer}.down_proj": (EXPERTS, *down),
+            f"{block}.experts.gate_up_proj": (EXPERTS, 2 * EXPERT_INNER, HIDDEN),
+            f"{block}.experts.down_proj": (EXPERTS, *down),
         }
     shapes = {"gate_proj": gate, "up_proj": gate, "down_proj": down}
-    return {f"{layer}.{e}.{name}.weight": shape for e in range(EXPERTS) for name, shape in shapes.items()}
+    if form == "stacked":
+        return {f"{block}.{name}.weight": (EXPERTS, *shape) for name, shape in shapes.items()}
+    return {f"{block}.experts.{e}.{name}.weight": shape for e in range(EXPERTS) for name, shape in shapes.items()}
+
+
+def _expert_block(form: str | None) -> str:
+    return "model.layers.0.moe" if form == "stacked" else "model.layers.0.mlp"
 
 
 def sound_checkpoint(
@@ -204,7 +210,7 @@ def sound_checkpoint(
     if experts is not None:
         for name, matrices in _experts(experts).items():
             tensors += _weights(name, matrices, form if quantized else None)
-        tensors += _weights("model.layers.0.mlp.gate.weight", (EXPERTS, HIDDEN), None)
+        tensors += _weights(f"{_expert_block(experts)}.gate.weight", (EXPERTS, HIDDEN), None)
     for name, shape in (("model.norm.weight", (HIDDEN,)), ("lm_head.weight", (3, HIDDEN))):
         tensors.append(Tensor(name, "BF16", shape, _BF16[: 2 * math.prod(shape)]))
     config: dict[str, Any] = {
@@ -216,7 +222,7 @@ def sound_checkpoint(
     if experts is not None:
         config |= {"num_experts": EXPERTS, "moe_intermediate_size": EXPERT_INNER, "hidden_act": "silu"}
     if quantized:
-        ignored = ("lm_head", "model.layers.0.mlp.gate")
+        ignored = ("lm_head", f"{_expert_block(experts)}.gate")
         said = BlockFp8Config(form.block, ignored, form.scale_fmt, form.container)
         config["quantization_config"] = said.to_dict()
     if files == 1:

@@ -311,7 +311,7 @@ def test_small_attacks_find_a_missing_defence(
         return hostile_folder(choices, quantized=name != "quantize", stages=((damage,),))
 
     reader = Reader(name, READERS[name].read, make, READERS[name].reads_data)
-    inputs = [random_choices(5, number) for number in range(400)]
+    inputs = [random_choices(5, number) for number in range(800)]
     assert not run(reader, inputs, tmp_path).violations
     remove(monkeypatch)
     figures = run(reader, inputs, tmp_path)

@@ -54,6 +54,8 @@ NAMES = (
     "model.layers.0.mlp.experts.1.gate_proj.bias",
     "model.layers.0.mlp.experts.999999.gate_proj.weight",
     "model.layers.0.mlp.experts.gate_up_proj",
+    "model.layers.0.moe.up_proj.weight",
+    "model.layers.0.moe.down_proj.weight_scale_inv",
     "model.layers.0.mlp.experts.down_proj_scale_inv",
     "model.layers.999999.mlp.up_proj.weight",
     "model.layers.99999999999999999999.mlp.up_proj.weight",

@@ -28,6 +28,7 @@ from tests.support.logprobs import distance, prompt_logprobs, stock_logprobs
 from tests.support.noise import FALSE_ALARMS, rank_sum_probability
 from tests.support.offline import Run, answers
 from tests.support.padded_heads import write_with_more_heads
+from tests.support.step_models import step_logprobs, write_step
 
 from .conftest import ASCEND, EAGER, TRACED, Start
 from .test_ranks import TWO_CORES, distances
@@ -100,6 +101,19 @@ def test_families_against_the_same_weights_dequantized(families: dict[str, Path]
         print(f"\n{family}, nats a token against the same weights: {near:.7f}; block FP8 against bf16 {fp8:.4f}")
         assert fp8 > 0.05
         assert near < (fp8 / 4 if family == BF16_ONLY else NEAR)
+
+
+def test_bounded_experts_in_stacked_tensors(tmp_path: Path) -> None:
+    """Step-3.5, for whose bf16 experts vLLM has nothing on a CPU: against transformers with the same weights."""
+    master, fp8, twin = write_step(tmp_path / "master"), tmp_path / "fp8", tmp_path / "twin"
+    quantize_checkpoint(master, fp8, progress=False)
+    dequantize_checkpoint(fp8, twin, dtype=torch.float32, progress=False)
+    (ours,) = answers([Run(str(fp8), W8A16)], tmp_path)
+    expected = step_logprobs(master, twin)
+    near, bound = distance(ours.logprobs, expected), distance(step_logprobs(master, twin, limits=None), expected)
+    quantizing = distance(step_logprobs(master, master), expected)
+    print(f"\nnats a token against the same weights: {near:.7f}; bounds {bound:.4f}, block FP8 {quantizing:.4f}")
+    assert near < NEAR < bound / 10 and quantizing > 0.05
 
 
 @pytest.mark.long

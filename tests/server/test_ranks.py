@@ -173,14 +173,15 @@ def test_ranks_that_cut_through_blocks_of_experts(tmp_path: Path, mode: str) -> 
 
 def compare_offline(folder: Path, tmp_path: Path, mode: str) -> None:
     """W8A16: the order of sums alone. W8A8: codes and scales are those of one process, because the ranks agree on the
-    groups that both have part of; the ranks of W8A8 run in `mode`. What is left is noise: the long form ranks it.
+    groups that both have part of; W8A8 runs in `mode` on both sides, since Inductor rounds norms elsewhere, which moved
+    a model of experts by 0.07. What is left is noise: the long form ranks it.
     """
-    w8a8: dict[str, Any] = {"quantization": "ascend"}
-    w8a16 = w8a8 | {"additional_config": {"qwen3_fp8_ascend": {"activation": "w8a16"}}}
+    w8a8 = {"quantization": "ascend", "enforce_eager": mode == EAGER_RANKS}
+    w8a16 = {"quantization": "ascend", "additional_config": {"qwen3_fp8_ascend": {"activation": "w8a16"}}}
     ranks = {"tensor_parallel_size": 2}
-    one = answers([OfflineRun(str(folder), o) for o in (w8a8, w8a16)], tmp_path)
-    split = (w8a8 | ranks | {"enforce_eager": mode == EAGER_RANKS}, w8a16 | ranks)
     without_inductor = TRACED if mode == TRACED_RANKS else {}
+    one = answers([OfflineRun(str(folder), o) for o in (w8a8, w8a16)], tmp_path, **without_inductor)
+    split = (w8a8 | ranks, w8a16 | ranks)
     two = answers([OfflineRun(str(folder), o) for o in split], tmp_path, **TWO_CORES, **without_inductor)
     moved, exact = (distance(b.logprobs, a.logprobs) for a, b in zip(one, two, strict=True))
     quantizing = distance(one[0].logprobs, one[1].logprobs)

@@ -49,17 +49,18 @@ def transformers_logprobs(
 
     Nothing of vLLM and none of the kernels is in it.
     """
-    return _forced(folder, load_model(folder, "reference", activation, torch.float32, "cpu"), texts)
+    return logprobs_of(folder, load_model(folder, "reference", activation, torch.float32, "cpu"), texts)
 
 
 def stock_logprobs(folder: Path, texts: Sequence[str] = TEXTS) -> np.ndarray:
     """The same of a model that is not quantized, as transformers itself loads it: with its own layers of experts."""
     from transformers import AutoModelForCausalLM
 
-    return _forced(folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), texts)
+    return logprobs_of(folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), texts)
 
 
-def _forced(folder: Path, model: Any, texts: Sequence[str]) -> np.ndarray:
+def logprobs_of(folder: Path, model: Any, texts: Sequence[str] = TEXTS) -> np.ndarray:
+    """The same from a model of transformers, by the folder's tokenizer."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

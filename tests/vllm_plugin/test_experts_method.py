@@ -16,6 +16,7 @@ from vllm.forward_context import set_forward_context
 
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.format import Activation, BlockFp8Config
+from qwen3_fp8_ascend.swiglu import Swiglu
 from qwen3_fp8_ascend.testing.models import qwen3_config
 from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod
 
@@ -123,6 +124,33 @@ def test_the_whole_layer_with_its_router() -> None:
     assert_near(out, expected(tensors, x, weights / weights.sum(-1, keepdim=True), ids))
     asked = runner.routed_experts.quant_method.moe_quant_config
     assert asked is not None  # else vLLM asks at each step, and compiled code is made anew
+
+
+@pytest.mark.parametrize(
+    ("arguments", "swiglu"),
+    [
+        ({"swiglu_limit": 0.25}, Swiglu.clamped(0.25)),
+        ({"swiglu_limit": 10, "swiglu_alpha": 1, "swiglu_beta": 0}, Swiglu.clamped(10.0)),
+        ({"activation": "swiglustep"}, Swiglu.step(7.0)),
+        (
+            {"activation": "swigluoai_uninterleave", "swiglu_limit": 0.5, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+            Swiglu.clamped(0.5, 1.702, 1.0),
+        ),
+    ],
+)
+def test_bounded_activations(arguments: dict[str, Any], swiglu: Swiglu) -> None:
+    """DeepSeek-V4, Step-3.5, MiniMax-M3; gates and ups are made large enough to meet their limits."""
+    tensors, operands = checkpoint(), routed(5)
+    for name in tensors:
+        if name.endswith(("gate_proj.weight_scale_inv", "up_proj.weight_scale_inv")):
+            tensors[name] = tensors[name] * 8
+    layer = make_layer(**arguments)
+    load(layer, tensors)
+    out = apply(finish(layer), *operands)
+    assert layer.quant_method.swiglu == swiglu
+    assert_near(out, expected(tensors, *operands, swiglu))
+    with pytest.raises(AssertionError):
+        assert_near(out, expected(tensors, *operands))
 
 
 def test_weights_on_the_input_of_one_expert_a_token() -> None:

@@ -41,7 +41,14 @@ def test_a_block_in_both_gate_and_up_is_refused(inner: int) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "biases": ({"has_bias": True}, "experts with biases are not served"),
     "gelu": ({"activation": "gelu"}, "with the activation gelu are not served"),
-    "clamped": ({"swiglu_limit": 7.0}, r"swiglu_limit\) are not served"),
+    "interleaved": ({"activation": "swigluoai", "swiglu_limit": 7.0}, "with the activation swigluoai are not served"),
+    "no limit": ({"activation": "swigluoai_uninterleave"}, "the activation swigluoai_uninterleave are not served"),
+    "another step": ({"activation": "swiglustep", "swiglu_limit": 5.0}, "the activation swiglustep are not served"),
+    "scaled": ({"swiglu_alpha": 1.702}, "with the activation silu are not served"),
+    "clamped to nothing": (
+        {"swiglu_limit": 0.0},
+        "gate_limit of an expert's activation is not a positive number of fp32",
+    ),
     "weights on the input": ({"apply_router_weight_on_input": True}, r"of several experts .* are not served"),
 }
 

@@ -105,7 +105,7 @@ def poison_weights(draft: Draft, choices: Choices) -> None:
 
 def damage_experts(draft: Draft, choices: Choices) -> None:
     """One tensor of an expert, or of all of them: lost, of another shape or dtype, or one too many."""
-    places = [(tensors, t) for tensors in draft.tensors.values() for t in tensors if ".experts." in t.name]
+    places = [(tensors, t) for tensors in draft.tensors.values() for t in tensors if _of_experts(t.name)]
     if not places:
         return
     tensors, tensor = choices.pick(places)
@@ -126,7 +126,11 @@ def damage_experts(draft: Draft, choices: Choices) -> None:
         parts = (".experts.", ".experts.0.", "down_proj", "gate_up_proj", "gate_proj.weight")
         part = choices.pick(parts)
         for held in draft.tensors.values():
-            held[:] = [t for t in held if ".experts." not in t.name or part not in t.name]
+            held[:] = [t for t in held if not _of_experts(t.name) or part not in t.name]
+
+
+def _of_experts(name: str) -> bool:
+    return ".experts." in name or (".moe." in name and ".gate." not in name)
 
 
 TENSORS: tuple[Damage, ...] = (
