@@ -93,7 +93,8 @@ class Layer:
 
     def expected(self, problem: ExpertsProblem) -> torch.Tensor:
         operands = self.routed.packed_w13_weight, self.routed.packed_w2_weight
-        return ops.block_experts(problem.x, *operands, problem.topk_weights, problem.topk_ids, self.activation)
+        routing = problem.topk_weights, problem.topk_ids
+        return ops.block_experts(problem.x, *operands, *routing, self.activation, problem.swiglu)
 
 
 def tensors_of(problem: ExpertsProblem) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,15 +13,18 @@ from .conftest import BEFORE_SCHEMES
 if BEFORE_SCHEMES:
     pytest.skip("vLLM-Ascend 0.23.0 has no such schemes: experts are refused there", allow_module_level=True)
 
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm_ascend.ascend_forward_context import MoECommType
 from vllm_ascend.ops.fused_moe import token_dispatcher
 from vllm_ascend.ops.fused_moe.moe_comm_method import AllGatherCommImpl
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation
+from qwen3_fp8_ascend.swiglu import SILU, Swiglu
 from qwen3_fp8_ascend.testing.experts import assert_layer_exact, random_experts
 from qwen3_fp8_ascend.testing.judges import rel_l2
 from qwen3_fp8_ascend.vllm_plugin import ascend_schemes, experts
+from qwen3_fp8_ascend.vllm_plugin.expert_layer import swiglu_of
 from tests.support.cut_experts import cut
 
 from .expert_layer import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, Layer, loaded_layer, tensors_of  # noqa: F401
@@ -34,6 +37,33 @@ def test_their_dispatch_and_combine_around_our_scheme(layer: Layer, dtype: torch
     got = layer(problem)
     assert got.dtype == dtype and torch.equal(got, layer.expected(problem))
     assert_layer_exact(got, problem, layer.activation)
+
+
+@pytest.mark.parametrize(
+    ("activation", "numbers", "swiglu"),
+    [
+        (MoEActivation.SILU, (0.5, None, None), Swiglu.clamped(0.5)),
+        (MoEActivation.SWIGLUSTEP, (None, None, None), Swiglu.step(7.0)),
+        (MoEActivation.SWIGLUOAI_UNINTERLEAVE, (7.0, 1.702, 1.0), Swiglu.clamped(7.0, 1.702, 1.0)),
+    ],
+    ids=lambda value: getattr(value, "value", None),
+)
+def test_bounded_activations(
+    layer: Layer,
+    activation: MoEActivation,
+    numbers: tuple[float | None, ...],
+    swiglu: Swiglu,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Computed here, whatever vLLM-Ascend has for them; tokens are large enough to meet every bound."""
+    monkeypatch.setattr(layer.routed, "activation", activation)
+    for name, number in zip(("limit", "alpha", "beta"), numbers, strict=True):
+        monkeypatch.setattr(layer.routed, f"swiglu_{name}", number)
+    monkeypatch.setattr(layer.routed.quant_method, "swiglu", swiglu_of(layer.routed, "experts"))
+    problem = dataclasses.replace(layer.problem, x=layer.problem.x * 16, swiglu=swiglu)
+    got = layer(problem)
+    assert torch.equal(got, layer.expected(problem))
+    assert not torch.equal(got, layer.expected(dataclasses.replace(problem, swiglu=SILU)))
 
 
 def of_rank(layer: Layer, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:

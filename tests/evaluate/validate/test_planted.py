@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from qwen3_fp8_ascend.cli import app
 from qwen3_fp8_ascend.evaluate.results import runs_by_chip
+from qwen3_fp8_ascend.evaluate.validate import experts
 from qwen3_fp8_ascend.evaluate.validate import run as orchestration
 from qwen3_fp8_ascend.terminal import run
 from qwen3_fp8_ascend.testing.devices import Device
@@ -69,6 +71,7 @@ FINDERS = {
     "linear/planted_ulp/w8a8",
     "linear/planted_scale/w8a8",
     "experts/planted_slot/w8a8",
+    "experts/planted_bound/w8a8",
     "nonfinite/planted_nan/w8a8",
     "quantize/planted_nan",
     "determinism/planted_race/w8a8",
@@ -100,8 +103,13 @@ def test_a_wrong_scale_row_at_a_shards_edge(faulty: Any) -> None:
 
 def test_an_expert_that_is_left_out(faulty: Any) -> None:
     step = by_step(faulty[1])["experts/planted_slot/w8a8"]
-    assert {failure["case"].split("/")[-4] for failure in step["failures"]} == {"m1", "m17"}
+    assert {re.findall(r"/(m\d+)/", failure["case"])[0] for failure in step["failures"]} == {"m1", "m17"}
     assert "elements are no rounding of what the oracle allows, the first at (0, 0)" in words(step)
+
+
+def test_an_activation_without_its_bounds(faulty: Any) -> None:
+    step = by_step(faulty[1])["experts/planted_bound/w8a8"]
+    assert {failure["case"].split("/")[-1] for failure in step["failures"]} == set(experts.BOUNDED)
 
 
 def test_a_nan_that_is_swallowed(faulty: Any) -> None:
