@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import silu
 
-from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.errors import BlockFp8Error, describe
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Swiglu:
             if math.isnan(number) or (positive and number <= 0) or (not limit and math.isinf(number)):
                 raise BlockFp8Error(
                     f"{field.name} of an expert's activation is not a {'positive ' if positive else ''}number of fp32",
-                    got=repr(given)[:100],
+                    got=describe(given, 100),
                 )
             object.__setattr__(self, field.name, number)
 

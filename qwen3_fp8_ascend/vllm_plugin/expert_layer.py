@@ -7,7 +7,7 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from qwen3_fp8_ascend.checkpoints.experts import SERVE_BF16
-from qwen3_fp8_ascend.errors import BlockFp8Error
+from qwen3_fp8_ascend.errors import BlockFp8Error, printable
 from qwen3_fp8_ascend.swiglu import SILU, Swiglu
 
 STEP_LIMIT = 7.0
@@ -62,7 +62,7 @@ def swiglu_of(layer: Any, prefix: str) -> Swiglu:
     """
     activation = getattr(layer.activation, "value", layer.activation)
     limit, alpha, beta = (getattr(layer, f"swiglu_{name}", None) for name in ("limit", "alpha", "beta"))
-    given = f"{activation} with swiglu_limit {limit}, swiglu_alpha {alpha}, swiglu_beta {beta}"
+    given = printable(f"{activation} with swiglu_limit {limit}, swiglu_alpha {alpha}, swiglu_beta {beta}", 200)
     alone = alpha in (None, 1.0) and beta in (None, 0.0)
     try:
         if activation == "silu" and alone:

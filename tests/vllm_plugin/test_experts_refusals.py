@@ -45,6 +45,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no limit": ({"activation": "swigluoai_uninterleave"}, "the activation swigluoai_uninterleave are not served"),
     "another step": ({"activation": "swiglustep", "swiglu_limit": 5.0}, "the activation swiglustep are not served"),
     "scaled": ({"swiglu_alpha": 1.702}, "with the activation silu are not served"),
+    "no number": (
+        {"swiglu_limit": "\x1b[2J" * 1000},
+        "gate_limit of an expert's activation is not a positive number of fp32",
+    ),
     "clamped to nothing": (
         {"swiglu_limit": 0.0},
         "gate_limit of an expert's activation is not a positive number of fp32",
@@ -56,8 +60,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_other_experts_are_refused_by_name(name: str) -> None:
     arguments, said = REFUSED[name]
-    with pytest.raises(BlockFp8Error, match=rf"{said}\n  where: {PREFIX}"):
+    with pytest.raises(BlockFp8Error, match=rf"{said}\n  where: {PREFIX}") as caught:
         make_layer(**arguments)
+    assert all(line.isprintable() and len(line) < 1000 for line in str(caught.value).splitlines())
 
 
 def test_adapters_and_moving_experts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
