@@ -13,7 +13,7 @@ import math
 import torch
 
 from qwen3_fp8_ascend.format import AMAX_FLOOR, DEFAULT_BLOCK, E4M3_MAX, Activation, BlockGrid, BlockSize, ceil_div
-from qwen3_fp8_ascend.swiglu import SILU, Swiglu
+from qwen3_fp8_ascend.glu import SILU, Glu
 
 NAN_CODE = 0x7F
 """The one NaN code that quantization produces, whatever the sign of the NaN."""
@@ -189,7 +189,7 @@ def block_experts(
     topk_ids: torch.Tensor,
     *,
     activation: Activation = Activation.W8A8,
-    swiglu: Swiglu = SILU,
+    glu: Glu = SILU,
     block: BlockSize = DEFAULT_BLOCK,
     compute_dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
@@ -200,7 +200,7 @@ def block_experts(
         (E, 2 * ceil(intermediate / block.n), ceil(hidden / block.k)); topk_weights (m, top_k) fp32, topk_ids (m, top_k)
         -> (m, hidden) in x.dtype.
     Semantics: two linears of this file with silu between. h = x.dtype(block_linear(x, w13));
-        a = x.dtype(swiglu(gate, up)), computed in fp32: silu(gate) * up, unless the model bounds it;
+        a = x.dtype(glu(gate, up)), computed in fp32: silu(gate) * up, unless the model bounds it;
         y = block_linear(a, w2) in fp32, not rounded;
         out = x.dtype(the sum of weight * y in fp32, in the order of the slots). An id of -1 adds nothing, an expert
         that is named twice adds twice. Weights are used as they are: normalising and scaling them is the router's.
@@ -215,7 +215,7 @@ def block_experts(
         token, slot = (topk_ids == expert).nonzero(as_tuple=True)
         h = linear(x[token], w13[expert], w13_scale[expert], grid=gate_up).to(x.dtype)
         gate, up = h.to(compute_dtype).split(half, dim=1)
-        a = swiglu(gate, up).to(x.dtype)
+        a = glu(gate, up).to(x.dtype)
         # As fp32, a has the same codes, and what comes out is not rounded.
         y[token, slot] = linear(a.float(), w2[expert], w2_scale[expert], grid=down)
     out = torch.zeros(x.shape[0], hidden, device=x.device, dtype=compute_dtype)

@@ -54,7 +54,7 @@ def test_layer_made_of_grouped_linears(backend: str, activation: Activation, pro
         return  # answered by ops
     grouped_linear = load_backend(backend).grouped_linear
     assert grouped_linear is not None
-    operands = problem.x.contiguous(), w13, w2, problem.topk_weights, problem.topk_ids, activation, problem.swiglu
+    operands = problem.x.contiguous(), w13, w2, problem.topk_weights, problem.topk_ids, activation, problem.glu
     assert_layer_exact(grouped.block_experts(grouped_linear, *operands), problem, activation)
 
 

@@ -1,4 +1,4 @@
-// torch.ops.qwen3_fp8_ascend.cpu_grouped_linear, cpu_swiglu_product, cpu_block_experts: argument checks, registration.
+// torch.ops.qwen3_fp8_ascend.cpu_grouped_linear, cpu_glu_product, cpu_block_experts: argument checks, registration.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -74,24 +74,25 @@ Tensor cpu_grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, 
   return y;
 }
 
-// All that an activation is made of; alpha and the limits are positive, and none is NaN.
-Swiglu require_swiglu(double gate_limit, double silu_limit, double up_limit, double alpha, double beta) {
-  require(gate_limit > 0 && silu_limit > 0 && up_limit > 0, "the activation's limits must be positive, got ",
-          std::to_string(gate_limit), ", ", std::to_string(silu_limit), " and ", std::to_string(up_limit));
-  require(alpha > 0 && std::isfinite(alpha) && std::isfinite(beta),
-          "the activation's alpha must be positive, and it and beta finite, got ", std::to_string(alpha), " and ",
-          std::to_string(beta));
-  return {static_cast<float>(gate_limit), static_cast<float>(silu_limit), static_cast<float>(up_limit),
-          static_cast<float>(alpha), static_cast<float>(beta)};
+// All that an activation is made of; alpha and the limits are positive, cubic is not negative, and none is NaN.
+Glu require_glu(double gate_limit, double act_limit, double up_limit, double alpha, double cubic, double beta) {
+  require(gate_limit > 0 && act_limit > 0 && up_limit > 0, "the activation's limits must be positive, got ",
+          std::to_string(gate_limit), ", ", std::to_string(act_limit), " and ", std::to_string(up_limit));
+  require(alpha > 0 && std::isfinite(alpha) && cubic >= 0 && std::isfinite(cubic) && std::isfinite(beta),
+          "the activation's alpha must be positive, cubic not negative, and both and beta finite, got ",
+          std::to_string(alpha), ", ", std::to_string(cubic), " and ", std::to_string(beta));
+  return {static_cast<float>(gate_limit), static_cast<float>(act_limit), static_cast<float>(up_limit),
+          static_cast<float>(alpha),      static_cast<float>(cubic),     static_cast<float>(beta)};
 }
 
-Tensor cpu_swiglu_product(Tensor x, double gate_limit, double silu_limit, double up_limit, double alpha, double beta) {
-  const Swiglu swiglu = require_swiglu(gate_limit, silu_limit, up_limit, alpha, beta);
+Tensor cpu_glu_product(Tensor x, double gate_limit, double act_limit, double up_limit, double alpha, double cubic,
+                       double beta) {
+  const Glu glu = require_glu(gate_limit, act_limit, up_limit, alpha, cubic, beta);
   const Rows rows = rows_of(x);
   require(x.size(1) % 2 == 0, "x must have as many columns of gate as of up, got ", x.size(1), " in all");
   const std::int64_t half = x.size(1) / 2;
   Tensor out = empty_matrix(rows.rows, half, x.scalar_type());
-  swiglu_products(rows, half, swiglu, out.mutable_data_ptr());
+  glu_products(rows, half, glu, out.mutable_data_ptr());
   return out;
 }
 
@@ -112,8 +113,8 @@ thread_local std::vector<char> used;
 Tensor cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w13_panels, Tensor w2_codes,
                          Tensor w2_scales, Tensor w2_panels, Tensor topk_weights, Tensor topk_ids,
                          std::int64_t intermediate, std::int64_t block_k, std::int64_t quantization, double gate_limit,
-                         double silu_limit, double up_limit, double alpha, double beta) {
-  const Swiglu swiglu = require_swiglu(gate_limit, silu_limit, up_limit, alpha, beta);
+                         double act_limit, double up_limit, double alpha, double cubic, double beta) {
+  const Glu glu = require_glu(gate_limit, act_limit, up_limit, alpha, cubic, beta);
   const Rows rows = rows_of(x);
   const std::int64_t hidden = x.size(1);
   require(intermediate >= 0 && intermediate <= kMostColumns, "intermediate must be within 0..", kMostColumns, ", got ",
@@ -150,7 +151,7 @@ Tensor cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w
   }
   Tensor out = empty_matrix(rows.rows, hidden, x.scalar_type());
   const Routing routing{topk_weights.const_data_ptr<float>(), experts.data(), topk_weights.size(1)};
-  block_experts(rows, w13, w2, segments, routing, require_quantization(quantization), swiglu, out.mutable_data_ptr(),
+  block_experts(rows, w13, w2, segments, routing, require_quantization(quantization), glu, out.mutable_data_ptr(),
                 hidden);
   return out;
 }
@@ -163,16 +164,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
       "cpu_grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, Tensor ends, int n, int k, "
       "int block_k, int quantization) -> Tensor");
   m.def(
-      "cpu_swiglu_product(Tensor x, float gate_limit, float silu_limit, float up_limit, float alpha, float beta) -> "
+      "cpu_glu_product(Tensor x, float gate_limit, float act_limit, float up_limit, float alpha, float cubic, float "
+      "beta) -> "
       "Tensor");
   m.def(
       "cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w13_panels, Tensor w2_codes, "
       "Tensor w2_scales, Tensor w2_panels, Tensor topk_weights, Tensor topk_ids, int intermediate, int block_k, "
-      "int quantization, float gate_limit, float silu_limit, float up_limit, float alpha, float beta) -> Tensor");
+      "int quantization, float gate_limit, float act_limit, float up_limit, float alpha, float cubic, float beta) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qwen3_fp8_ascend, CPU, m) {
   m.impl("cpu_grouped_linear", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_grouped_linear));
-  m.impl("cpu_swiglu_product", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_swiglu_product));
+  m.impl("cpu_glu_product", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_glu_product));
   m.impl("cpu_block_experts", TORCH_BOX(&qwen3_fp8_ascend::cpu::cpu_block_experts));
 }

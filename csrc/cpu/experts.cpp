@@ -68,9 +68,8 @@ void prepare_tokens(const Manner& manner, const Rows& x, const Depth& depth, con
 }
 
 // One task of the gate and up projections: their products, rounded, become activations of the down projection.
-void activate(const Manner& manner, const ExpertWeights& w13, const Depth& down, const Segment& segment,
-              const Swiglu& swiglu, const Share& share, const Task& task, const PreparedShares& x,
-              const PreparedShares& out) {
+void activate(const Manner& manner, const ExpertWeights& w13, const Depth& down, const Segment& segment, const Glu& glu,
+              const Share& share, const Task& task, const PreparedShares& x, const PreparedShares& out) {
   const std::int64_t row_bytes = segment.rows * size_of(manner.dtype);
   char* gate = static_cast<char*>(task_memory.grow(static_cast<std::size_t>((2 * task.rows + 1) * row_bytes)));
   char* up = gate + task.rows * row_bytes;
@@ -84,8 +83,7 @@ void activate(const Manner& manner, const ExpertWeights& w13, const Depth& down,
   multiply(manner, weight, share, task, x, output, segment.up_begin, segment.up_begin + panels);
   const Prepared activations = out.of(share);
   for (std::int64_t row = 0; row < task.rows; ++row) {
-    manner.kernels.swiglu_product(gate + row * row_bytes, up + row * row_bytes, swiglu, manner.dtype, segment.rows,
-                                  product);
+    manner.kernels.glu_product(gate + row * row_bytes, up + row * row_bytes, glu, manner.dtype, segment.rows, product);
     for (std::int64_t block = segment.block_begin; block < segment.block_end; ++block) {
       const void* group = at(product, manner.dtype, (block - segment.block_begin) * down.block_k);
       prepare_block(manner.kernels, group, manner.dtype, manner.quantization, down, block, activations,
@@ -139,21 +137,21 @@ std::vector<Segment> make_segments(const Panel* panels, std::int64_t panel_count
   return segments;
 }
 
-void swiglu_products(const Rows& h, std::int64_t half, const Swiglu& swiglu, void* out) {
+void glu_products(const Rows& h, std::int64_t half, const Glu& glu, void* out) {
   if (half == 0) return;
   const Kernels& kernels = kernels_of(current_isa());
   parallel(h.rows, row_grain(half), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = begin; row < end; ++row) {
       const void* gate = h.row(row);
       char* product = static_cast<char*>(out) + row * half * size_of(h.dtype);
-      kernels.swiglu_product(gate, at(gate, h.dtype, half), swiglu, h.dtype, half, product);
+      kernels.glu_product(gate, at(gate, h.dtype, half), glu, h.dtype, half, product);
     }
   });
 }
 
 void block_experts(const Rows& x, const ExpertWeights& w13, const ExpertWeights& w2,
                    const std::vector<Segment>& segments, const Routing& routing, Quantization quantization,
-                   const Swiglu& swiglu, void* out, std::int64_t n) {
+                   const Glu& glu, void* out, std::int64_t n) {
   if (n == 0 || x.rows == 0) return;
   const std::int64_t top_k = routing.top_k;
   const std::int64_t experts = w13.experts;
@@ -177,7 +175,7 @@ void block_experts(const Rows& x, const ExpertWeights& w13, const ExpertWeights&
     make_tasks(plan, manner, static_cast<std::int64_t>(segments.size()));
     const std::int64_t panels = segments.empty() ? 0 : 2 * (segments[0].gate_end - segments[0].gate_begin);
     share_out(plan.tasks, panels * w13.depth.padded() * kPanelRows, [&](const Task& task) {
-      activate(manner, w13, w2.depth, segments[task.part], swiglu, plan.shares[task.share], task, prepared, activated);
+      activate(manner, w13, w2.depth, segments[task.part], glu, plan.shares[task.share], task, prepared, activated);
     });
 
     const auto y_bytes = static_cast<std::size_t>(plan.rows * n) * sizeof(float);

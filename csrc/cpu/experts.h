@@ -58,13 +58,13 @@ struct Routing {
 void grouped_linear(const Rows& x, const ExpertWeights& weights, const std::int64_t* ends, Quantization quantization,
                     void* y, std::int64_t n);
 
-// out (h.rows, half) of h.dtype: swiglu of the first `half` columns of h and the second, rounded as in a layer.
-void swiglu_products(const Rows& h, std::int64_t half, const Swiglu& swiglu, void* out);
+// out (h.rows, half) of h.dtype: glu of the first `half` columns of h and the second, rounded as in a layer.
+void glu_products(const Rows& h, std::int64_t half, const Glu& glu, void* out);
 
-// out (x.rows, n) of x.dtype: the sum over a token's experts, in their order, of w2(swiglu(gate, up)) times their
+// out (x.rows, n) of x.dtype: the sum over a token's experts, in their order, of w2(glu(gate, up)) times their
 // weight.
 void block_experts(const Rows& x, const ExpertWeights& w13, const ExpertWeights& w2,
                    const std::vector<Segment>& segments, const Routing& routing, Quantization quantization,
-                   const Swiglu& swiglu, void* out, std::int64_t n);
+                   const Glu& glu, void* out, std::int64_t n);
 
 }  // namespace qwen3_fp8_ascend::cpu

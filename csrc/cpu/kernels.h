@@ -54,18 +54,20 @@ constexpr std::int64_t kMostColumns = std::int64_t{1} << 40;
 // Neither argument is negative, and no sum that could overflow is formed: a block may be as wide as an integer can say.
 static constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return a / b + (a % b != 0 ? 1 : 0); }
 
-// silu(gate) * up, with bounds: min(g / (1 + e^(-alpha g)), silu_limit) * (u + beta), where g is the gate up to its
-// limit and u the up within +-up_limit.
-struct Swiglu {
+// act(gate) * up, with bounds: min(g / (1 + e^(-alpha (g + cubic g^3))), act_limit) * (u + beta), where g is the gate
+// up to its limit and u the up within +-up_limit.
+struct Glu {
   float gate_limit;
-  float silu_limit;
+  float act_limit;
   float up_limit;
   float alpha;
+  float cubic;
   float beta;
 
   bool is_silu() const {
     const float none = std::numeric_limits<float>::infinity();
-    return gate_limit == none && silu_limit == none && up_limit == none && alpha == 1.0f && beta == 0.0f;
+    const bool unbounded = gate_limit == none && act_limit == none && up_limit == none;
+    return unbounded && alpha == 1.0f && cubic == 0.0f && beta == 0.0f;
   }
 };
 
@@ -163,9 +165,8 @@ struct Kernels {
                        std::uint16_t* values, std::int64_t term_stride);
   // code * scale, rounded once to dtype.
   void (*dequantize)(const std::uint8_t* codes, std::int64_t count, float scale, Dtype dtype, void* out);
-  // swiglu(gate, up) in fp32, rounded once to dtype; the same bits on every instruction set.
-  void (*swiglu_product)(const void* gate, const void* up, const Swiglu& swiglu, Dtype dtype, std::int64_t count,
-                         void* out);
+  // glu(gate, up) in fp32, rounded once to dtype; the same bits on every instruction set.
+  void (*glu_product)(const void* gate, const void* up, const Glu& glu, Dtype dtype, std::int64_t count, void* out);
   // The sum of `count` rows, each times its weight, in their order in fp32, rounded once to dtype; the same bits on
   // every instruction set.
   void (*weighted_sum)(const float* const* rows, const float* weights, std::int64_t count, std::int64_t columns,

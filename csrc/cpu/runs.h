@@ -307,27 +307,35 @@ inline float exp_for_sigmoid(float x) {
   return power * float_of((half + 127u) << 23) * 2.0f;
 }
 
-// swiglu(gate, up), computed in fp32 and rounded once to dtype. silu(x) = x / (1 + e^-x). A NaN passes every bound.
-inline void swiglu_product(const void* gate, const void* up, const Swiglu& swiglu, Dtype dtype, std::int64_t count,
-                           void* out) {
-  const auto [gate_limit, silu_limit, up_limit, alpha, beta] = swiglu;
+// silu(x) = x / (1 + e^-x), and what is near it. A NaN passes every bound.
+template <bool kCubic>
+inline float glu_of(float gate, float up, const Glu& glu) {
+  const float x = gate > glu.gate_limit ? glu.gate_limit : gate;
+  // Without a cubic term there is no cube either, which may be infinite.
+  const float inner = kCubic ? x + glu.cubic * (x * x * x) : x;
+  const float act = x / (1.0f + exp_for_sigmoid(-(glu.alpha * inner)));
+  const float bounded = act > glu.act_limit ? glu.act_limit : act;
+  const float below = up > glu.up_limit ? glu.up_limit : up;
+  const float within = below < -glu.up_limit ? -glu.up_limit : below;
+  return bounded * (within + glu.beta);
+}
+
+// glu(gate, up), computed in fp32 and rounded once to dtype.
+inline void glu_product(const void* gate, const void* up, const Glu& given, Dtype dtype, std::int64_t count,
+                        void* out) {
+  const Glu glu = given;
   float gates[kRun];
   float ups[kRun];
   for (std::int64_t start = 0; start < count; start += kRun) {
     const std::int64_t length = count - start < kRun ? count - start : kRun;
     load_run(gate, dtype, start, length, gates);
     load_run(up, dtype, start, length, ups);
-    if (swiglu.is_silu()) {
+    if (glu.is_silu()) {
       for_each(length, [&](int i) { ups[i] *= gates[i] / (1.0f + exp_for_sigmoid(-gates[i])); });
+    } else if (glu.cubic == 0.0f) {
+      for_each(length, [&](int i) { ups[i] = glu_of<false>(gates[i], ups[i], glu); });
     } else {
-      for_each(length, [&](int i) {
-        const float x = gates[i] > gate_limit ? gate_limit : gates[i];
-        const float silu = x / (1.0f + exp_for_sigmoid(-(alpha * x)));
-        const float bounded = silu > silu_limit ? silu_limit : silu;
-        const float below = ups[i] > up_limit ? up_limit : ups[i];
-        const float within = below < -up_limit ? -up_limit : below;
-        ups[i] = bounded * (within + beta);
-      });
+      for_each(length, [&](int i) { ups[i] = glu_of<true>(gates[i], ups[i], glu); });
     }
     store_run(ups, length, dtype, out, start);
   }
@@ -385,7 +393,7 @@ constexpr Kernels run_kernels() {
   kernels.quantize_codes = quantize_codes;
   kernels.split_values = split_values;
   kernels.dequantize = dequantize;
-  kernels.swiglu_product = swiglu_product;
+  kernels.glu_product = glu_product;
   kernels.weighted_sum = weighted_sum;
   return kernels;
 }

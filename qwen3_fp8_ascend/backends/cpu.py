@@ -21,7 +21,7 @@ from qwen3_fp8_ascend import torch_range
 from qwen3_fp8_ascend.backends import cpu_fakes
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.format import SMALLEST_BLOCK, Activation, BlockGrid, BlockSize, ceil_div
-from qwen3_fp8_ascend.swiglu import Swiglu
+from qwen3_fp8_ascend.glu import Glu
 
 logger = logging.getLogger(__name__)
 
@@ -194,8 +194,8 @@ def grouped_linear(
     return _OPS.cpu_grouped_linear(x, *packed.grouped_tensors, ends, grid.n, grid.k, grid.block.k, quantization)
 
 
-def swiglu_product(h: torch.Tensor, swiglu: Swiglu) -> torch.Tensor:
-    return _OPS.cpu_swiglu_product(h, *swiglu.numbers)
+def glu_product(h: torch.Tensor, glu: Glu) -> torch.Tensor:
+    return _OPS.cpu_glu_product(h, *glu.numbers)
 
 
 def block_experts(
@@ -205,11 +205,11 @@ def block_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: Activation,
-    swiglu: Swiglu,
+    glu: Glu,
 ) -> torch.Tensor:
     tensors = *w13.grouped_tensors, *w2.grouped_tensors, topk_weights, topk_ids
     quantization = QUANTIZATIONS[activation]
-    return _OPS.cpu_block_experts(x, *tensors, w2.k, w2.grid.block.k, quantization, *swiglu.numbers)
+    return _OPS.cpu_block_experts(x, *tensors, w2.k, w2.grid.block.k, quantization, *glu.numbers)
 
 
 def quantize_activation(x: torch.Tensor, block_k: int, activation: Activation) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,7 +249,7 @@ BACKEND = Backend(
     dequantize_weight=dequantize_weight,
     pack_experts=pack_experts,
     grouped_linear=grouped_linear,
-    swiglu_product=swiglu_product,
+    glu_product=glu_product,
     block_experts=block_experts,
     unsupported=unsupported,
     detail=isa,

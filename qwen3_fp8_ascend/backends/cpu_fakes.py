@@ -23,7 +23,7 @@ def register() -> None:
     operators = (
         block_linear,
         grouped_linear,
-        swiglu_product,
+        glu_product,
         block_experts,
         quantize_activation,
         dequantize_weight,
@@ -77,8 +77,8 @@ def grouped_linear(
     return x.new_empty((x.shape[0], n))
 
 
-def swiglu_product(
-    x: torch.Tensor, gate_limit: float, silu_limit: float, up_limit: float, alpha: float, beta: float
+def glu_product(
+    x: torch.Tensor, gate_limit: float, act_limit: float, up_limit: float, alpha: float, cubic: float, beta: float
 ) -> torch.Tensor:
     torch._check(x.dim() == 2, lambda: f"x must have 2 dimensions, got {x.dim()}")
     return x.new_empty((x.shape[0], x.shape[1] // 2))
@@ -98,9 +98,10 @@ def block_experts(
     block_k: int,
     quantization: int,
     gate_limit: float,
-    silu_limit: float,
+    act_limit: float,
     up_limit: float,
     alpha: float,
+    cubic: float,
     beta: float,
 ) -> torch.Tensor:
     _same_device(x, w13_codes, w13_scales, w13_panels, w2_codes, w2_scales, w2_panels, topk_weights, topk_ids)

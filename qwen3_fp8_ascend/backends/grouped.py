@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from qwen3_fp8_ascend.backends.registry import GroupedLinear, PackedWeight, SwigluProduct
+from qwen3_fp8_ascend.backends.registry import GluProduct, GroupedLinear, PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid
-from qwen3_fp8_ascend.swiglu import SILU, Swiglu
+from qwen3_fp8_ascend.glu import SILU, Glu
 
 Pack = Callable[[torch.Tensor, torch.Tensor, BlockGrid], tuple[torch.Tensor, ...]]
 
@@ -46,10 +46,10 @@ def check_ends(ends: torch.Tensor, rows: int) -> None:
         )
 
 
-def swiglu_product(h: torch.Tensor, swiglu: Swiglu) -> torch.Tensor:
-    """swiglu(gate, up) in fp32, rounded once. Shapes: h (rows, 2 * I), the gate's columns first -> (rows, I)."""
+def glu_product(h: torch.Tensor, glu: Glu) -> torch.Tensor:
+    """glu(gate, up) in fp32, rounded once. Shapes: h (rows, 2 * I), the gate's columns first -> (rows, I)."""
     gate, up = h.float().chunk(2, dim=1)
-    return swiglu(gate, up).to(h.dtype)
+    return glu(gate, up).to(h.dtype)
 
 
 def block_experts(
@@ -60,14 +60,14 @@ def block_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: Activation,
-    swiglu: Swiglu = SILU,
+    glu: Glu = SILU,
     *,
-    product: SwigluProduct = swiglu_product,
+    product: GluProduct = glu_product,
     between: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """`reference.block_experts`. An id outside 0..E-1 adds nothing, whatever it is: to look would be to wait.
 
-    product: a backend's own `swiglu_product`. between: as in `ops.block_experts`.
+    product: a backend's own `glu_product`. between: as in `ops.block_experts`.
     """
     (m, top_k), experts = topk_ids.shape, w13.groups
     flat = topk_ids.reshape(-1).long()
@@ -75,7 +75,7 @@ def block_experts(
     sorted_ids, order = flat.clone().masked_fill_(~chosen, experts).sort(stable=True)
     ends = torch.searchsorted(sorted_ids, torch.arange(experts, device=x.device), right=True)
     h = grouped_linear(x.index_select(0, order // top_k), w13, ends, activation, x.dtype)
-    a = product(h, swiglu)
+    a = product(h, glu)
     if between is not None:
         a = between(a)
     down = grouped_linear(a, w2, ends, activation, torch.float32)

@@ -11,7 +11,7 @@ from qwen3_fp8_ascend.backends import grouped
 from qwen3_fp8_ascend.backends.registry import Backend, PackedWeight
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockGrid
-from qwen3_fp8_ascend.swiglu import Swiglu
+from qwen3_fp8_ascend.glu import Glu
 
 
 def pack(weight: torch.Tensor, scale: torch.Tensor, grid: BlockGrid) -> tuple[torch.Tensor, ...]:
@@ -44,7 +44,7 @@ def block_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: Activation,
-    swiglu: Swiglu,
+    glu: Glu,
 ) -> torch.Tensor:
     outside = (topk_ids < -1) | (topk_ids >= w13.groups)
     if x.device.type == "cpu" and bool(outside.any()):
@@ -63,7 +63,7 @@ def block_experts(
         topk_weights,
         topk_ids,
         activation=activation,
-        swiglu=swiglu,
+        glu=glu,
         block=w13.grid.block,
     )
 

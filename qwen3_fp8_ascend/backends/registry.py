@@ -19,7 +19,7 @@ import torch
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import DEFAULT_BLOCK, Activation, BlockGrid, BlockSize
-from qwen3_fp8_ascend.swiglu import Swiglu
+from qwen3_fp8_ascend.glu import Glu
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class PackedWeight:
 
 GroupedLinear = Callable[[torch.Tensor, PackedWeight, torch.Tensor, Activation, torch.dtype], torch.Tensor]
 """x, packed, ends, activation, dtype -> (m, n) `dtype`; as `ops.grouped_linear`."""
-SwigluProduct = Callable[[torch.Tensor, Swiglu], torch.Tensor]
-"""h (rows, 2 * I), the gate's columns first -> (rows, I); as `grouped.swiglu_product`."""
+GluProduct = Callable[[torch.Tensor, Glu], torch.Tensor]
+"""h (rows, 2 * I), the gate's columns first -> (rows, I); as `grouped.glu_product`."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Backend:
     `pack_experts` with either of the others: `grouped.block_experts` makes a layer of a grouped linear.
     `pack_experts` gets the experts' weights one by one, and gives tensors with a leading dimension of experts.
     `grouped_linear` is told the dtype of its results: x's, or fp32.
-    `swiglu_product` is what `block_experts` computes between its linears, as `grouped.swiglu_product`; None: that one.
+    `glu_product` is what `block_experts` computes between its linears, as `grouped.glu_product`; None: that one.
 
     unusable: the reason why this backend cannot run on this machine, or None.
     unsupported: the reason why it cannot serve this block size, or None.
@@ -116,11 +116,9 @@ class Backend:
     dequantize_weight: Callable[[torch.Tensor, torch.Tensor, BlockGrid, torch.dtype], torch.Tensor]
     pack_experts: Callable[[Iterable[torch.Tensor], torch.Tensor, BlockGrid], tuple[torch.Tensor, ...]] | None = None
     grouped_linear: GroupedLinear | None = None
-    swiglu_product: SwigluProduct | None = None
+    glu_product: GluProduct | None = None
     block_experts: (
-        Callable[
-            [torch.Tensor, PackedWeight, PackedWeight, torch.Tensor, torch.Tensor, Activation, Swiglu], torch.Tensor
-        ]
+        Callable[[torch.Tensor, PackedWeight, PackedWeight, torch.Tensor, torch.Tensor, Activation, Glu], torch.Tensor]
         | None
     ) = None
     unsupported: Callable[[BlockSize], str | None] = lambda block: None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
 from qwen3_fp8_ascend.checkpoints.folder import Checkpoint
@@ -27,6 +28,7 @@ HEADS = ("lm_head", "embed_out", "output", "output_layer", "head")
 """Last names of output heads."""
 
 FINAL_NORMS = ("norm", "ln_f")
+KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm", "v_norm")
 MAX_KINDS = 8
 """Of layers under the same names; a hostile checkpoint could have as many as layers."""
 
@@ -47,7 +49,7 @@ def find_missing(checkpoint: Checkpoint) -> Iterator[Anomaly]:
     count = positive(checkpoint.config, "num_hidden_layers")
     norms = (tensor for tensor in tensors.values() if _is_norm(tensor))
     for chosen in (of_fp8, norms):
-        yield from _check_alike((tensor for tensor in chosen if _is_decoder(tensor.name, count)), tensors)
+        yield from _check_alike((tensor for tensor in chosen if _is_decoder(tensor.name, count)), checkpoint)
     if fp8 and any(layer_index(name) is not None for name in tensors):  # a whole model
         yield from _check_around(checkpoint)
 
@@ -70,7 +72,7 @@ def _check_layers_present(checkpoint: Checkpoint) -> Iterator[Anomaly]:
         )
 
 
-def _check_alike(chosen: Iterable[TensorEntry], tensors: Mapping[str, TensorEntry]) -> Iterator[Anomaly]:
+def _check_alike(chosen: Iterable[TensorEntry], checkpoint: Checkpoint) -> Iterator[Anomaly]:
     """A layer that has less than others and nothing more: something is lost, or it shares another's.
 
     Hybrids have layers of several kinds under the same names, of which each has something that the others lack.
@@ -90,7 +92,8 @@ def _check_alike(chosen: Iterable[TensorEntry], tensors: Mapping[str, TensorEntr
             own = frozenset(parents[parent])
             wanted = next((kind for kind, count in frequent if own < kind and count >= kinds[own]), own)
             for ending in sorted(wanted - own):
-                if f"{parent}.{ending}" not in tensors:
+                lost = f"{parent}.{ending}" not in checkpoint.tensors
+                if lost and not _is_left_out(checkpoint.config, parent, ending):
                     yield Anomaly(
                         "a layer lacks a weight that the others have",
                         next(iter(parents[parent].values())).file,
@@ -100,6 +103,16 @@ def _check_alike(chosen: Iterable[TensorEntry], tensors: Mapping[str, TensorEntr
                         fix="if the model is not built so, " + DOWNLOAD_AGAIN,
                         severity="warning",
                     )
+
+
+def _is_left_out(config: Mapping[str, Any], parent: str, ending: str) -> bool:
+    """Keys and values that are another layer's (Gemma 3n and 4, the last layers), and values that are the keys."""
+    module = module_of(ending)
+    count, shared = positive(config, "num_hidden_layers"), positive(config, "num_kv_shared_layers")
+    index = layer_index(f"{parent}.{ending}")
+    if count is not None and shared is not None and index is not None and index >= count - shared:
+        return module in KEYS_AND_VALUES
+    return module == "v_proj" and setting(config, "attention_k_eq_v") is True
 
 
 def _check_around(checkpoint: Checkpoint) -> Iterator[Anomaly]:

@@ -38,8 +38,8 @@ FUSED_BIASES = re.compile(r"^(?:.+\.)?experts\.(?:gate_up_proj|down_proj)_bias$"
 COUNT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 """What config.json calls the number of routed experts of a layer."""
 
-ACTIVATIONS = ("silu", "swish")
-"""Two names of the activation between an expert's linears; with a `swiglu_limit` there is MiniMax-M3's beside it."""
+ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh")
+"""What there may be between an expert's linears; with a `swiglu_limit` MiniMax-M3's is beside them."""
 
 MAX_RANKS = 64
 SERVE_BF16 = "serve the bf16 model"
@@ -204,9 +204,9 @@ def _check_config(config: Mapping[str, Any]) -> Iterator[Anomaly]:
     served = (*ACTIVATIONS, "swigluoai") if limit is not None else ACTIVATIONS
     if isinstance(activation, str) and activation not in served:
         yield Anomaly(
-            "experts with another activation than SiLU are not served in block FP8",
+            "experts with another activation than SiLU, or GELU by tanh, are not served in block FP8",
             file="config.json",
-            expected="hidden_act silu",
+            expected=f"hidden_act {' or '.join(served)}",
             got=describe(activation, 100),
             fix=SERVE_BF16,
         )

@@ -12,6 +12,7 @@ from qwen3_fp8_ascend.backends.gradients import refuse_gradients
 from qwen3_fp8_ascend.backends.registry import LOADED, PackedWeight, select_backend
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import SCALE_NAME, Activation, BlockGrid
+from qwen3_fp8_ascend.glu import SILU, Glu
 from qwen3_fp8_ascend.ops.operands import (
     ACTIVATION_DTYPES,
     as_rows,
@@ -26,7 +27,6 @@ from qwen3_fp8_ascend.ops.operands import (
     parsed_activation,
 )
 from qwen3_fp8_ascend.ops.values import check_shard_values
-from qwen3_fp8_ascend.swiglu import SILU, Swiglu
 
 
 def pack_experts(
@@ -142,7 +142,7 @@ def block_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: Activation | str = Activation.W8A8,
-    swiglu: Swiglu = SILU,
+    glu: Glu = SILU,
     *,
     between: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
@@ -151,8 +151,8 @@ def block_experts(
     Shapes: x (m, hidden) bf16/fp16/fp32; w13 of two shards (gate, up) of `intermediate` rows; topk_weights (m, top_k)
         floating point, topk_ids (m, top_k) int32 or int64 -> (m, hidden) in x.dtype. An id of -1 adds nothing.
         A part of a layer that starts within a block has gate and up of several shards each, alike.
-    swiglu: what is computed of gate and up: silu(gate) * up, unless the model bounds it.
-    between: for a part of a layer that starts or ends within a block, what makes of swiglu(gate, up)
+    glu: what is computed of gate and up: silu(gate) * up, unless the model bounds it.
+    between: for a part of a layer that starts or ends within a block, what makes of glu(gate, up)
         (m * top_k, intermediate), sorted by expert, the activation (m * top_k, w2.k) that the part of w2 takes. It is
         called once, unless m or top_k is 0. Parts of layers are made of grouped linears (`backends/grouped.py`).
     Raises:
@@ -165,10 +165,10 @@ def block_experts(
     backend = LOADED[w13.backend]
     if may_be_asked_at_once(backend) and backend.block_experts is not None and between is None and _whole(w13, w2):
         try:
-            return backend.block_experts(x, w13, w2, topk_weights, topk_ids, parsed_activation(activation), swiglu)
+            return backend.block_experts(x, w13, w2, topk_weights, topk_ids, parsed_activation(activation), glu)
         except RuntimeError:
             pass  # as in `block_linear`
-    return _checked_experts(x, w13, w2, topk_weights, topk_ids, activation, swiglu, between)
+    return _checked_experts(x, w13, w2, topk_weights, topk_ids, activation, glu, between)
 
 
 def _whole(w13: PackedWeight, w2: PackedWeight) -> bool:
@@ -185,7 +185,7 @@ def _checked_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: Activation | str,
-    swiglu: Swiglu,
+    glu: Glu,
     between: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> torch.Tensor:
     check_tokens(x, w13)
@@ -200,7 +200,7 @@ def _checked_experts(
     if not (x.shape[0] and topk_ids.shape[1] and w13.k and w2.k):
         return torch.zeros_like(x)
     backend = backend_of(w13, activation)
-    operands = as_rows(x), w13, w2, topk_weights.float().contiguous(), topk_ids.contiguous(), activation, swiglu
+    operands = as_rows(x), w13, w2, topk_weights.float().contiguous(), topk_ids.contiguous(), activation, glu
     if backend.block_experts is not None and not part:
         return backend.block_experts(*operands)
     if backend.grouped_linear is None:
@@ -209,7 +209,7 @@ def _checked_experts(
             expected="a part of whole blocks",
             fix="use another backend, or whole experts",
         )
-    product = backend.swiglu_product or grouped.swiglu_product
+    product = backend.glu_product or grouped.glu_product
     return grouped.block_experts(backend.grouped_linear, *operands, product=product, between=between)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from hypothesis import strategies as st
 
 from qwen3_fp8_ascend.format import BlockSize
-from qwen3_fp8_ascend.swiglu import SILU, Swiglu
+from qwen3_fp8_ascend.glu import GELU_TANH, SILU, Glu
 from qwen3_fp8_ascend.testing.experts import ExpertsProblem, random_codes
 from qwen3_fp8_ascend.testing.strategies import activations
 
@@ -14,8 +16,15 @@ BLOCKS = (BlockSize(),) * 3 + (BlockSize(64, 64), BlockSize(32, 256), BlockSize(
 """With 48 x 40 the groups of the down projection's input end within panels of 32 rows."""
 
 
-SWIGLUS = (SILU,) * 4 + (Swiglu.clamped(1.0), Swiglu.clamped(7.0), Swiglu.step(0.75), Swiglu.clamped(2.0, 1.702, 1.0))
-"""Gates go up to 4 below: limits that most reach, few and none, and the one of gpt-oss and MiniMax-M3."""
+GLUS = (SILU,) * 4 + (
+    Glu.clamped(1.0),
+    Glu.clamped(7.0),
+    Glu.step(0.75),
+    Glu.clamped(2.0, 1.702, 1.0),
+    GELU_TANH,
+    dataclasses.replace(GELU_TANH, gate_limit=0.5, act_limit=0.25, up_limit=1.5, beta=0.5),
+)
+"""Gates go up to 4 below: limits that most reach, few and none, that of gpt-oss and MiniMax-M3, and all at once."""
 
 
 @st.composite
@@ -62,5 +71,5 @@ def expert_problems(draw: st.DrawFn, dtype: torch.dtype | None = None) -> Expert
         w13_scale[0, 0] = 0
     if draw(st.booleans()):
         w13_scale, w2_scale = w13_scale.bfloat16(), w2_scale.bfloat16()
-    swiglu = draw(st.sampled_from(SWIGLUS))
-    return ExpertsProblem(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, block, swiglu)
+    glu = draw(st.sampled_from(GLUS))
+    return ExpertsProblem(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, block, glu)

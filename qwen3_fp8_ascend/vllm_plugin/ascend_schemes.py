@@ -19,7 +19,7 @@ from vllm_ascend.quantization.methods.base import AscendLinearScheme, AscendMoES
 from vllm_ascend.quantization.quant_type import QuantType
 
 from qwen3_fp8_ascend import ops
-from qwen3_fp8_ascend.backends.grouped import swiglu_product
+from qwen3_fp8_ascend.backends.grouped import glu_product
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation, BlockSize, scale_shape
 from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod
@@ -83,7 +83,7 @@ class BlockFp8ExpertsScheme(AscendMoEScheme):
     """
 
     quant_type = QuantType.NONE
-    fused_activations = frozenset({"silu", "swiglustep", "swigluoai_uninterleave"})
+    fused_activations = frozenset({"silu", "gelu_tanh", "swiglustep", "swigluoai_uninterleave"})
     supports_eplb = False
 
     def __init__(self, block: BlockSize, activation: Activation, method: BlockFp8ExpertsMethod) -> None:
@@ -158,11 +158,11 @@ class BlockFp8ExpertsScheme(AscendMoEScheme):
         return ops.grouped_linear(mlp_compute_input.hidden_states, layer.packed_w13_weight, ends, self.activation)
 
     def apply_gmm1_act_quant(self, mlp_compute_input: Any) -> tuple[torch.Tensor, None]:
-        """`apply_gmm1` and swiglu(gate, up) in fp32, rounded once; quantized where it is multiplied.
+        """`apply_gmm1` and glu(gate, up) in fp32, rounded once; quantized where it is multiplied.
 
         Shapes: -> (rows, I), or what this rank's part of the down projection takes if it starts or ends within a block.
         """
-        a = swiglu_product(self.apply_gmm1(mlp_compute_input), self.method.swiglu)
+        a = glu_product(self.apply_gmm1(mlp_compute_input), self.method.glu)
         return self.method.pad_activation(a), None
 
     def apply_act_quant(

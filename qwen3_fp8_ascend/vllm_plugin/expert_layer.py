@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 
 from qwen3_fp8_ascend.checkpoints.experts import SERVE_BF16
 from qwen3_fp8_ascend.errors import BlockFp8Error, printable
-from qwen3_fp8_ascend.swiglu import SILU, Swiglu
+from qwen3_fp8_ascend.glu import GELU_TANH, SILU, Glu
 
 STEP_LIMIT = 7.0
 """Of vLLM's `swiglustep`, which takes no other."""
@@ -24,7 +24,7 @@ def projection_names(layer: Any) -> dict[str, str]:
 
 
 def check_supported(layer: Any, prefix: str) -> None:
-    """Refuse experts that compute something else than swiglu(gate, up), down, and a weighted sum.
+    """Refuse experts that compute something else than glu(gate, up), down, and a weighted sum.
 
     Raises:
         BlockFp8Error: names what.
@@ -53,7 +53,7 @@ def check_supported(layer: Any, prefix: str) -> None:
     check_exchange(moe.moe_parallel_config, prefix)
 
 
-def swiglu_of(layer: Any, prefix: str) -> Swiglu:
+def glu_of(layer: Any, prefix: str) -> Glu:
     """What vLLM has a layer's experts compute of gate and up.
 
     Raises:
@@ -66,18 +66,20 @@ def swiglu_of(layer: Any, prefix: str) -> Swiglu:
     alone = alpha in (None, 1.0) and beta in (None, 0.0)
     try:
         if activation == "silu" and alone:
-            return SILU if limit is None else Swiglu.clamped(limit)
+            return SILU if limit is None else Glu.clamped(limit)
+        if activation == "gelu_tanh" and alone and limit is None:
+            return GELU_TANH
         if activation == "swigluoai_uninterleave" and limit is not None:
-            return Swiglu.clamped(limit, 1.0 if alpha is None else alpha, 0.0 if beta is None else beta)
+            return Glu.clamped(limit, 1.0 if alpha is None else alpha, 0.0 if beta is None else beta)
         if activation == "swiglustep" and alone and limit in (None, STEP_LIMIT):
-            return Swiglu.step(STEP_LIMIT)
+            return Glu.step(STEP_LIMIT)
     except BlockFp8Error as error:
         what, *_ = str(error).splitlines()
         raise BlockFp8Error(what, where=prefix, got=given, fix=SERVE_BF16) from error
     raise BlockFp8Error(
         f"block-FP8 experts with the activation {activation} are not served",
         where=prefix,
-        expected="silu, with a swiglu_limit or without, swiglustep, or swigluoai_uninterleave with a swiglu_limit",
+        expected="silu, gelu_tanh, swiglustep, or swigluoai_uninterleave; the first and last with a swiglu_limit",
         got=given,
         fix=SERVE_BF16,
     )

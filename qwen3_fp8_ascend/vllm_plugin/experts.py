@@ -21,7 +21,7 @@ from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.checkpoints.experts import whole_block_ranks
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import SCALE_NAME, Activation, BlockSize, scale_shape
-from qwen3_fp8_ascend.vllm_plugin.expert_layer import check_supported, local_experts, projection_names, swiglu_of
+from qwen3_fp8_ascend.vllm_plugin.expert_layer import check_supported, glu_of, local_experts, projection_names
 from qwen3_fp8_ascend.vllm_plugin.linear import is_whole_group
 from qwen3_fp8_ascend.vllm_plugin.loading import (
     DAMAGED,
@@ -83,7 +83,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
         self.hf_config = hf_config
         self.projections = projection_names(layer)
         self.routing = own_routing(layer)
-        self.swiglu = swiglu_of(layer, prefix)
+        self.glu = glu_of(layer, prefix)
         self.partitions: dict[str, Partition] = {}
         """What this rank holds of gate and up, and of down."""
         self.renewal: Renewal
@@ -233,7 +233,7 @@ class BlockFp8ExpertsMethod(FusedMoEMethodBase):
             topk_ids = layer.expert_map[topk_ids.long()]  # -1: on another rank
         w13, w2 = layer.packed_w13_weight, layer.packed_w2_weight
         between = self.pad_activation if self.partitions["w2"].pads else None
-        return ops.block_experts(x, w13, w2, topk_weights, topk_ids, self.activation, self.swiglu, between=between)
+        return ops.block_experts(x, w13, w2, topk_weights, topk_ids, self.activation, self.glu, between=between)
 
     def pad_activation(self, a: torch.Tensor) -> torch.Tensor:
         """What this rank's part of the down projection takes; all ranks call it for the same rows in the same order.

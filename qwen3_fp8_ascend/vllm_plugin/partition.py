@@ -178,7 +178,7 @@ def partitions_of_experts(
 ) -> tuple[Partition, Partition]:
     """Of gate and up, and of down, where each rank holds `inner` intermediate channels of all experts.
 
-    They are rows of gate and up and columns of down. What is exchanged is the maxima of swiglu(gate, up), a row for
+    They are rows of gate and up and columns of down. What is exchanged is the maxima of glu(gate, up), a row for
     each expert of each token.
     """
     row = rank * inner

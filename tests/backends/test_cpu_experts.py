@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import cpu
 from qwen3_fp8_ascend.format import Activation, BlockSize
-from qwen3_fp8_ascend.swiglu import SILU, Swiglu
-from qwen3_fp8_ascend.testing.expert_strategies import SWIGLUS, expert_problems
+from qwen3_fp8_ascend.glu import SILU, Glu
+from qwen3_fp8_ascend.testing.expert_strategies import GLUS, expert_problems
 from qwen3_fp8_ascend.testing.experts import ExpertsProblem, Interval, assert_layer_exact, oracle, random_experts
 from tests.backends.test_cpu_determinism import OTHERS
 from tests.support.cpu_levels import ACTIVATIONS, DTYPES, ISAS, instruction_set, needs_cpu_backend, same_bits, threads
@@ -24,7 +24,7 @@ Packed = tuple[ops.PackedWeight, ops.PackedWeight]
 
 
 def layer(p: ExpertsProblem, packed: Packed, activation: Activation) -> torch.Tensor:
-    return ops.block_experts(p.x, *packed, p.topk_weights, p.topk_ids, activation, p.swiglu)
+    return ops.block_experts(p.x, *packed, p.topk_weights, p.topk_ids, activation, p.glu)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -78,8 +78,8 @@ def exp_as_the_kernels_do(x: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(power, exponent.nan_to_num().int() - 1) * 2
 
 
-def silu_as_the_kernels_do(gate: torch.Tensor, alpha: float = 1) -> torch.Tensor:
-    return gate / (1 + exp_as_the_kernels_do(-(alpha * gate)))
+def silu_as_the_kernels_do(gate: torch.Tensor) -> torch.Tensor:
+    return gate / (1 + exp_as_the_kernels_do(-gate))
 
 
 def test_the_exponential_is_right_to_an_ulp() -> None:
@@ -135,29 +135,31 @@ def test_silu_has_the_same_bits_on_every_instruction_set(isa: str) -> None:
         assert (out[~kept, 0].abs() <= torch.finfo(dtype).smallest_normal).all()
 
 
-def product_as_the_kernels_do(gate: torch.Tensor, up: torch.Tensor, swiglu: Swiglu) -> torch.Tensor:
-    if swiglu == SILU:
+def product_as_the_kernels_do(gate: torch.Tensor, up: torch.Tensor, glu: Glu) -> torch.Tensor:
+    if glu == SILU:
         return up * silu_as_the_kernels_do(gate)
-    silu = silu_as_the_kernels_do(gate.clamp(max=swiglu.gate_limit), swiglu.alpha)
-    return silu.clamp(max=swiglu.silu_limit) * (up.clamp(-swiglu.up_limit, swiglu.up_limit) + swiglu.beta)
+    x = gate.clamp(max=glu.gate_limit)
+    inner = x + glu.cubic * (x * x * x) if glu.cubic else x
+    act = x / (1 + exp_as_the_kernels_do(-(glu.alpha * inner)))
+    return act.clamp(max=glu.act_limit) * (up.clamp(-glu.up_limit, glu.up_limit) + glu.beta)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("swiglu", dict.fromkeys(SWIGLUS), ids=str)
-def test_the_product_alone_is_that_of_the_layer(isa: str, swiglu: Swiglu) -> None:
-    """swiglu(gate, up) as an operator, for parts of layers: the same bits, and rows that lie within wider ones."""
+@pytest.mark.parametrize("glu", dict.fromkeys(GLUS), ids=str)
+def test_the_product_alone_is_that_of_the_layer(isa: str, glu: Glu) -> None:
+    """glu(gate, up) as an operator, for parts of layers: the same bits, and rows that lie within wider ones."""
     generator = torch.Generator().manual_seed(0)
     for dtype, columns in ((torch.bfloat16, 66), (torch.float16, 130), (torch.float32, 2)):
         wide = (torch.randn(700, columns + 40, generator=generator) * 8).to(dtype)
         h = wide[:, 20:-20]
         gate, up = h.float().chunk(2, 1)
-        want = product_as_the_kernels_do(gate, up, swiglu).to(dtype)
+        want = product_as_the_kernels_do(gate, up, glu).to(dtype)
         for count in (1, 3):
             with instruction_set(isa), threads(count):
-                assert same_bits(cpu.swiglu_product(h, swiglu), want)
-                assert cpu.swiglu_product(h[:0], swiglu).shape == (0, columns // 2)
+                assert same_bits(cpu.glu_product(h, glu), want)
+                assert cpu.glu_product(h[:0], glu).shape == (0, columns // 2)
     with pytest.raises(RuntimeError, match="as many columns of gate as of up, got 3"):
-        cpu.swiglu_product(torch.zeros(2, 3), swiglu)
+        cpu.glu_product(torch.zeros(2, 3), glu)
 
 
 def by_parts(p: ExpertsProblem, packed: Packed, activation: Activation) -> torch.Tensor:
@@ -168,7 +170,7 @@ def by_parts(p: ExpertsProblem, packed: Packed, activation: Activation) -> torch
     ends = torch.bincount(flat, minlength=experts + 1)[:experts].cumsum(0)
     h = ops.grouped_linear(p.x[order // top_k], packed[0], ends, activation).float()
     gate, up = h.split(p.intermediate, dim=1)
-    a = product_as_the_kernels_do(gate, up, p.swiglu).to(p.x.dtype)
+    a = product_as_the_kernels_do(gate, up, p.glu).to(p.x.dtype)
     y = torch.empty(m * top_k, p.x.shape[1])
     y[order] = ops.grouped_linear(a.float(), packed[1], ends, activation)
     y = y.view(m, top_k, p.x.shape[1])

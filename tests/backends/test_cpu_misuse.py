@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import cpu
 from qwen3_fp8_ascend.format import Activation
-from qwen3_fp8_ascend.swiglu import Swiglu
+from qwen3_fp8_ascend.glu import Glu
 from qwen3_fp8_ascend.testing.experts import random_experts
 from qwen3_fp8_ascend.testing.judges import random_problem
 from tests.support.cpu_levels import ISAS, instruction_set, needs_cpu_backend, same_bits
@@ -43,7 +43,7 @@ def all_good_arguments() -> dict[str, Arguments]:
     weight = problem.weight.view(torch.uint8)
     experts = random_experts(3, 3, 2, K, INTERMEDIATE)
     w13, w2 = (packed.tensors for packed in experts.pack("cpu"))
-    swiglu = dataclasses.asdict(Swiglu.clamped(7.0))
+    glu = dataclasses.asdict(Glu.clamped(7.0))
     return {
         "cpu_pack": {"weight": weight, "panels": panels, "codes": torch.zeros_like(codes)},
         "cpu_block_linear": {
@@ -60,12 +60,12 @@ def all_good_arguments() -> dict[str, Arguments]:
             **{"x": experts.x, "codes": w13[0], "scales": w13[1], "panels": w13[2], "ends": torch.tensor([1, 1, 3])},
             **{"n": 2 * INTERMEDIATE, "k": K, "block_k": BLOCK, "quantization": 1},
         },
-        "cpu_swiglu_product": {"x": experts.x, **swiglu},
+        "cpu_glu_product": {"x": experts.x, **glu},
         "cpu_block_experts": {
             **{"x": experts.x, "w13_codes": w13[0], "w13_scales": w13[1], "w13_panels": w13[2], "w2_codes": w2[0]},
             **{"w2_scales": w2[1], "w2_panels": w2[2], "topk_weights": experts.topk_weights},
             **{"topk_ids": torch.tensor([[0, -1], [2, 2], [1, 0]])},
-            **{"intermediate": INTERMEDIATE, "block_k": BLOCK, "quantization": 1, **swiglu},
+            **{"intermediate": INTERMEDIATE, "block_k": BLOCK, "quantization": 1, **glu},
         },
     }
 
@@ -77,7 +77,7 @@ def good_arguments(name: str) -> Arguments:
 
 
 LINEARS = ("cpu_pack", "cpu_block_linear", "cpu_quantize_activation", "cpu_dequantize_weight")
-EXPERTS = ("cpu_grouped_linear", "cpu_swiglu_product", "cpu_block_experts")
+EXPERTS = ("cpu_grouped_linear", "cpu_glu_product", "cpu_block_experts")
 NAMES = (*LINEARS, *EXPERTS, "cpu_read")
 TENSORS = {name: [key for key, value in good_arguments(name).items() if torch.is_tensor(value)] for name in NAMES}
 
@@ -275,9 +275,9 @@ def test_sizes_that_overflow(name: str, number: int) -> None:
 def test_activations_that_are_none(name: str) -> None:
     arguments = good_arguments(name)
     for key in (key for key, value in arguments.items() if isinstance(value, float)):
-        limit, beta = key.endswith("_limit"), key == "beta"
+        limit, beta, zero = key.endswith("_limit"), key == "beta", key in ("beta", "cubic")
         for number in (0.0, -1.0, float("nan"), float("inf"), -float("inf")):
-            taken = (limit and number > 0) or (beta and abs(number) < 2)
+            taken = (limit and number > 0) or (beta and abs(number) < 2) or (zero and number == 0)
             assert check(name, arguments | {key: number}) == taken, (key, number)
 
 

@@ -100,3 +100,20 @@ def test_layers_of_two_kinds_lack_nothing(tmp_path: Path, dense: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text((dense / "config.json").read_text())
     assert inspect_checkpoint(folder).anomalies == ()
+
+
+def test_keys_and_values_that_a_model_does_without(tmp_path: Path, dense: Path) -> None:
+    """Gemma 4: the last layers use another's, and values may be the keys."""
+
+    def parts(layer: int, *projections: str) -> list[str]:
+        endings = ("weight", "weight_scale_inv", "bias")
+        return [f"model.layers.{layer}.self_attn.{name}.{ending}" for name in projections for ending in endings]
+
+    shared = {"num_kv_shared_layers": 1}
+    assert without(dense, tmp_path / "shared", *parts(1, "k_proj", "v_proj"), **shared) == []
+    assert {what for _, _, what in without(dense, tmp_path / "first", *parts(0, "k_proj"), **shared)} == {LACKS}
+    assert {what for _, _, what in without(dense, tmp_path / "query", *parts(1, "q_proj"), **shared)} == {LACKS}
+    alike = {"attention_k_eq_v": True}
+    assert without(dense, tmp_path / "alike", *parts(1, "v_proj"), **alike) == []
+    assert {what for _, _, what in without(dense, tmp_path / "keys", *parts(1, "k_proj"), **alike)} == {LACKS}
+    assert {what for _, _, what in without(dense, tmp_path / "not alike", *parts(1, "v_proj"))} == {LACKS}

@@ -378,9 +378,12 @@ def test_anomalies_are_named(tmp_path: Path, name: str) -> None:
     assert report.errors[0].got.isprintable()
 
 
-@pytest.mark.parametrize("config", [{"swiglu_limit": 7.0}, {"swiglu_limit": 10, "hidden_act": "swigluoai"}])
-def test_a_bounded_activation_is_served(tmp_path: Path, config: dict[str, Any]) -> None:
-    """DeepSeek-V4 and MiniMax-M3 have it."""
+@pytest.mark.parametrize(
+    "config",
+    [{"swiglu_limit": 7.0}, {"swiglu_limit": 10, "hidden_act": "swigluoai"}, {"hidden_act": "gelu_pytorch_tanh"}],
+)
+def test_other_activations_that_are_served(tmp_path: Path, config: dict[str, Any]) -> None:
+    """DeepSeek-V4, MiniMax-M3 and Gemma 4 have them."""
     assert inspect_checkpoint(write(tmp_path / "sound", quantized(masters()), **config)).anomalies == ()
 
 

@@ -78,9 +78,9 @@ BF16 = {"dtype": "bfloat16"}
 BF16_ONLY = "qwen3_next"
 """vLLM's delta net on a CPU is for bf16: there the model's own rounding is what is seen."""
 
-VLLM_JUDGES = ("deepseek_v3", "llama4_text")
+VLLM_JUDGES = ("deepseek_v3", "llama4_text", "gemma4_text")
 """vLLM's own of the same weights is asked: it and transformers compute this small DeepSeek differently, in bf16 too,
-and transformers does not read Llama 4's experts one by one."""
+and transformers does not read experts of Llama 4 and Gemma 4 one by one."""
 
 
 def test_families_against_the_same_weights_dequantized(families: dict[str, Path], tmp_path: Path) -> None:

@@ -126,6 +126,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "rotary_dim": 32,
         },
     ),
+    "gemma4_text": (
+        "Gemma4TextConfig",
+        {
+            "head_dim": 64,
+            "global_head_dim": 64,
+            "num_global_key_value_heads": 2,
+            "enable_moe_block": True,
+            "num_experts": 8,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 192,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "pad_token_id": 0,
+        },
+    ),
     "ernie4_5_moe": (
         "Ernie4_5_MoeConfig",
         {
@@ -138,7 +155,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Configuration class, and what it differs in: ragged experts, a shared expert, a delta net, groups of experts, a
-router in a module of its own, transposed masters and weights on the input, a correction bias without groups."""
+router in a module of its own, transposed masters and weights on the input, a correction bias without groups, GELU."""
 
 LEFT_ALONE = ("*.linear_attn.in_proj_ba",)
 """Beside routers, what official releases of these families leave in bf16."""

@@ -196,6 +196,7 @@ FORMS = (
         "`fp8`, experts chosen by a corrected sigmoid",
         _fp8("gate", "e_score_correction_bias", "lm_head", fmt="float8_e4m3fn"),
     ),
+    Form("gemma4_text", "`fp8`, experts with GELU, values that are the keys", _fp8("lm_head")),
     Form("ernie4_5_moe", "`fp8`, experts chosen by a corrected softmax", _fp8("lm_head")),
     Form("qwen3", "compressed-tensors `FP8_BLOCK`", _llm_compressor("lm_head"), weight_scale),
     Form("qwen3", "compressed-tensors `FP8_BLOCK`, bf16 scales", _llm_compressor("lm_head"), bf16_weight_scale),

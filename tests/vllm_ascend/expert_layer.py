@@ -94,7 +94,7 @@ class Layer:
     def expected(self, problem: ExpertsProblem) -> torch.Tensor:
         operands = self.routed.packed_w13_weight, self.routed.packed_w2_weight
         routing = problem.topk_weights, problem.topk_ids
-        return ops.block_experts(problem.x, *operands, *routing, self.activation, problem.swiglu)
+        return ops.block_experts(problem.x, *operands, *routing, self.activation, problem.glu)
 
 
 def tensors_of(problem: ExpertsProblem) -> Iterator[tuple[str, torch.Tensor]]:

@@ -20,11 +20,11 @@ from vllm_ascend.ops.fused_moe.moe_comm_method import AllGatherCommImpl
 
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import Activation
-from qwen3_fp8_ascend.swiglu import SILU, Swiglu
+from qwen3_fp8_ascend.glu import GELU_TANH, SILU, Glu
 from qwen3_fp8_ascend.testing.experts import assert_layer_exact, random_experts
 from qwen3_fp8_ascend.testing.judges import rel_l2
 from qwen3_fp8_ascend.vllm_plugin import ascend_schemes, experts
-from qwen3_fp8_ascend.vllm_plugin.expert_layer import swiglu_of
+from qwen3_fp8_ascend.vllm_plugin.expert_layer import glu_of
 from tests.support.cut_experts import cut
 
 from .expert_layer import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, Layer, loaded_layer, tensors_of  # noqa: F401
@@ -40,30 +40,31 @@ def test_their_dispatch_and_combine_around_our_scheme(layer: Layer, dtype: torch
 
 
 @pytest.mark.parametrize(
-    ("activation", "numbers", "swiglu"),
+    ("activation", "numbers", "glu"),
     [
-        (MoEActivation.SILU, (0.5, None, None), Swiglu.clamped(0.5)),
-        (MoEActivation.SWIGLUSTEP, (None, None, None), Swiglu.step(7.0)),
-        (MoEActivation.SWIGLUOAI_UNINTERLEAVE, (7.0, 1.702, 1.0), Swiglu.clamped(7.0, 1.702, 1.0)),
+        (MoEActivation.SILU, (0.5, None, None), Glu.clamped(0.5)),
+        (MoEActivation.SWIGLUSTEP, (None, None, None), Glu.step(7.0)),
+        (MoEActivation.GELU_TANH, (None, None, None), GELU_TANH),
+        (MoEActivation.SWIGLUOAI_UNINTERLEAVE, (7.0, 1.702, 1.0), Glu.clamped(7.0, 1.702, 1.0)),
     ],
     ids=lambda value: getattr(value, "value", None),
 )
-def test_bounded_activations(
+def test_other_activations(
     layer: Layer,
     activation: MoEActivation,
     numbers: tuple[float | None, ...],
-    swiglu: Swiglu,
+    glu: Glu,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Computed here, whatever vLLM-Ascend has for them; tokens are large enough to meet every bound."""
     monkeypatch.setattr(layer.routed, "activation", activation)
     for name, number in zip(("limit", "alpha", "beta"), numbers, strict=True):
         monkeypatch.setattr(layer.routed, f"swiglu_{name}", number)
-    monkeypatch.setattr(layer.routed.quant_method, "swiglu", swiglu_of(layer.routed, "experts"))
-    problem = dataclasses.replace(layer.problem, x=layer.problem.x * 16, swiglu=swiglu)
+    monkeypatch.setattr(layer.routed.quant_method, "glu", glu_of(layer.routed, "experts"))
+    problem = dataclasses.replace(layer.problem, x=layer.problem.x * 16, glu=glu)
     got = layer(problem)
     assert torch.equal(got, layer.expected(problem))
-    assert not torch.equal(got, layer.expected(dataclasses.replace(problem, swiglu=SILU)))
+    assert not torch.equal(got, layer.expected(dataclasses.replace(problem, glu=SILU)))
 
 
 def of_rank(layer: Layer, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from qwen3_fp8_ascend import reference
 from qwen3_fp8_ascend.checkpoints.quantize import quantize_weight
 from qwen3_fp8_ascend.containers import FP8
 from qwen3_fp8_ascend.format import Activation, BlockFp8Config, BlockSize
-from qwen3_fp8_ascend.swiglu import SILU, Swiglu
+from qwen3_fp8_ascend.glu import SILU, Glu
 from qwen3_fp8_ascend.vllm_plugin.config import BlockFp8AscendConfig
 
 EXPERTS, TOP_K, HIDDEN, INNER = 4, 2, 256, 192
@@ -113,7 +113,7 @@ def apply(layer: Any, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor)
 
 
 def expected(
-    tensors: Tensors, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, swiglu: Swiglu = SILU
+    tensors: Tensors, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, glu: Glu = SILU
 ) -> torch.Tensor:
     """W8A16 by the specification's linears, token by token and expert by expert, in fp64."""
     w = {
@@ -125,7 +125,7 @@ def expected(
     for token, row in enumerate(x.double()):
         for weight, expert in zip(weights[token].double(), ids[token].tolist(), strict=True):
             gate, up = (w[f"{expert}.{name}.weight"] @ row for name in ("gate_proj", "up_proj"))
-            out[token] += weight * (w[f"{expert}.down_proj.weight"] @ swiglu(gate, up))
+            out[token] += weight * (w[f"{expert}.down_proj.weight"] @ glu(gate, up))
     return out
 
 

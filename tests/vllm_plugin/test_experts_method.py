@@ -16,7 +16,7 @@ from vllm.forward_context import set_forward_context
 
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.format import Activation, BlockFp8Config
-from qwen3_fp8_ascend.swiglu import Swiglu
+from qwen3_fp8_ascend.glu import GELU_TANH, Glu
 from qwen3_fp8_ascend.testing.models import qwen3_config
 from qwen3_fp8_ascend.vllm_plugin.experts import BlockFp8ExpertsMethod
 
@@ -127,19 +127,20 @@ def test_the_whole_layer_with_its_router() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "swiglu"),
+    ("arguments", "glu"),
     [
-        ({"swiglu_limit": 0.25}, Swiglu.clamped(0.25)),
-        ({"swiglu_limit": 10, "swiglu_alpha": 1, "swiglu_beta": 0}, Swiglu.clamped(10.0)),
-        ({"activation": "swiglustep"}, Swiglu.step(7.0)),
+        ({"swiglu_limit": 0.25}, Glu.clamped(0.25)),
+        ({"swiglu_limit": 10, "swiglu_alpha": 1, "swiglu_beta": 0}, Glu.clamped(10.0)),
+        ({"activation": "swiglustep"}, Glu.step(7.0)),
+        ({"activation": "gelu_tanh"}, GELU_TANH),
         (
             {"activation": "swigluoai_uninterleave", "swiglu_limit": 0.5, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
-            Swiglu.clamped(0.5, 1.702, 1.0),
+            Glu.clamped(0.5, 1.702, 1.0),
         ),
     ],
 )
-def test_bounded_activations(arguments: dict[str, Any], swiglu: Swiglu) -> None:
-    """DeepSeek-V4, Step-3.5, MiniMax-M3; gates and ups are made large enough to meet their limits."""
+def test_other_activations(arguments: dict[str, Any], glu: Glu) -> None:
+    """DeepSeek-V4, Step-3.5, Gemma 4, MiniMax-M3; gates and ups are made large enough to meet their limits."""
     tensors, operands = checkpoint(), routed(5)
     for name in tensors:
         if name.endswith(("gate_proj.weight_scale_inv", "up_proj.weight_scale_inv")):
@@ -147,8 +148,8 @@ def test_bounded_activations(arguments: dict[str, Any], swiglu: Swiglu) -> None:
     layer = make_layer(**arguments)
     load(layer, tensors)
     out = apply(finish(layer), *operands)
-    assert layer.quant_method.swiglu == swiglu
-    assert_near(out, expected(tensors, *operands, swiglu))
+    assert layer.quant_method.glu == glu
+    assert_near(out, expected(tensors, *operands, glu))
     with pytest.raises(AssertionError):
         assert_near(out, expected(tensors, *operands))
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.backends import cpu
 from qwen3_fp8_ascend.format import Activation, BlockSize
-from qwen3_fp8_ascend.swiglu import SILU
+from qwen3_fp8_ascend.glu import SILU
 from qwen3_fp8_ascend.testing.experts import ExpertsProblem, assert_layer_exact, random_experts
 from qwen3_fp8_ascend.testing.judges import rel_l2
 from qwen3_fp8_ascend.vllm_plugin.partition import Partition, partitions_of_experts
@@ -83,7 +83,7 @@ def uncut_activation(p: ExpertsProblem, activation: Activation) -> torch.Tensor:
     order = flat.sort(stable=True).indices
     ends = torch.bincount(flat, minlength=p.w2.shape[0]).cumsum(0)
     h = ops.grouped_linear(p.x[order // p.topk_ids.shape[1]], p.pack("cpu")[0], ends, activation)
-    return cpu.swiglu_product(h, SILU)
+    return cpu.glu_product(h, SILU)
 
 
 @pytest.mark.parametrize("activation", list(Activation))

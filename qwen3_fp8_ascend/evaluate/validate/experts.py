@@ -12,7 +12,7 @@ import torch
 from qwen3_fp8_ascend import ops
 from qwen3_fp8_ascend.evaluate.validate.cases import Case, Context, Found
 from qwen3_fp8_ascend.evaluate.validate.checks import SOME
-from qwen3_fp8_ascend.swiglu import SILU, Swiglu
+from qwen3_fp8_ascend.glu import GELU_TANH, SILU, Glu
 from qwen3_fp8_ascend.testing.experts import judge_layer, random_experts
 from qwen3_fp8_ascend.testing.judges import Judgement
 
@@ -22,13 +22,14 @@ SHAPES = ((8, 2, 256, 256), (4, 4, 130, 72), (16, 3, 576, 192))
 LARGE = (32, 8, 2048, 768)
 """Qwen3-30B-A3B's, with a quarter of its experts."""
 LARGE_ROWS = (1, 16, 64)
-BOUNDED = {
-    "clamped": Swiglu.clamped(1.0),
-    "step": Swiglu.step(0.5),
-    "swigluoai": Swiglu.clamped(1.0, alpha=1.702, beta=1.0),
+ACTIVATIONS = {
+    "clamped": Glu.clamped(1.0),
+    "step": Glu.step(0.5),
+    "swigluoai": Glu.clamped(1.0, alpha=1.702, beta=1.0),
+    "gelu": GELU_TANH,
 }
-"""Activations with bounds that many gates and ups of these layers meet."""
-BOUNDED_ROWS = 17
+"""Others than silu; with bounds that many gates and ups of these layers meet."""
+ACTIVATION_ROWS = 17
 
 
 def layers(context: Context) -> Iterator[Case]:
@@ -41,9 +42,9 @@ def layers(context: Context) -> Iterator[Case]:
     numbers = ROWS if context.thorough else ROWS[1::SOME]
     for shape, dtype, rows in itertools.product(SHAPES, ops.ACTIVATION_DTYPES, numbers):
         yield Case(_name(shape, dtype, rows), functools.partial(_layer, context, shape, dtype, rows))
-    for name, swiglu in BOUNDED.items():
-        run = functools.partial(_layer, context, SHAPES[-1], torch.bfloat16, BOUNDED_ROWS, swiglu=swiglu)
-        yield Case(f"{_name(SHAPES[-1], torch.bfloat16, BOUNDED_ROWS)}/{name}", run)
+    for name, glu in ACTIVATIONS.items():
+        run = functools.partial(_layer, context, SHAPES[-1], torch.bfloat16, ACTIVATION_ROWS, glu=glu)
+        yield Case(f"{_name(SHAPES[-1], torch.bfloat16, ACTIVATION_ROWS)}/{name}", run)
     if context.thorough and backend.by_name_only() is None:
         experts, _, hidden, intermediate = LARGE
         for rows in LARGE_ROWS:
@@ -62,9 +63,9 @@ def _layer(
     dtype: torch.dtype,
     rows: int,
     seed: int,
-    swiglu: Swiglu = SILU,
+    glu: Glu = SILU,
 ) -> Judgement:
-    problem = dataclasses.replace(random_experts(rows, *shape, dtype=dtype, seed=seed), swiglu=swiglu)
+    problem = dataclasses.replace(random_experts(rows, *shape, dtype=dtype, seed=seed), glu=glu)
     if rows > 1:
         problem.topk_ids[-1] = -1
     assert context.backend is not None

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from qwen3_fp8_ascend.backends import registry
 from qwen3_fp8_ascend.evaluate.validate import checks, child, experts, layer_times, model, times
 from qwen3_fp8_ascend.format import Activation
-from qwen3_fp8_ascend.swiglu import SILU
+from qwen3_fp8_ascend.glu import SILU
 from qwen3_fp8_ascend.testing import contenders, devices, timing
 
 GOOD = registry.load_backend("cpu")
@@ -69,7 +69,7 @@ def without_last_slot(x: torch.Tensor, w13: Any, w2: Any, weights: torch.Tensor,
     return GOOD.block_experts(x, w13, w2, weights, *rest)
 
 
-def without_bounds(*operands: Any) -> torch.Tensor:
+def always_silu(*operands: Any) -> torch.Tensor:
     """A layer of experts that computes silu(gate) * up in any case."""
     assert GOOD.block_experts is not None
     return GOOD.block_experts(*operands[:-1], SILU)
@@ -101,7 +101,7 @@ def faults() -> None:
     plant("planted_nan", linear=linear_with(lambda x, out: out.nan_to_num()), quantize_activation=without_nan)
     plant("planted_race", linear=linear_with(Race()))
     plant("planted_slot", block_experts=without_last_slot)
-    plant("planted_bound", block_experts=without_bounds)
+    plant("planted_silu", block_experts=always_silu)
     plant("planted_hang", linear=linear_with(at_17_rows(lambda: time.sleep(3600))))
     plant("planted_kill", linear=linear_with(at_17_rows(lambda: os.kill(os.getpid(), signal.SIGSEGV))))
 
