@@ -64,8 +64,8 @@ struct Glu {
   float cubic;
   float beta;
 
-  bool is_silu() const {
-    const float none = std::numeric_limits<float>::infinity();
+  [[gnu::always_inline]] bool is_silu() const {
+    constexpr float none = std::numeric_limits<float>::infinity();
     const bool unbounded = gate_limit == none && act_limit == none && up_limit == none;
     return unbounded && alpha == 1.0f && cubic == 0.0f && beta == 0.0f;
   }
