@@ -98,9 +98,10 @@ def test_positional_calls_of_models_that_load_by_hand() -> None:
     assert_near(apply(finish(layer), *routed()), expected(tensors, *routed()))
 
 
-def test_compiled_with_a_dynamic_batch() -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_compiled_with_a_dynamic_batch(activation: str) -> None:
     tensors = checkpoint()
-    runner = make_runner()
+    runner = make_runner(activation=activation)
     load(runner.routed_experts, tensors)
     layer = finish(runner.routed_experts)
     torch._dynamo.reset()
