@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
 from qwen3_fp8_ascend.checkpoints.folder import Checkpoint
-from qwen3_fp8_ascend.checkpoints.layers import ENCODER_WORDS, EXPERT, LAYER, MTP_NAME, layer_index, module_of
+from qwen3_fp8_ascend.checkpoints.layers import ENCODER_WORDS, LAYER, MTP_NAME, experts_of, layer_index, module_of
 from qwen3_fp8_ascend.checkpoints.model_config import positive, setting
 from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, FLOATS
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
@@ -29,6 +29,7 @@ HEADS = ("lm_head", "embed_out", "output", "output_layer", "head")
 
 FINAL_NORMS = ("norm", "ln_f")
 KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm", "v_norm")
+NUMBERS = re.compile(r"\.\d+(?=\.|$)")
 MAX_KINDS = 8
 """Of layers under the same names; a hostile checkpoint could have as many as layers."""
 
@@ -44,7 +45,7 @@ def find_missing(checkpoint: Checkpoint) -> Iterator[Anomaly]:
     of_fp8 = (
         tensor
         for name, tensor in tensors.items()
-        if module_of(name) in fp8 and name.endswith((WEIGHT_SUFFIX, BIAS_SUFFIX))
+        if name.endswith((WEIGHT_SUFFIX, BIAS_SUFFIX)) and module_of(name) in fp8
     )
     count = positive(checkpoint.config, "num_hidden_layers")
     norms = (tensor for tensor in tensors.values() if _is_norm(tensor))
@@ -84,13 +85,18 @@ def _check_alike(chosen: Iterable[TensorEntry], checkpoint: Checkpoint) -> Itera
         parents[parent][f"{last}.{kind}"] = tensor
     layers: dict[str, list[str]] = defaultdict(list)
     for parent in parents:
-        layers[re.sub(r"\.\d+(?=\.|$)", ".*", parent)].append(parent)
+        layers[NUMBERS.sub(".*", parent)].append(parent)
     for alike in layers.values():
         kinds = Counter(frozenset(parents[parent]) for parent in alike)
         frequent = kinds.most_common(MAX_KINDS)
+        if len(kinds) < 2:
+            continue
         for parent in alike:
             own = frozenset(parents[parent])
-            wanted = next((kind for kind, count in frequent if own < kind and count >= kinds[own]), own)
+            larger = [kind for kind, count in frequent if own < kind and count >= kinds[own]]
+            if not larger:
+                continue
+            wanted = larger[0]
             for ending in sorted(wanted - own):
                 lost = f"{parent}.{ending}" not in checkpoint.tensors
                 if lost and not _is_left_out(checkpoint.config, parent, ending):
@@ -147,7 +153,7 @@ def _is_decoder(name: str, count: int | None) -> bool:
 
 def _is_dense_fp8(tensor: TensorEntry) -> bool:
     is_weight = tensor.dtype == E4M3 and tensor.name.endswith(WEIGHT_SUFFIX) and len(tensor.shape) == 2
-    return is_weight and EXPERT.match(tensor.name) is None
+    return is_weight and experts_of(tensor.name, tensor.shape) is None
 
 
 def _is_norm(tensor: TensorEntry) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -64,9 +65,12 @@ def module_of(tensor: str) -> str:
 def layer_index(name: str) -> int | None:
     """Number of the decoder layer that a module or tensor belongs to, or None."""
     match = LAYER.match(name)
-    if match is None or any(word in match["prefix"].lower() for word in ENCODER_WORDS):
-        return None
-    return int(match["index"])
+    return None if match is None or _is_of_encoder(match["prefix"]) else int(match["index"])
+
+
+@functools.lru_cache(maxsize=1024)  # a checkpoint's layers have few prefixes, and are asked about many times
+def _is_of_encoder(prefix: str) -> bool:
+    return _has_word(prefix, ENCODER_WORDS)
 
 
 def is_linear_weight(tensor: str, shape: tuple[int, ...]) -> bool:
@@ -99,6 +103,8 @@ def experts_of(tensor: str, shape: tuple[int, ...]) -> str | None:
     """The layer of experts that a weight belongs to, by vLLM's name for it, or None: ``model.layers.3.mlp.experts``."""
     if is_stacked_experts(tensor, shape):
         return f"{tensor.rsplit('.', 2)[0]}.experts"
+    if "experts." not in tensor:
+        return None
     match = EXPERT.match(tensor) or FUSED_EXPERTS.match(tensor)
     return None if match is None else match["layer"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -34,6 +34,7 @@ from qwen3_fp8_ascend.errors import describe, printable
 from qwen3_fp8_ascend.format import DEFAULT_BLOCK, SMALLEST_BLOCK, WEIGHT_SUFFIX, BlockFp8Config, BlockSize
 
 FP8, FLOAT = "fp8", "float"
+MLP = {"gate_proj", "up_proj", "down_proj"}
 EXCLUDED_FP8 = "config.json excludes a module from quantization whose weight is FP8"
 UNLISTED_FLOAT = "a linear layer is not FP8, though config.json does not exclude it from quantization"
 
@@ -76,9 +77,7 @@ def make_plan(checkpoint: Checkpoint, config: BlockFp8Config) -> Plan:
     """Decide what each module is, and find all that is wrong."""
     modules = _modules(checkpoint)
     listed, doubts = _compare(modules, config)
-    modules = {
-        name: Module(name, m.kind, m.tensor, listed=name in listed, experts=m.experts) for name, m in modules.items()
-    }
+    modules |= {name: replace(modules[name], listed=True) for name in listed}
     quantized = any(module.kind == FP8 for module in modules.values())
     findings = chain(
         find_anomalies(checkpoint, config),
@@ -205,13 +204,14 @@ def _check_alike(modules: Mapping[str, Module]) -> Iterator[Anomaly]:
             parents[parent][last] = module
     for found in parents.values():
         for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-            columns = Counter(found[name].tensor.shape[1] for name in group if name in found)
+            columns = [found[name].tensor.shape[1] for name in group if name in found]
+            if len(set(columns)) < 2:
+                continue
+            most = Counter(columns).most_common(1)[0][0]
             for name in group:
-                if len(columns) > 1 and name in found:
-                    most = columns.most_common(1)[0][0]
-                    if found[name].tensor.shape[1] != most:
-                        yield _misfit(found[name].tensor, f"{most} columns, as its siblings have")
-        if {"gate_proj", "up_proj", "down_proj"} <= set(found):
+                if name in found and found[name].tensor.shape[1] != most:
+                    yield _misfit(found[name].tensor, f"{most} columns, as its siblings have")
+        if found.keys() >= MLP:
             gate, up, down = (found[name].tensor for name in ("gate_proj", "up_proj", "down_proj"))
             if up.shape == gate.shape and down.shape != gate.shape[::-1]:
                 yield _misfit(down, f"{list(gate.shape[::-1])} beside a gate_proj of {list(gate.shape)}")

@@ -170,14 +170,16 @@ def of_token_prediction(checkpoint: Checkpoint) -> list[TensorEntry]:
     Source: vLLM's ``get_spec_layer_idx_from_weight_name``; other models name them ``mtp.*`` or ``mtp_layers.*``.
     """
     first = positive(checkpoint.config, "num_hidden_layers")
-    count = positive(checkpoint.config, "num_nextn_predict_layers") or 0
-    found = []
-    for tensor in checkpoint.tensors.values():
-        index = layer_index(tensor.name)
-        beyond = first is not None and index is not None and first <= index < first + count
-        if beyond or MTP_NAME.search(tensor.name) is not None:
-            found.append(tensor)
-    return found
+    count = positive(checkpoint.config, "num_nextn_predict_layers")
+
+    def is_beyond(name: str) -> bool:
+        if first is None or count is None:
+            return False
+        index = layer_index(name)
+        return index is not None and first <= index < first + count
+
+    tensors = checkpoint.tensors.values()
+    return [t for t in tensors if is_beyond(t.name) or MTP_NAME.search(t.name) is not None]
 
 
 def find_undeclared(checkpoint: Checkpoint) -> Iterator[Anomaly]:
