@@ -330,13 +330,7 @@ def _check_shapes(layer: ExpertsLayer, config: Mapping[str, Any]) -> Iterator[An
         for projection, tensor in tensors.items():
             shape = expected[::-1] if projection == DOWN else expected
             if tensor.shape != shape:
-                yield _anomaly(
-                    tensor,
-                    "an expert's weight has another shape than the model's experts",
-                    str(list(shape)),
-                    str(list(tensor.shape)),
-                    DOWNLOAD_AGAIN,
-                )
+                yield _misshapen("an expert's weight", tensor, str(list(shape)))
 
 
 def _check_stacked(layer: ExpertsLayer, config: Mapping[str, Any]) -> Iterator[Anomaly]:
@@ -358,13 +352,7 @@ def _check_stacked(layer: ExpertsLayer, config: Mapping[str, Any]) -> Iterator[A
     for projection, tensor in layer.stacked.items():
         shape = (expected[0], *expected[:0:-1]) if projection == DOWN else expected
         if tensor.shape != shape:
-            yield _anomaly(
-                tensor,
-                "the tensor of a layer's experts has another shape than the model's experts",
-                str(list(shape)),
-                str(list(tensor.shape)),
-                DOWNLOAD_AGAIN,
-            )
+            yield _misshapen("the tensor of a layer's experts", tensor, str(list(shape)))
 
 
 def _check_fused(layer: ExpertsLayer, config: Mapping[str, Any], block: BlockSize) -> Iterator[Anomaly]:
@@ -390,13 +378,8 @@ def _check_fused(layer: ExpertsLayer, config: Mapping[str, Any], block: BlockSiz
     experts, intermediate, hidden, _ = layout
     count, sizes = positive(config, *COUNT_KEYS), _expert_shape(config)
     if (count is not None and count != experts) or (sizes is not None and sizes != (intermediate, hidden)):
-        yield _anomaly(
-            down,
-            "the tensor of a layer's experts has another shape than the model's experts",
-            f"{count or experts} experts of {list(reversed(sizes)) if sizes else [hidden, intermediate]}",
-            str(list(down.shape)),
-            DOWNLOAD_AGAIN,
-        )
+        expected = f"{count or experts} experts of {list(reversed(sizes)) if sizes else [hidden, intermediate]}"
+        yield _misshapen("the tensor of a layer's experts", down, expected)
     if intermediate % block.n:
         yield _anomaly(
             gate_up,
@@ -405,6 +388,11 @@ def _check_fused(layer: ExpertsLayer, config: Mapping[str, Any], block: BlockSiz
             str(intermediate),
             "store the projections of each expert as tensors of their own: " + QUANTIZE_AGAIN,
         )
+
+
+def _misshapen(what: str, tensor: TensorEntry, expected: str) -> Anomaly:
+    said = f"{what} has another shape than the model's experts"
+    return _anomaly(tensor, said, expected, str(list(tensor.shape)), DOWNLOAD_AGAIN)
 
 
 def _anomaly(tensor: TensorEntry, what: str, expected: str, got: str, fix: str) -> Anomaly:
