@@ -200,7 +200,7 @@ def block_experts(
         (E, 2 * ceil(intermediate / block.n), ceil(hidden / block.k)); topk_weights (m, top_k) fp32, topk_ids (m, top_k)
         -> (m, hidden) in x.dtype.
     Semantics: two linears of this file with silu between. h = x.dtype(block_linear(x, w13));
-        a = x.dtype(glu(gate, up)), computed in fp32: silu(gate) * up, unless the model bounds it;
+        a = x.dtype(glu(gate, up)), computed in fp32: silu(gate) * up, unless the model has another activation;
         y = block_linear(a, w2) in fp32, not rounded;
         out = x.dtype(the sum of weight * y in fp32, in the order of the slots). An id of -1 adds nothing, an expert
         that is named twice adds twice. Weights are used as they are: normalising and scaling them is the router's.

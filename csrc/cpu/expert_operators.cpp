@@ -164,9 +164,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qwen3_fp8_ascend, m) {
       "cpu_grouped_linear(Tensor x, Tensor codes, Tensor scales, Tensor panels, Tensor ends, int n, int k, "
       "int block_k, int quantization) -> Tensor");
   m.def(
-      "cpu_glu_product(Tensor x, float gate_limit, float act_limit, float up_limit, float alpha, float cubic, float "
-      "beta) -> "
-      "Tensor");
+      "cpu_glu_product(Tensor x, float gate_limit, float act_limit, float up_limit, float alpha, float cubic, "
+      "float beta) -> Tensor");
   m.def(
       "cpu_block_experts(Tensor x, Tensor w13_codes, Tensor w13_scales, Tensor w13_panels, Tensor w2_codes, "
       "Tensor w2_scales, Tensor w2_panels, Tensor topk_weights, Tensor topk_ids, int intermediate, int block_k, "

@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
 from qwen3_fp8_ascend.checkpoints.folder import Checkpoint
-from qwen3_fp8_ascend.checkpoints.layers import ENCODER_WORDS, LAYER, MTP_NAME, experts_of, layer_index, module_of
+from qwen3_fp8_ascend.checkpoints.layers import LAYER, MTP_NAME, experts_of, is_of_encoder, layer_index, module_of
 from qwen3_fp8_ascend.checkpoints.model_config import positive, setting
 from qwen3_fp8_ascend.checkpoints.rules import DOWNLOAD_AGAIN, E4M3, FLOATS
 from qwen3_fp8_ascend.checkpoints.weight_file import TensorEntry
@@ -88,9 +88,9 @@ def _check_alike(chosen: Iterable[TensorEntry], checkpoint: Checkpoint) -> Itera
         layers[NUMBERS.sub(".*", parent)].append(parent)
     for alike in layers.values():
         kinds = Counter(frozenset(parents[parent]) for parent in alike)
-        frequent = kinds.most_common(MAX_KINDS)
         if len(kinds) < 2:
             continue
+        frequent = kinds.most_common(MAX_KINDS)
         for parent in alike:
             own = frozenset(parents[parent])
             larger = [kind for kind, count in frequent if own < kind and count >= kinds[own]]
@@ -125,7 +125,7 @@ def _check_around(checkpoint: Checkpoint) -> Iterator[Anomaly]:
     """What is before and behind the decoder layers."""
     outside = {name for name in checkpoint.tensors if LAYER.match(name) is None and MTP_NAME.search(name) is None}
     last = {module_of(name).rpartition(".")[2].lower() for name in outside}
-    text = {module_of(name).rpartition(".")[2].lower() for name in outside if not _is_of_encoder(name)}
+    text = {module_of(name).rpartition(".")[2].lower() for name in outside if not is_of_encoder(name)}
     if not any(word in name for name in last for word in EMBEDDINGS):
         yield _lost("no token embedding is in the checkpoint", "model.embed_tokens.weight")
     has_norms = any(_is_norm(tensor) and layer_index(name) is not None for name, tensor in checkpoint.tensors.items())
@@ -157,9 +157,5 @@ def _is_dense_fp8(tensor: TensorEntry) -> bool:
 
 
 def _is_norm(tensor: TensorEntry) -> bool:
-    last = module_of(tensor.name).rpartition(".")[2].lower()
-    return tensor.dtype in FLOATS and tensor.name.endswith(WEIGHT_SUFFIX) and len(tensor.shape) == 1 and "norm" in last
-
-
-def _is_of_encoder(name: str) -> bool:
-    return any(word in name.lower() for word in ENCODER_WORDS)
+    is_vector = len(tensor.shape) == 1 and tensor.dtype in FLOATS and tensor.name.endswith(WEIGHT_SUFFIX)
+    return is_vector and "norm" in module_of(tensor.name).rpartition(".")[2].lower()

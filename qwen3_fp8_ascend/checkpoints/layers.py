@@ -65,12 +65,13 @@ def module_of(tensor: str) -> str:
 def layer_index(name: str) -> int | None:
     """Number of the decoder layer that a module or tensor belongs to, or None."""
     match = LAYER.match(name)
-    return None if match is None or _is_of_encoder(match["prefix"]) else int(match["index"])
+    return None if match is None or is_of_encoder(match["prefix"]) else int(match["index"])
 
 
 @functools.lru_cache(maxsize=1024)  # a checkpoint's layers have few prefixes, and are asked about many times
-def _is_of_encoder(prefix: str) -> bool:
-    return _has_word(prefix, ENCODER_WORDS)
+def is_of_encoder(name: str) -> bool:
+    """Whether a module, or what is below it, is no part of the decoder: what sees or hears."""
+    return _has_word(name, ENCODER_WORDS)
 
 
 def is_linear_weight(tensor: str, shape: tuple[int, ...]) -> bool:
@@ -97,6 +98,11 @@ def is_fused_experts(tensor: str, shape: tuple[int, ...]) -> bool:
 def is_stacked_experts(tensor: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is one projection of all experts of a layer: three dimensions, named as a linear layer is."""
     return len(shape) == 3 and STACKED_EXPERTS.match(tensor) is not None
+
+
+def is_of_all_experts(tensor: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor holds all experts of a layer, in either of these ways."""
+    return is_fused_experts(tensor, shape) or is_stacked_experts(tensor, shape)
 
 
 def experts_of(tensor: str, shape: tuple[int, ...]) -> str | None:

@@ -32,6 +32,7 @@ from qwen3_fp8_ascend.checkpoints.layers import (
     is_decoder_linear,
     is_fused_experts,
     is_linear_weight,
+    is_of_all_experts,
     is_stacked_experts,
     layer_index,
     matches_any,
@@ -304,13 +305,9 @@ def _select(checkpoint: Checkpoint, ignore: tuple[str, ...]) -> set[str]:
 
 
 def _is_candidate(tensor: TensorEntry) -> bool:
-    if _is_of_all_experts(tensor):
+    if is_of_all_experts(tensor.name, tensor.shape):
         return layer_index(tensor.name) is not None
     return is_decoder_linear(tensor.name, tensor.shape)
-
-
-def _is_of_all_experts(tensor: TensorEntry) -> bool:
-    return is_fused_experts(tensor.name, tensor.shape) or is_stacked_experts(tensor.name, tensor.shape)
 
 
 def _check_experts(selected: Sequence[TensorEntry], candidates: Sequence[TensorEntry]) -> None:
@@ -401,4 +398,4 @@ def _unquantized(checkpoint: Checkpoint, selected: set[str]) -> tuple[str, ...]:
 
 
 def _is_listed(tensor: TensorEntry) -> bool:
-    return is_linear_weight(tensor.name, tensor.shape) or _is_of_all_experts(tensor)
+    return is_linear_weight(tensor.name, tensor.shape) or is_of_all_experts(tensor.name, tensor.shape)

@@ -13,7 +13,7 @@ from qwen3_fp8_ascend.checkpoints.layers import (
     is_decoder_linear,
     is_fused_experts,
     is_linear_weight,
-    is_stacked_experts,
+    is_of_all_experts,
     layer_index,
 )
 from qwen3_fp8_ascend.checkpoints.model_config import positive
@@ -95,8 +95,8 @@ def find_anomalies(checkpoint: Checkpoint, config: BlockFp8Config) -> Iterator[A
 
 
 def _check_weight(tensor: TensorEntry, tensors: Mapping[str, TensorEntry], config: BlockFp8Config) -> Iterator[Anomaly]:
-    of_all_experts = is_fused_experts(tensor.name, tensor.shape) or is_stacked_experts(tensor.name, tensor.shape)
-    if not is_fp8_weight(tensor) or not (of_all_experts or is_linear_weight(tensor.name, tensor.shape)):
+    is_matrix = is_linear_weight(tensor.name, tensor.shape) or is_of_all_experts(tensor.name, tensor.shape)
+    if not is_fp8_weight(tensor) or not is_matrix:
         yield _anomaly(
             tensor,
             "an FP8 tensor is no weight of a linear layer",

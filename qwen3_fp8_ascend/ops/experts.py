@@ -151,7 +151,7 @@ def block_experts(
     Shapes: x (m, hidden) bf16/fp16/fp32; w13 of two shards (gate, up) of `intermediate` rows; topk_weights (m, top_k)
         floating point, topk_ids (m, top_k) int32 or int64 -> (m, hidden) in x.dtype. An id of -1 adds nothing.
         A part of a layer that starts within a block has gate and up of several shards each, alike.
-    glu: what is computed of gate and up: silu(gate) * up, unless the model bounds it.
+    glu: what is computed of gate and up: silu(gate) * up, unless the model has another activation.
     between: for a part of a layer that starts or ends within a block, what makes of glu(gate, up)
         (m * top_k, intermediate), sorted by expert, the activation (m * top_k, w2.k) that the part of w2 takes. It is
         called once, unless m or top_k is 0. Parts of layers are made of grouped linears (`backends/grouped.py`).

@@ -41,7 +41,7 @@ def check_supported(layer: Any, prefix: str) -> None:
             raise BlockFp8Error(
                 f"block-FP8 experts with {what} are not served",
                 where=prefix,
-                expected="silu(gate) * up, and weights on the output, or on the input of one expert a token",
+                expected="no biases, and router weights on the output, or on the input of one expert a token",
                 fix=SERVE_BF16,
             )
     if moe.is_lora_enabled:

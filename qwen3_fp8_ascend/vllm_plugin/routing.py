@@ -1,9 +1,9 @@
 """Which experts a token goes to, where vLLM's router on a CPU would not choose the model's.
 
 vLLM 0.30 to 0.32 have one router for all models there. It scores by softmax, or in groups; scores by sigmoid without
-groups (MiniMax-M2) end in an assertion of the first token, and a correction bias without groups (ERNIE 4.5) is left
-out, so that other experts answer. Both are found by asking the router itself, since later versions may know more. Such
-a layer's experts are chosen here: vLLM hands the logits of a layer to a method that calls itself monolithic.
+groups (MiniMax-M2, Step-3.5) end in an assertion of the first token, and a correction bias without groups (ERNIE 4.5)
+is left out, so that other experts answer. Both are found by asking the router itself, since later versions may know
+more. Such a layer's experts are chosen here: vLLM hands the logits of a layer to a method that calls itself monolithic.
 """
 
 from __future__ import annotations
