@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from qwen3_fp8_ascend.checkpoints.anomaly import Anomaly
@@ -39,28 +39,29 @@ GENERATES = ("ForCausalLM", "ForConditionalGeneration")
 
 def find_missing(checkpoint: Checkpoint) -> Iterator[Anomaly]:
     """What is not there though the rest of the checkpoint says that it should be."""
-    yield from _check_layers_present(checkpoint)
     tensors = checkpoint.tensors
+    layers = {name: index for name in tensors if (index := layer_index(name)) is not None}
+    count = positive(checkpoint.config, "num_hidden_layers")
+    yield from _check_layers_present(checkpoint, set(layers.values()), count)
+    decoder = [
+        tensors[name]
+        for name, index in layers.items()
+        if (count is None or index < count) and MTP_NAME.search(name) is None  # which has more norms
+    ]
     fp8 = {module_of(name) for name, tensor in tensors.items() if _is_dense_fp8(tensor)}
-    of_fp8 = (
-        tensor
-        for name, tensor in tensors.items()
-        if name.endswith((WEIGHT_SUFFIX, BIAS_SUFFIX)) and module_of(name) in fp8
-    )
-    count = positive(checkpoint.config, "num_hidden_layers")
-    norms = (tensor for tensor in tensors.values() if _is_norm(tensor))
+    of_fp8 = (t for t in decoder if t.name.endswith((WEIGHT_SUFFIX, BIAS_SUFFIX)) and module_of(t.name) in fp8)
+    norms = (tensor for tensor in decoder if _is_norm(tensor))
     for chosen in (of_fp8, norms):
-        yield from _check_alike((tensor for tensor in chosen if _is_decoder(tensor.name, count)), checkpoint)
-    if fp8 and any(layer_index(name) is not None for name in tensors):  # a whole model
-        yield from _check_around(checkpoint)
+        yield from _check_alike(chosen, checkpoint)
+    if fp8 and layers:  # a whole model
+        yield from _check_around(checkpoint, layers)
 
 
-def _check_layers_present(checkpoint: Checkpoint) -> Iterator[Anomaly]:
+def _check_layers_present(checkpoint: Checkpoint, found: Set[int], count: int | None) -> Iterator[Anomaly]:
     """Decoder layers without any tensor: what a lost file looks like when there is no index."""
-    count = positive(checkpoint.config, "num_hidden_layers")
     if count is None or len(checkpoint.files) == 0:
         return
-    present = {index for name in checkpoint.tensors if (index := layer_index(name)) is not None and index < count}
+    present = {index for index in found if index < count}
     missing = count - len(present)
     if missing > 0 and not checkpoint.anomalies:
         first = next(i for i in range(count) if i not in present)
@@ -87,12 +88,12 @@ def _check_alike(chosen: Iterable[TensorEntry], checkpoint: Checkpoint) -> Itera
     for parent in parents:
         layers[NUMBERS.sub(".*", parent)].append(parent)
     for alike in layers.values():
-        kinds = Counter(frozenset(parents[parent]) for parent in alike)
+        endings = [frozenset(parents[parent]) for parent in alike]
+        kinds = Counter(endings)
         if len(kinds) < 2:
             continue
         frequent = kinds.most_common(MAX_KINDS)
-        for parent in alike:
-            own = frozenset(parents[parent])
+        for parent, own in zip(alike, endings, strict=True):
             larger = [kind for kind, count in frequent if own < kind and count >= kinds[own]]
             if not larger:
                 continue
@@ -121,14 +122,14 @@ def _is_left_out(config: Mapping[str, Any], parent: str, ending: str) -> bool:
     return module == "v_proj" and setting(config, "attention_k_eq_v") is True
 
 
-def _check_around(checkpoint: Checkpoint) -> Iterator[Anomaly]:
+def _check_around(checkpoint: Checkpoint, layers: Collection[str]) -> Iterator[Anomaly]:
     """What is before and behind the decoder layers."""
     outside = {name for name in checkpoint.tensors if LAYER.match(name) is None and MTP_NAME.search(name) is None}
     last = {module_of(name).rpartition(".")[2].lower() for name in outside}
     text = {module_of(name).rpartition(".")[2].lower() for name in outside if not is_of_encoder(name)}
     if not any(word in name for name in last for word in EMBEDDINGS):
         yield _lost("no token embedding is in the checkpoint", "model.embed_tokens.weight")
-    has_norms = any(_is_norm(tensor) and layer_index(name) is not None for name, tensor in checkpoint.tensors.items())
+    has_norms = any(_is_norm(checkpoint.tensors[name]) for name in layers)
     if has_norms and not any(word in name for name in text for word in FINAL_NORMS):
         yield _lost("no norm behind the decoder layers is in the checkpoint", "model.norm.weight")
     architectures = checkpoint.config.get("architectures")
@@ -143,12 +144,6 @@ def _check_around(checkpoint: Checkpoint) -> Iterator[Anomaly]:
 
 def _lost(what: str, example: str, fix: str = "if the model is not built so, " + DOWNLOAD_AGAIN) -> Anomaly:
     return Anomaly(what, expected=f"such as {example}", got="no such tensor", fix=fix, severity="warning")
-
-
-def _is_decoder(name: str, count: int | None) -> bool:
-    """Whether a tensor is in a decoder layer, and in none for multi-token prediction, which has more norms."""
-    index = layer_index(name)
-    return index is not None and (count is None or index < count) and MTP_NAME.search(name) is None
 
 
 def _is_dense_fp8(tensor: TensorEntry) -> bool:

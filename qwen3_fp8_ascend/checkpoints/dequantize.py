@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class _Dequantization:
             return []  # read beside its weight, which may be in another file
         if is_cache_scale(tensor.name):
             return []  # of a quantized KV cache, for which a model that is not quantized has no place
-        return [replace(tensor, dtype=DTYPE_NAMES[self.dtype]) if tensor.dtype == E4M3 else tensor]
+        return [tensor._replace(dtype=DTYPE_NAMES[self.dtype]) if tensor.dtype == E4M3 else tensor]
 
     def convert(self, tensor: TensorEntry, read: Read) -> Sequence[torch.Tensor]:
         entry, block = self.tensors[self.format.scale_of(tensor.name)], self.format.block

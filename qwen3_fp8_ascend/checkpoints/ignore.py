@@ -9,7 +9,7 @@ Where a checkpoint's headers are at hand, its tensors say what is quantized, and
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from qwen3_fp8_ascend.checkpoints.patterns import Pattern, UnreadableError, Work, glob
 
@@ -38,11 +38,16 @@ MERGED = {
 
 def unwrapped(name: str) -> str:
     """A module's name without the wrappers around it: ``model.language_model.layers.0`` -> ``layers.0``."""
-    while True:
-        first, dot, rest = name.partition(".")
-        if not dot or first not in WRAPPERS:
-            return name
-        name = rest
+    parts = name.split(".")
+    return ".".join(parts[_wrappers(parts) :])
+
+
+def _wrappers(parts: Sequence[str]) -> int:
+    """How many of a name's first parts are wrappers, and not what is in them."""
+    count = 0
+    while count + 1 < len(parts) and parts[count] in WRAPPERS:
+        count += 1
+    return count
 
 
 class IgnoreList:
@@ -55,7 +60,7 @@ class IgnoreList:
         self.names = frozenset(entries)
         self.parents = frozenset(bare for entry in entries if (bare := unwrapped(entry)) not in WRAPPERS)
         self._beginnings = _beginnings(self.names)
-        self._lengths_of_parents = tuple(_beginnings(self.parents))
+        self._beginnings_of_parents = _beginnings(self.parents)
         self.unreadable: list[str] = []
         self._patterns: list[tuple[Pattern, bool]] = []
         self._work = Work()
@@ -76,8 +81,9 @@ class IgnoreList:
         if not self.names:
             return False
         names = _with_merged(module)
-        if any(self._has(name) for name in names):
-            return True
+        for name in names:
+            if self._has(name):
+                return True
         if not self._patterns:
             return False
         bare = unwrapped(module)
@@ -92,8 +98,11 @@ class IgnoreList:
             for start, part in enumerate(parts) if not firsts.isdisjoint(parts) else ():
                 if part in firsts and ".".join(parts[start : start + length]) in self.names:
                     return True
-        bare = unwrapped(name).split(".")
-        return any(".".join(bare[:length]) in self.parents for length in self._lengths_of_parents)
+        bare = parts[_wrappers(parts) :]
+        for length, firsts in self._beginnings_of_parents.items():
+            if bare[0] in firsts and ".".join(bare[:length]) in self.parents:
+                return True
+        return False
 
     def _compile(self, entry: str) -> bool:
         """Add an entry's pattern, or both of what it may be: a regular expression, and a shell's."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ class _Quantization:
         if tensor.name not in self.selected:
             return [tensor]
         parts = self._parts(tensor)
-        return [entry for part in parts for entry in (replace(part, dtype=E4M3), self._scale_of(part))]
+        return [entry for part in parts for entry in (part._replace(dtype=E4M3), self._scale_of(part))]
 
     def convert(self, tensor: TensorEntry, read: Read) -> Sequence[torch.Tensor]:
         whole = read(tensor)
@@ -178,7 +178,7 @@ class _Quantization:
         last = tensor.name.rpartition(".")[2]
         shapes = {GATE: (n // 2, k), UP: (n // 2, k)} if last == GATE_UP else {DOWN: (n, k)}
         return [
-            replace(tensor, name=expert_weight(tensor.name, expert, projection), shape=shape)
+            tensor._replace(name=expert_weight(tensor.name, expert, projection), shape=shape)
             for expert in range(experts)
             for projection, shape in shapes.items()
         ]
