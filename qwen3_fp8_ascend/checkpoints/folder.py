@@ -31,6 +31,9 @@ MAX_TENSORS = 200_000
 """Of a checkpoint: twice DeepSeek-V3's. Looking at one takes about 20 microseconds."""
 
 NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+OF_A_RANK = re.compile(r"model-rank-\d+-part-\d+\.safetensors")
+"""Files of vLLM's `save_sharded_state`: a rank's tensors as its kernels want them, under the names of merged layers."""
+
 MODELOPT_CONFIG = "hf_quant_config.json"
 """Where ModelOpt up to 0.29 puts its quantization_config."""
 
@@ -250,6 +253,13 @@ def _weight_files(names: set[str], weight_map: Mapping[str, str] | None) -> Sequ
     for file in files:
         if not is_plain_text(file):
             raise fault("a weight file's name is unprintable", file=ascii(file))
+        if OF_A_RANK.fullmatch(file):
+            raise fault(
+                "the folder holds what vLLM saved of its ranks (sharded_state), packed for one kind of machine",
+                file=file,
+                expected="a checkpoint's own files",
+                fix="give the checkpoint that was served when it was saved",
+            )
     return files
 
 

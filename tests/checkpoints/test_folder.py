@@ -169,6 +169,13 @@ def test_gguf_says_what_to_do(tmp_path: Path) -> None:
     refuse(tmp_path / "model" / "model.gguf", "not a checkpoint folder")
 
 
+def test_what_vllm_saved_of_a_rank_is_no_checkpoint(two_files: Path) -> None:
+    (two_files / "model-rank-0-part-0.safetensors").write_bytes((two_files / A).read_bytes())
+    assert survey_checkpoint(two_files).unused == ("model-rank-0-part-0.safetensors",)  # its index names others
+    (two_files / INDEX).unlink()
+    refuse(two_files, "sharded_state")
+
+
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     assert "download" in refuse(tmp_path / "absent", "cannot be read")
     refuse(tmp_path / "nul\0byte", "cannot be read")

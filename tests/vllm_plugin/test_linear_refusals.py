@@ -9,7 +9,9 @@ from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 
+from qwen3_fp8_ascend.checkpoints.folder import OF_A_RANK
 from qwen3_fp8_ascend.containers import COMPRESSED_TENSORS, MODELOPT
 from qwen3_fp8_ascend.errors import BlockFp8Error
 from qwen3_fp8_ascend.format import BlockFp8Config, BlockSize
@@ -131,3 +133,9 @@ def test_a_block_that_no_backend_serves_is_said_before_anything_is_loaded() -> N
         ColumnParallelLinear(
             256, 256, bias=False, params_dtype=torch.bfloat16, quant_config=quantization, prefix="model.layers.0.one"
         )
+
+
+def test_what_vllm_saves_of_a_rank_is_known_by_name() -> None:
+    """Its tensors are packed already, and have names of their own; `checkpoints.folder` refuses them."""
+    assert OF_A_RANK.fullmatch(ShardedStateLoader.DEFAULT_PATTERN.format(rank=12, part=0))
+    assert not OF_A_RANK.fullmatch("model-00001-of-00002.safetensors")
