@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 import build_ascend
 from tests.support import cann_stand_in
@@ -195,6 +196,29 @@ def test_a_version_that_cannot_be_read_can_be_given(cann: StandIn, tmp_path: Pat
     done = build(tmp_path, cann.environment() | given)
     assert done.returncode == 0, done.stdout + done.stderr
     assert any("__schedmode__(1)" in k["qualifiers"] for step in cann.steps() for k in step.kernels.values())
+
+
+@needs_cmake
+def test_a_torch_built_for_cuda_does(cann: StandIn, tmp_path: Path) -> None:
+    """PyPI's is, for AArch64 too. Its CMake package wants the CUDA toolkit, which an NPU's machine has not."""
+    given = cann.python_path / "torch"
+    (given / "share" / "cmake" / "Torch").mkdir(parents=True)
+    (given / "share" / "cmake" / "Torch" / "TorchConfig.cmake").write_text('message(FATAL_ERROR "where is CUDA?")\n')
+    (given / "__init__.py").write_text("raise ImportError\n")
+    for name in ("include", "lib"):
+        (given / name).symlink_to(Path(torch.__file__).parent / name)
+    done = build(tmp_path, cann.environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    link = check_steps(cann.steps(), cann.home)
+    assert {str(given / "lib" / f"lib{name}.so") for name in ("torch_cpu", "c10")} <= flags_of(link)
+    assert "libtorch_cuda" not in link.line
+
+
+@needs_cmake
+def test_a_torch_without_libraries_is_named(cann: StandIn, tmp_path: Path) -> None:
+    (cann.python_path / "torch").mkdir()
+    (cann.python_path / "torch" / "__init__.py").write_text("")
+    assert "has no lib/libtorch_cpu.so" in refusal(tmp_path, cann.environment())
 
 
 @needs_cmake
