@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen3_fp8_ascend.checkpoints.folder import INDEX
+from qwen3_fp8_ascend.checkpoints.folder import INDEX, MODELOPT_CONFIG
 from tests.fuzz.choices import Choices
 from tests.fuzz.damages import Damage
 from tests.fuzz.drafts import Draft
@@ -93,6 +93,27 @@ def weights_are_pickles(draft: Draft, choices: Choices) -> None:
         draft.files[choices.pick(names)] = PICKLE
 
 
+def states_of_ranks(draft: Draft, choices: Choices) -> None:
+    """The weights as vLLM saves those of its ranks."""
+    names = [name for name in draft.files if name.endswith(".safetensors")]
+    for part, name in enumerate(names):
+        draft.files[f"model-rank-0-part-{part}.safetensors"] = draft.files.pop(name)
+    if choices.below(4):
+        draft.files.pop(INDEX, None)
+
+
+def quantized_elsewhere(draft: Draft, choices: Choices) -> None:
+    """A ModelOpt config beside config.json, or what takes its name."""
+    draft.files[MODELOPT_CONFIG] = choices.pick(
+        (
+            b'{"quantization": {"quant_algo": "FP8_PB_WO", "exclude_modules": ["lm_head"]}}',
+            b'{"quantization": []}',
+            b"{}",
+            PICKLE,
+        )
+    )
+
+
 FOLDERS: tuple[Damage, ...] = (
     link_outside,
     link_beside,
@@ -101,4 +122,6 @@ FOLDERS: tuple[Damage, ...] = (
     add_file,
     pickles_only,
     weights_are_pickles,
+    states_of_ranks,
+    quantized_elsewhere,
 )
