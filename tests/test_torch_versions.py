@@ -15,22 +15,15 @@ from qwen3_fp8_ascend.backends import cpu
 
 from .conftest import ROOT
 from .support.sanitizers import included_by
+from .support.torch_headers import headers_of
 
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "scripts"))
 import test_torch_versions
-from fetch_torch_headers import fetch
 
 import setup as build
 
 COMPILER = os.environ.get("CXX", "c++")
-
-
-def headers_of(version: str, cache: Path) -> Path:
-    try:
-        return fetch(version, cache / "torch-headers")
-    except RuntimeError as error:
-        pytest.skip(str(error))
 
 
 def check_syntax(source: Path, headers: Path) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -240,37 +238,3 @@ def test_without_an_npu_the_backend_says_why() -> None:
     assert any(word in reason for word in ("torch_npu", "CANN", "NPU"))
     with pytest.raises(BlockFp8Error, match="cannot be used here"):
         registry.select_backend("ascendc", "npu")
-
-
-@pytest.fixture(scope="session")
-def torch_npu_headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The headers of torch-npu's wheel, which bring those of acl along. Fetched once, kept outside of git."""
-    import zipfile
-
-    from .conftest import CACHE
-
-    folder = CACHE / "torch_npu"
-    include = folder / "torch_npu" / "include"
-    if include.exists():
-        return include
-    folder.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-    fetched = subprocess.run([*pip, "torch-npu==2.13.0"], capture_output=True, text=True)
-    wheels = list(folder.glob("torch_npu-*.whl"))
-    if fetched.returncode or not wheels:
-        pytest.skip(f"torch-npu's wheel cannot be had: {(fetched.stderr or 'no wheel').strip().splitlines()[-1]}")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith("torch_npu/include/")])
-    wheels[0].unlink()
-    return include
-
-
-def test_host_code_fits_torch_npu(torch_npu_headers: Path) -> None:
-    """Syntax and types of the NPU operators against the wheel's real headers; they cannot be linked without CANN."""
-    if not torch.__version__.startswith("2.13"):
-        pytest.skip(f"the headers are those of torch-npu for torch 2.13, this is torch {torch.__version__}")
-    headers = [torch_npu_headers, torch_npu_headers / "third_party" / "acl" / "inc"]
-    flags = [flag for path in headers for flag in ("-isystem", str(path))]
-    command = ["g++", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", *torch_flags(), *flags]
-    done = subprocess.run([*command, str(SOURCES / "host" / "torch_ops.cpp")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-6000:]

@@ -199,19 +199,28 @@ def test_a_version_that_cannot_be_read_can_be_given(cann: StandIn, tmp_path: Pat
 
 
 @needs_cmake
-def test_a_torch_built_for_cuda_does(cann: StandIn, tmp_path: Path) -> None:
-    """PyPI's is, for AArch64 too. Its CMake package wants the CUDA toolkit, which an NPU's machine has not."""
-    given = cann.python_path / "torch"
+@pytest.mark.parametrize(("asked", "standard"), [("201703L", "-std=gnu++17"), ("202002L", "-std=gnu++20")])
+def test_a_torch_built_for_cuda_does_and_its_headers_say_which_cpp(
+    cann: StandIn, tmp_path: Path, asked: str, standard: str
+) -> None:
+    """PyPI's is, on x86 always. Its CMake package wants the CUDA toolkit, which an NPU's machine has not."""
+    given, real = cann.python_path / "torch", Path(torch.__file__).parent
     (given / "share" / "cmake" / "Torch").mkdir(parents=True)
     (given / "share" / "cmake" / "Torch" / "TorchConfig.cmake").write_text('message(FATAL_ERROR "where is CUDA?")\n')
     (given / "__init__.py").write_text("raise ImportError\n")
-    for name in ("include", "lib"):
-        (given / name).symlink_to(Path(torch.__file__).parent / name)
+    (given / "lib").symlink_to(real / "lib")
+    (given / "include").mkdir()
+    for name in ("c10", "torch"):
+        (given / "include" / name).symlink_to(real / "include" / name)
+    (given / "include" / "ATen").mkdir()
+    (given / "include" / "ATen" / "ATen.h").write_text(f"#if !defined(_MSC_VER) && __cplusplus < {asked}\n#endif\n")
     done = build(tmp_path, cann.environment())
     assert done.returncode == 0, done.stdout + done.stderr
     link = check_steps(cann.steps(), cann.home)
     assert {str(given / "lib" / f"lib{name}.so") for name in ("torch_cpu", "c10")} <= flags_of(link)
     assert "libtorch_cuda" not in link.line
+    hosts = [step for step in cann.steps() if step.source.endswith(".cpp")]
+    assert hosts and all(standard in step.arguments for step in hosts)
 
 
 @needs_cmake
