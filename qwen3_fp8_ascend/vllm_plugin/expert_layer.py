@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.platforms import current_platform
 
 from qwen3_fp8_ascend.checkpoints.experts import SERVE_BF16
@@ -86,14 +88,23 @@ def glu_of(layer: Any, prefix: str) -> Glu:
 
 
 def check_exchange(parallel: Any, prefix: str) -> None:
-    """Refuse ways in which ranks would exchange tokens that vLLM has for its own kernels alone.
+    """Refuse ways in which ranks would exchange tokens that vLLM has not, or has for its own kernels alone.
 
-    Those exchange what a kernel has prepared. Any other method has its tokens gathered, which these ways cannot do: the
-    server would stop while it warms up, with an error that says nothing. On a CPU and an NPU they are not taken.
+    On a GPU some exchange what one of those kernels has prepared: the server would stop while it warms up, with an
+    error that says nothing. Any other method has its tokens gathered. On a CPU vLLM gathers none (seen in 0.30.0): it
+    would start, call itself healthy, and die of the first request, with bf16 weights too.
     parallel: vLLM's `FusedMoEParallelConfig`.
     Raises:
         BlockFp8Error: names the way.
     """
+    if current_platform.is_cpu() and parallel.dp_size > 1 and not _gathers_on_a_cpu():
+        raise BlockFp8Error(
+            "vLLM cannot exchange tokens of experts between ranks of data parallelism on a CPU",
+            where=prefix,
+            expected="--data-parallel-size 1",
+            got=parallel.dp_size,
+            fix="use --tensor-parallel-size, with --enable-expert-parallel to divide whole experts",
+        )
     if not current_platform.is_cuda_alike() or not parallel.use_all2all_kernels or parallel.use_ag_rs_all2all_kernels:
         return
     raise BlockFp8Error(
@@ -103,6 +114,11 @@ def check_exchange(parallel: Any, prefix: str) -> None:
         got=parallel.all2all_backend,
         fix="leave --all2all-backend out",
     )
+
+
+def _gathers_on_a_cpu() -> bool:
+    """Whether this vLLM gathers different numbers of tokens from ranks on a CPU."""
+    return CpuCommunicator.all_gatherv is not DeviceCommunicatorBase.all_gatherv
 
 
 def local_experts(layer: Any) -> list[int]:

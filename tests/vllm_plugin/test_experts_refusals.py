@@ -82,7 +82,9 @@ def test_exchanges_of_vllm_s_own_kernels_are_refused_on_a_gpu(monkeypatch: pytes
     layer = make_layer()
 
     def look(is_gpu: bool, ranks: int, backend: str) -> None:
-        monkeypatch.setattr(expert_layer, "current_platform", SimpleNamespace(is_cuda_alike=lambda: is_gpu))
+        monkeypatch.setattr(
+            expert_layer, "current_platform", SimpleNamespace(is_cuda_alike=lambda: is_gpu, is_cpu=lambda: False)
+        )
         parallel = replace(layer.moe_config.moe_parallel_config, dp_size=ranks, use_ep=True, all2all_backend=backend)
         monkeypatch.setattr(layer.moe_config, "moe_parallel_config", parallel)
         expert_layer.check_supported(layer, PREFIX)
@@ -91,6 +93,20 @@ def test_exchanges_of_vllm_s_own_kernels_are_refused_on_a_gpu(monkeypatch: pytes
         look(True, 2, backend)
     for served in ((True, 1, backend), (False, 2, backend), (True, 2, "allgather_reducescatter")):
         look(*served)
+
+
+def test_ranks_of_data_parallelism_are_refused_where_vllm_cannot_gather_their_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = make_layer()
+    parallel = replace(layer.moe_config.moe_parallel_config, dp_size=2)
+    monkeypatch.setattr(layer.moe_config, "moe_parallel_config", parallel)
+    with pytest.raises(
+        BlockFp8Error, match=rf"(?s)data parallelism on a CPU.*{PREFIX}.*got: 2.*--tensor-parallel-size"
+    ):
+        expert_layer.check_supported(layer, PREFIX)
+    monkeypatch.setattr(expert_layer.CpuCommunicator, "all_gatherv", lambda *_: None)  # a vLLM that can
+    expert_layer.check_supported(layer, PREFIX)
 
 
 @pytest.mark.parametrize(
