@@ -10,6 +10,9 @@ import os
 import platform
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +69,7 @@ def examine(without_npu: bool = False) -> Report:
         "cores": str(cores()),
     }
     problems = _vllm_problems(packages) + _torch_problems(packages["torch"])
-    failure = _torch_failure()
+    failure = _torch_failure(packages)
     if failure is not None:
         problems.append((f"torch does not load: {failure}", _torch_fix(packages)))
         ascend = _ascend(packages, f"none to use: torch does not load: {failure}", "not looked at")
@@ -111,8 +114,14 @@ def _torch_problems(version: str | None) -> list[tuple[str, str]]:
     return []
 
 
-def _torch_failure() -> str | None:
+def _torch_failure(packages: dict[str, str | None]) -> str | None:
     """Why torch cannot be imported, or None. It loads torch_npu by itself, which fails without CANN."""
+    if packages["torch-npu"] and "torch" not in sys.modules:
+        # C++ that goes wrong while a library is loaded ends the process: here, another one.
+        tried = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, text=True, errors="replace")
+        if tried.returncode < 0:
+            said = re.search(r"what\(\):\s*(.+)", tried.stderr)
+            return f"it ends the process ({signal.Signals(-tried.returncode).name}){': ' + said[1] if said else ''}"
     try:
         importlib.import_module("torch")
     except Exception as error:  # whatever a package that torch loads by itself raises
@@ -121,9 +130,27 @@ def _torch_failure() -> str | None:
     return None
 
 
+def _cuda_of_torch() -> str | None:
+    """The CUDA that torch was built for, read from its files; None if it was built for none, or says nothing."""
+    found = importlib.util.find_spec("torch")
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        file = Path(folder) / "version.py"
+        match = re.search(r"^cuda\b[^=\n]*= *'([\d.]+)'", file.read_text() if file.is_file() else "", re.MULTILINE)
+        if match:
+            return match[1]
+    return None
+
+
 def _torch_fix(packages: dict[str, str | None]) -> str:
     if not packages["torch-npu"]:
         return "see that torch is whole: python -c 'import torch'"
+    cuda = _cuda_of_torch()
+    if cuda is not None:
+        version = (packages["torch"] or "").partition("+")[0]
+        return (
+            f"this torch is built for CUDA {cuda}, as PyPI's is, and torch-npu wants the one for CPUs: pip install "
+            f"--force-reinstall --no-deps --index-url https://download.pytorch.org/whl/cpu torch=={version}"
+        )
     if not os.environ.get("ASCEND_HOME_PATH"):
         return "source CANN's set_env.sh, which torch-npu needs; TORCH_DEVICE_BACKEND_AUTOLOAD=0 does without the NPU"
     return (

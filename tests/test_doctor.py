@@ -326,6 +326,30 @@ def test_a_torch_that_does_not_load_is_a_problem_not_a_traceback(
         assert said in done.stdout and fix in done.stdout
 
 
+@pytest.mark.parametrize("cuda", ["cuda: Optional[str] = '13.0'", "cuda: Optional[str] = None", ""])
+def test_a_torch_that_ends_the_process_is_a_problem(tmp_path: Path, cuda: str) -> None:
+    """As torch-npu 2.13.0 does beside PyPI's torch 2.13.0, built for CUDA (seen on x86, over stubs of CANN)."""
+    said = "Duplicated key 'pinned_reserve_segment_size_mb' found in device-specific configuration parser"
+    (tmp_path / "torch").mkdir()
+    printed = f"terminate called after throwing an instance of 'c10::ValueError'\n  what():  {said}\n"
+    (tmp_path / "torch" / "__init__.py").write_text(f"import os\nos.write(2, {printed.encode()!r})\nos.abort()\n")
+    (tmp_path / "torch" / "version.py").write_text(f"{cuda}\nhip: Optional[str] = '1.0'\n")
+    for name in ("torch", "torch-npu"):
+        metadata = tmp_path / f"{name.replace('-', '_')}-2.13.0.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Name: {name}\nVersion: 2.13.0\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen3_fp8_ascend", "doctor", "--json"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (2, "")
+    fixes = dict(json.loads(done.stdout)["problems"])
+    fix = fixes[f"torch does not load: it ends the process (SIGABRT): {said}"]
+    assert ("built for CUDA 13.0" in fix and "torch==2.13.0" in fix) == ("13.0" in cuda)
+
+
 def test_square_brackets_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(versions, "installed", lambda: None)
     text, facts = both_forms(doctor.examine())
