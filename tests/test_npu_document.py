@@ -64,7 +64,7 @@ def test_the_messages_that_are_quoted_exist(document: Document) -> None:
     sources = re.sub(r"\{soc\.missing_npu\(\)\}|\{missing\}", "torch_npu sees no NPU", sources)
     sources = sources.replace("{oldest}", ".".join(map(str, doctor.OLDEST_CANN)))
     quoted = quoted_in_tables(document)
-    assert len(quoted) == 20
+    assert len(quoted) == 21
     for message in quoted:
         parts = message.removeprefix("no NPU can be used: ")
         assert parts in sources, message
