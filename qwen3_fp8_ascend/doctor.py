@@ -118,7 +118,8 @@ def _torch_failure(packages: dict[str, str | None]) -> str | None:
     """Why torch cannot be imported, or None. It loads torch_npu by itself, which fails without CANN."""
     if packages["torch-npu"] and "torch" not in sys.modules:
         # C++ that goes wrong while a library is loaded ends the process: here, another one.
-        tried = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, text=True, errors="replace")
+        command = [sys.executable, "-c", "import torch, torch_npu"]  # by itself torch may be told not to load it
+        tried = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if tried.returncode < 0:
             said = re.search(r"what\(\):\s*(.+)", tried.stderr)
             return f"it ends the process ({signal.Signals(-tried.returncode).name}){': ' + said[1] if said else ''}"

@@ -326,13 +326,16 @@ def test_a_torch_that_does_not_load_is_a_problem_not_a_traceback(
         assert said in done.stdout and fix in done.stdout
 
 
+@pytest.mark.parametrize("ending", ["torch", "torch_npu"])
 @pytest.mark.parametrize("cuda", ["cuda: Optional[str] = '13.0'", "cuda: Optional[str] = None", ""])
-def test_a_torch_that_ends_the_process_is_a_problem(tmp_path: Path, cuda: str) -> None:
+def test_a_torch_that_ends_the_process_is_a_problem(tmp_path: Path, cuda: str, ending: str) -> None:
     """As torch-npu 2.13.0 does beside PyPI's torch 2.13.0, built for CUDA (seen on x86, over stubs of CANN)."""
     said = "Duplicated key 'pinned_reserve_segment_size_mb' found in device-specific configuration parser"
-    (tmp_path / "torch").mkdir()
+    for name in ("torch", "torch_npu"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
     printed = f"terminate called after throwing an instance of 'c10::ValueError'\n  what():  {said}\n"
-    (tmp_path / "torch" / "__init__.py").write_text(f"import os\nos.write(2, {printed.encode()!r})\nos.abort()\n")
+    (tmp_path / ending / "__init__.py").write_text(f"import os\nos.write(2, {printed.encode()!r})\nos.abort()\n")
     (tmp_path / "torch" / "version.py").write_text(f"{cuda}\nhip: Optional[str] = '1.0'\n")
     for name in ("torch", "torch-npu"):
         metadata = tmp_path / f"{name.replace('-', '_')}-2.13.0.dist-info" / "METADATA"
